@@ -1,0 +1,104 @@
+"""
+Checkpoints: out_dir/last.pt to resume from, out_dir/best.pt with the lowest validation loss, tensors and plain types
+only. A file appears under its name whole or not at all, and the last.pt before it stays as prev.pt.
+
+Keys: model (state dict of the uncompiled model), model_args, step, best_val_loss, config (the settings), meta (the data
+set's meta.json, so that sampling needs no data folder), version; in last.pt also optimizer and scaler.
+"""
+import os
+import sys
+import zipfile
+from pathlib import Path
+
+import torch
+
+from model import GPT, GPTConfig
+
+VERSION = 1
+
+
+def save_checkpoint(out_dir: str | Path, name: str, checkpoint: dict) -> None:
+    """Write out_dir/name: temporary file, fsync, rename. An older last.pt becomes prev.pt."""
+    path = Path(out_dir) / name
+    temporary = path.with_name(name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint | {"version": VERSION}, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if name == "last.pt" and path.exists():
+        os.replace(path, path.with_name("prev.pt"))
+    os.replace(temporary, path)
+
+
+def read_checkpoint(path: Path) -> dict:
+    """One checkpoint file on the CPU. ValueError when it is damaged: zip checksums, then torch's safe unpickler."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise ValueError(f"checksum of {damaged} is wrong")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file can make the reader fail in any way
+        reason = " ".join(str(error).split())[:100]
+        raise ValueError(f"{path} is damaged or not a checkpoint ({reason})") from None
+    if isinstance(checkpoint, dict) and "iter_num" in checkpoint:
+        checkpoint = from_nanogpt(checkpoint)
+    missing = {"model", "model_args", "step", "config", "meta"} - set(checkpoint if isinstance(checkpoint, dict) else ())
+    if missing:
+        raise ValueError(f"{path} is not a checkpoint of this program: it lacks {', '.join(sorted(missing))}")
+    if checkpoint["version"] > VERSION:
+        raise ValueError(f"{path} was written by a newer version of this program")
+    return checkpoint
+
+
+def from_nanogpt(checkpoint: dict) -> dict:
+    """A nanoGPT ckpt.pt under our names: the same weights, with the exact GELU that they were trained with."""
+    return {
+        "model": {name.removeprefix("_orig_mod."): weight for name, weight in checkpoint["model"].items()},
+        "model_args": checkpoint["model_args"] | {"gelu": "none"},
+        "optimizer": checkpoint["optimizer"],
+        "step": checkpoint["iter_num"],
+        "best_val_loss": float(checkpoint["best_val_loss"]),
+        "config": checkpoint["config"],
+        "meta": {"dataset": checkpoint["config"].get("dataset", ""), "tokenizer": {"kind": "gpt2"}, "eot": 50256,
+                 "vocab_size": checkpoint["model_args"]["vocab_size"], "splits": {}},
+        "version": VERSION,
+    }
+
+
+def find_resumable(out_dir: str | Path) -> dict | None:
+    """The newest good checkpoint that training can continue from: last.pt, or prev.pt when that is damaged or missing."""
+    paths = [path for name in ("last.pt", "prev.pt") if (path := Path(out_dir) / name).exists()]
+    for path in paths:
+        try:
+            return read_checkpoint(path)
+        except ValueError as error:
+            if path == paths[-1]:
+                raise
+            print(f"warning: {error}; continuing from {paths[-1]}", file=sys.stderr)
+    return None
+
+
+def load_model(out_dir: str | Path, device: str) -> tuple[GPT, dict]:
+    """The best model of a run (best.pt, else last.pt, else nanoGPT's ckpt.pt) in eval mode, and its checkpoint."""
+    for name in ("best.pt", "last.pt", "ckpt.pt"):
+        if (path := Path(out_dir) / name).exists():
+            checkpoint = read_checkpoint(path) | {"path": str(path)}
+            model = build_model(checkpoint, str(path)).to(device).eval()
+            return model, checkpoint
+    raise ValueError(f"there is no checkpoint in {out_dir}: train one with `python train.py --out_dir={out_dir}`")
+
+
+def build_model(checkpoint: dict, where: str) -> GPT:
+    """The checkpoint's model on the CPU; ValueError names the weights that are missing, left over or misshapen."""
+    try:
+        model = GPT(GPTConfig(**checkpoint["model_args"]))
+        model.load_state_dict(checkpoint["model"])
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"{where} does not fit the model: {' '.join(str(error).split())[:300]}") from None
+    return model

@@ -1,0 +1,495 @@
+"""
+Write short fables from a grammar, so that the best possible loss is known exactly.
+
+    python data/fables/prepare.py
+
+Most corpora cannot say how good a model could get. This one can. A fable is a sequence of draws: each [slot] of the
+templates below is filled with one option of its table, and each beat is told by one of its templates, always with equal
+probability. A fable of k draws from n_1, ..., n_k options therefore has -log p = log n_1 + ... + log n_k nats.
+
+No two sequences of draws tell the same text, because the options of a draw never begin alike: whoever reads from left to
+right knows each draw as soon as it is told. `parse` does exactly that. So the mean of -log p over a split is its entropy,
+the floor that no model can go below on average, and a text that `parse` refuses is none that the grammar can tell: a
+wrong name, a found thing that was never lost, the moral of another fable.
+"""
+import math
+import os
+import random
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+# -----------------------------------------------------------------------------
+train_stories = 50000  # about 140 tokens each
+val_stories = 2000
+seed = 1337  # of the draws
+tokenizer = "word"  # 'word' learns fastest; or 'char', 'gpt2'
+out_dir = ""  # where to write; '': this folder
+# -----------------------------------------------------------------------------
+
+
+# The tables. `[slot]` in a template draws from the table of that name and `{slot}` repeats what was drawn.
+
+def options(text: str) -> tuple[str, ...]:
+    return tuple(" ".join(option.split()) for option in text.split(","))
+
+SHE = options("""Fern, Hazel, Willow, Clover, Poppy, Daisy, Ivy, Juniper, Maple, Olive, Pearl, Ruby, Stella, Tansy, Wren,
+    Bramble, Cinnamon, Dahlia, Ember, Flora, Ginger, Holly, Iris, Jasmine, Luna, Marigold, Nutmeg, Opal, Primrose, Saffron""")
+HE = options("""Alder, Basil, Cedar, Dusty, Elmer, Felix, Gus, Hector, Igor, Jasper, Kip, Leo, Milo, Nico, Oscar, Pip,
+    Quentin, Rufus, Sorrel, Tobias, Ulric, Victor, Wally, Xander, Yorick, Ziggy, Barnaby, Chester, Dexter, Ferdinand""")
+
+TABLES = {
+    "hero": SHE + HE,
+    "animal": options("""rabbit, fox, hedgehog, mouse, bear, kitten, puppy, lamb, piglet, calf, duckling, penguin, panda,
+        raccoon, otter, deer, wolf, lion, tiger, elephant, monkey, zebra, camel, kangaroo, hamster, badger, donkey, pony,
+        goat, hippo, walrus, dragon"""),
+    "trait": options("""a shy, a curious, a cheerful, a dreamy, a stubborn, a polite, a clumsy, a sleepy, a brave, a noisy,
+        a tidy, a clever, a hungry, a lazy, a vain, a gentle, an eager, a proud, a silly, a quiet, a restless, a dainty,
+        a bashful, a jolly, a thoughtful, a nosy, a merry, an untidy, a plucky, a mischievous"""),
+    "build": options("""fluffy, chubby, tiny, freckled, skinny, dimpled, lanky, woolly, shaggy, dappled, long-legged, plump,
+        sturdy, bowlegged, squinting, curly, pale, bony, toothless, young, big-eared, round, little, squeaky, wobbly, sunburnt,
+        ticklish, left-handed, scruffy, knock-kneed"""),
+    "place": options("""beside the old windmill, under the crooked bridge, at the edge of town, behind the village bakery,
+        on a windy hilltop, near the silver lake, in a hollow log, on a houseboat, beyond the apple orchard, in a teapot,
+        next to the railway station, at the foot of the mountain, in the attic of a hotel, among the sand dunes, below the
+        dam, in a garden full of bees, on Pepper Lane, inside a giant pumpkin, between two haystacks, over the toy shop,
+        by the frozen pond, in the heart of the jungle, on a green island, along the dusty road, across the meadow, in a
+        castle without a roof, far from anywhere, in a wheat field, upstairs from the library, past the last lamppost"""),
+    "hobby": options("""counting clouds, painting snails, humming to the bees, collecting acorns, dancing in puddles,
+        baking mud pies, whistling at trains, naming the stars, chasing shadows, telling riddles, polishing chestnuts,
+        drawing maps, reading to chickens, juggling turnips, sliding down banisters, building sandcastles, yodeling,
+        knitting socks, inventing recipes, feeding pigeons, climbing fences, rhyming, skipping stones, hiding in cupboards,
+        sorting buttons, rolling downhill, watching beetles, talking to the moon, doing cartwheels, folding paper boats"""),
+    "days": options("""Sundays, Mondays, Tuesdays, Wednesdays, Thursdays, Fridays, Saturdays, holidays, weekdays, cold nights,
+        rainy days, hot afternoons"""),
+    "look": options("""a crimson, a golden, a wooden, a striped, a purple, a shiny, a spotted, a tiny, a blue, a green, a
+        yellow, a scarlet, a painted, a polished, a battered, a handsome, a curious, a silvery, an orange, an enormous,
+        an ancient, an elegant, a pink, a turquoise, a checkered, a lopsided, a velvet, a brass, a fancy, a secondhand,
+        a lacquered, an ivory, a bronze, a glittering, a dented, a scented"""),
+    "giver": options("""grandmother, grandfather, uncle, aunt, cousin, godmother, godfather, neighbor, teacher, sister,
+        brother, nanny, dentist, postman, stepmother, great-aunt, nephew, twin, butcher, piano teacher, barber, landlady,
+        admirer, pen pal"""),
+    "town": options("""Lisbon, Paris, Cairo, Vienna, Dublin, Oslo, Havana, Bombay, Athens, Naples, Timbuktu, Boston, Lima,
+        Kyoto, Prague, Istanbul, Berlin, Nairobi, Glasgow, Moscow"""),
+    "event": options("""birthday, bath, first haircut, long nap, spelling test, swimming lesson, cold, vacation, school play,
+        second breakfast, trip to the zoo, dance recital, sneezing fit, garden party, family reunion, toothache, wedding,
+        piano recital, graduation, big speech"""),
+    "shelf": options("""shelf, windowsill, mantelpiece, nightstand, cupboard, pedestal, cushion, velvet pillow, balcony, desk,
+        dresser, bookshelf"""),
+    # what a hero may own, by what will happen to it
+    "windy": options("""kite, balloon, hat, scarf, ribbon, feather, handkerchief, pinwheel, bonnet, flag, cap, shawl, letter,
+        umbrella, parasol, beret, streamer, tablecloth, apron, pillowcase, necktie, postcard"""),
+    "small": options("""button, coin, key, ring, marble, thimble, bead, whistle, locket, brooch, spoon, bell, medal, pendant,
+        charm, necklace, bracelet, stamp, badge, domino, earring, pawn"""),
+    "wet": options("""boat, raft, ball, barrel, basket, bottle, drum, bucket, bowl, doll, pail, tub, canoe, hoop, cork,
+        paddle, clog, coconut, crate, broom, rattle, yo-yo"""),
+    "frail": options("""teacup, vase, lamp, clock, chair, cart, violin, flute, wagon, sled, mirror, plate, jug, teapot,
+        telescope, lantern, kettle, puppet, harp, stool, banjo, scooter"""),
+    "deep": options("""trumpet, boot, mitten, slipper, watch, torch, shovel, book, pencil, candle, comb, brush, purse,
+        compass, diary, harmonica, glove, shoe, ladle, magnet, fork, toothbrush"""),
+    "treat": options("""cake, pie, loaf, pudding, tart, pancake, muffin, waffle, dumpling, pretzel, strudel, trifle, omelet,
+        pizza, custard, crumble, doughnut, bagel, cookie, quiche, lasagna, brownie"""),
+    "plant": options("""sunflower, pumpkin, carrot, rose, tulip, bean, melon, turnip, radish, lily, cucumber, poppy, cabbage,
+        lemon, lettuce, tomato, onion, daffodil, pansy, pepper, cactus, violet"""),
+    "wonder": options("""comet, lighthouse, waterfall, rainbow, ocean, circus, carnival, parade, eclipse, volcano, glacier,
+        canyon, desert, fireworks, pyramids, opera, geyser, cathedral, whale, reindeer, palace, aquarium"""),
+    # when it happens
+    "weather": options("""foggy, chilly, misty, sunny, drizzly, cloudy, frosty, snowy, sticky, dull, fine, gray, moonless,
+        quiet, golden, sleepy"""),
+    "hour": options("morning, noon, afternoon, evening, night, Sunday, Monday, Tuesday, Friday, Saturday"),
+    # the wind takes it
+    "breeze": options("gusty, blustery, rude, cheeky, howling, roaring, playful, warm, icy, salty, wild, northerly"),
+    "height": options("tallest, oldest, thorniest, nearest, stickiest, knottiest, ugliest, proudest, bushiest, swaying"),
+    "tree": options("oak, elm, pine, birch, poplar, beech, sycamore, maple, cedar, spruce, palm, larch"),
+    "snatch": options("snatched, grabbed, stole, lifted, plucked, swept, whisked, pinched"),
+    "thrown": options("pebbles, pinecones, snowballs, slippers, potatoes, dumplings, walnuts, cushions, onions, twigs"),
+    "flyer": options("""sparrow, squirrel, owl, woodpecker, stork, raven, heron, crow, magpie, parrot, bat, jay, swallow,
+        giraffe, lemur, koala"""),
+    # it is lost
+    "pocket": options("""pocket, drawer, left boot, satchel, lunch box, sleeve, suitcase, pillow, treasure chest, schoolbag,
+        knapsack, piggy bank"""),
+    "under": options("""bed, carpet, sofa, doormat, staircase, wardrobe, table, blankets, piano, bathtub, newspaper, leaves"""),
+    "behind": options("""stove, curtains, barn, bookcase, shed, fireplace, flowerpots, henhouse, chimney, rain barrel,
+        coat rack, woodpile"""),
+    "junk": options("""a sock, an old crust, a sleeping spider, a bent nail, a chewed bone, a pair of spectacles, fluff,
+        a moldy pear, half a biscuit, a rusty spring, a dry leaf, a sandwich, a marching ant, a shopping list"""),
+    "finder": options("""terrier, cat, ferret, hen, beetle, weasel, ant, spaniel, goose, bloodhound, rat, pigeon, cricket,
+        gecko, shrimp, mole"""),
+    "nook": options("""sugar bowl, piano, birdhouse, watering can, cookie jar, laundry basket, cuckoo clock, butter dish,
+        mailbox, toolbox, beehive, flour sack, doghouse, accordion, fruit bowl, wheelbarrow"""),
+    # it falls into the water
+    "water": options("river, brook, pond, canal, harbor, lagoon, fountain, swamp, creek, bay, marsh, reservoir"),
+    "moved": options("rolled, bounced, slid, tumbled, skidded, toppled, bumped, hopped"),
+    "hook": options("""stick, fishing rod, rake, butterfly net, rope, walking cane, soup spoon, garden hose, mop, pole,
+        clothesline, chain"""),
+    "swimmer": options("""frog, swan, turtle, seal, pelican, beaver, duck, toad, newt, salmon, dolphin, crab, octopus, trout,
+        manatee, eel"""),
+    # it breaks
+    "crash": options("crash, crack, clatter, bang, thud, snap, crunch, tinkle, clang, pop, smash, thump"),
+    "trip": options("""a root, a cat's tail, a hose, a loose stone, a garden gnome, a shoelace, a snoring tortoise, a doorstep,
+        a puddle, a banana peel, a skateboard, a tent peg"""),
+    "paste": options("honey, mud, string, jam, porridge, chewing gum, tape, melted cheese, wax, spaghetti, toothpaste, sap"),
+    "fixer": options("""ox, spider, tortoise, rooster, ram, boar, hare, gorilla, llama, yak, moose, stag, woodlouse, mule,
+        buffalo, rhino"""),
+    "trade": options("carpenter, tinker, tailor, clockmaker, blacksmith, potter, cobbler, plumber, inventor, mechanic"),
+    "tool": options("""hammer, needle, screwdriver, saw, wrench, file, paintbrush, drill, chisel, tiny ladder, sewing kit,
+        pot of glue"""),
+    # it drops into a hole
+    "pit": options("well, burrow, ditch, drain, cave, cellar, ravine, tunnel, crevice, mineshaft, foxhole, gutter"),
+    "limb": options("arm, leg, neck, tail, nose, tongue, elbow, ear"),
+    "digger": options("""worm, snake, lizard, mongoose, armadillo, meerkat, gopher, shrew, vole, groundhog, chipmunk,
+        aardvark, earwig, anteater, wombat, porcupine"""),
+    # the treat is too good to share
+    "flavor": options("""an apple, a cherry, a chocolate, a blueberry, a cinnamon, a banana, a walnut, a vanilla, a raspberry,
+        a caramel, a ginger, a coconut, an almond, a cheese, a spinach, a mushroom, a garlic, a peach, a plum, a rhubarb"""),
+    "helping": options("slice, bite, crumb, spoonful, corner, nibble, mouthful, morsel"),
+    "guest": options("""sheep, tramp, peacock, snail, turkey, lynx, ostrich, flamingo, antelope, bison, jackal, coyote,
+        alpaca, poodle, beggar, caterpillar"""),
+    "belly": options("belly, throat, conscience, head, heart, jaw, tummy, toe"),
+    "meal": options("Sunday, Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, breakfast, Easter, New Year, last week"),
+    # the seed will not hurry
+    "season": options("spring, summer, autumn, winter, March, April, May, June, August, October"),
+    "pot": options("flowerpot, bathtub, boot, bucket, teacup, bowl, wheelbarrow, sandbox, backyard, saucepan, drawer, bonnet"),
+    "coax": options("""sang to it, shouted at it, tickled it, bribed it with cookies, read it poems, watered it, blew on it,
+        tapped on the soil, begged it, warned it, played it a waltz, showed it a calendar"""),
+    "gardener": options("""dove, ladybug, bee, plowhorse, cow, butterfly, grub, robin, grasshopper, moth, dormouse,
+        hummingbird, elk, sloth, warthog, bull"""),
+    "number": options("two, three, four, five, six, seven, eight, nine, ten, eleven, twelve, thirteen"),
+    # the way there is frightening
+    "gloom": options("dark, foggy, haunted, rickety, endless, abandoned, thorny, gloomy, whispering, steep, windowless, moonlit"),
+    "road": options("forest, valley, barn, bridge, tunnel, graveyard, thicket, cave, alley, pass, attic, museum"),
+    "fear": options("""ghosts, spiders, thunder, owls, shadows, strangers, giants, goblins, bats, lightning, wolves,
+        scarecrows, echoes, witches"""),
+    "noise": options("a hoot, a creak, a rustle, a growl, a whisper, a squeak, a sneeze, a howl, a drip, a cough"),
+    "guide": options("""firefly, glowworm, mastiff, eagle, lioness, hornet, cub, stallion, crocodile, falcon, grizzly,
+        leopard, mare, dachshund, cockatoo, panther"""),
+    "song": options("lullabies, sea shanties, marches, carols, nonsense, arias, ballads, drinking songs, tangos, hymns"),
+    # what everybody needs
+    "mood": options("""sad, worried, gloomy, miserable, upset, heartbroken, puzzled, furious, hopeless, tearful, lonely,
+        ashamed, dizzy, glum, desperate, cross"""),
+    "cry": options("""sniffed, sobbed, sighed, wept, groaned, whimpered, wailed, moaned, stamped one foot, blinked, sulked,
+        hiccuped"""),
+    "damp": options("damp, mossy, cold, dusty, broken, lonely, prickly, hard, slippery, crooked, narrow, sagging"),
+    "seat": options("""stump, bench, rock, doorstep, log, milestone, haystack, swing, molehill, curb, wall, anthill, trunk,
+        staircase, hammock, toadstool"""),
+    "friend": options("""Abner, Bertha, Clementine, Doris, Edgar, Frida, Gerald, Harriet, Isolde, Jeremiah, Kasimir, Lavinia,
+        Mortimer, Nadine, Ophelia, Percival, Queenie, Roderick, Sybil, Theodore, Ursula, Vernon, Winifred, Yolanda,
+        Zacharias, Agatha, Bartholomew, Cordelia, Desmond, Eudora"""),
+    "air": options("""a kindly, a wise, an elderly, a cheery, a sensible, a patient, an absent-minded, a famous, a nearsighted,
+        a soft-spoken, a good-natured, a well-dressed, a retired, a generous, a barefoot, a talkative, a learned, a dignified,
+        a weather-beaten, a forgetful, a bearded, a penniless, a musical, an unhurried"""),
+    "doing": options("""on a bicycle, with a suitcase, on the way to market, out for a stroll, carrying an umbrella, late for
+        tea, chewing a straw, wearing two hats, in a hurry, munching peanuts, on roller skates, humming a polka, reading a
+        newspaper, looking for mushrooms, pushing a pram, in pajamas, on stilts, carrying a cello, eating soup, covered in
+        flour"""),
+    "say": options("""said, mumbled, murmured, whispered, stammered, croaked, admitted, explained, confessed, replied, muttered,
+        breathed, gulped, peeped"""),
+    "ask": options("asked, inquired, begged, wondered, pleaded, demanded, squeaked, piped up, stuttered, ventured"),
+    "adverb": options("""slowly, gently, bravely, quickly, carefully, calmly, cheerfully, quietly, eagerly, firmly, smoothly,
+        politely, proudly, gladly, boldly, neatly, nimbly, patiently, silently, gracefully, solemnly, promptly, swiftly,
+        grandly, briskly, dreamily, modestly, playfully, tenderly, expertly, daintily, warmly"""),
+    "meekly": options("""sadly, shyly, softly, hoarsely, bitterly, nervously, faintly, timidly, meekly, wearily, glumly, weakly,
+        hastily, tearfully, earnestly, awkwardly, humbly, anxiously, sleepily, breathlessly"""),
+    "joy": options("""laughed, cheered, giggled, beamed, clapped, twirled, squealed, grinned, hopped up and down, blushed,
+        somersaulted, hugged everybody, bowed, sang out loud, whooped, curtsied, purred, jumped for joy, waltzed, saluted"""),
+    "party": options("""danced, sang, giggled, played cards, told stories, played hopscotch, blew bubbles, flew paper planes,
+        counted stars, played the ukulele, sat by the fire, splashed about, played hide-and-seek, wrestled, chatted, sneezed,
+        made faces, roasted marshmallows, wrote poems, juggled"""),
+    "until": options("""sunset, midnight, bedtime, the moon rose, the rooster crowed, the candles burned down, supper, breakfast,
+        the neighbors complained, it rained, the last bus left, their feet ached, dawn, the music stopped, winter, teatime"""),
+    "food": options("""toast, dumplings, strawberries, noodles, pickles, gingerbread, popcorn, carrots, cupcakes, cheese,
+        blackberries, soup, eggs, raisins, sardines, porridge, jelly, pancakes, peas, chestnuts, radishes, plums, macaroni,
+        cookies, figs, sausages, rice, beans, cream puffs, mussels, walnuts, meatballs"""),
+    "drink": options("""lemonade, cocoa, mint tea, cold milk, apple juice, ginger ale, buttermilk, hot cider, rose water,
+        coffee, elderberry punch, plain water, nettle tea, champagne, root beer, chamomile"""),
+}
+
+# -----------------------------------------------------------------------------
+# The beats. Each is told by one of its templates; they begin differently, so a reader knows at once which.
+# {She} {she} {Her} {her} {him} follow the hero's name, {thing} is what the story is about.
+
+BEGINNING = [
+    ["Once upon a time, [place], there lived [trait], [build] [animal] named [hero].",
+     "Long ago, [place], lived [trait] and [build] [animal] called [hero].",
+     "There was once [trait], [build] [animal] named [hero] who lived [place].",
+     "Nobody [place] was as happy as [hero], [trait] and [build] [animal]."],
+    ["{She} loved [hobby] on [days].",
+     "{Her} hobby was [hobby].",
+     "On [days] {she} practiced [hobby]."],
+    ["After {her} [event], {she} was given [look] [treasure].",
+     "{Her} [giver] had sent {him} [look] [treasure] from [town].",
+     "On a [shelf] {she} kept [look] [treasure].",
+     "Every night {she} slept beside [look] [treasure].",
+     "One [weather] [hour] {she} baked [flavor] [treat].",
+     "In [season] {she} planted a [plant] seed in a [pot].",
+     "More than anything {she} wished to see the [wonder] of [town]."],
+]
+
+MEETING = [
+    ["{hero} sat down on a [damp] [seat] and [cry].",
+     "{She} felt [mood] and [cry].",
+     "The [mood] {animal} [cry]."],
+    ["Just then [air] [helper] named [friend] came by, [doing].",
+     "Along came [air] [helper] named [friend], [doing].",
+     "Who should pass but [friend], [air] [helper], [doing]?"],
+]
+
+ENDING = [
+    ["{hero} [joy] and thanked the {helper} [adverb].",
+     "{She} [joy] and kissed {friend}.",
+     "\"Hooray!\" cried {hero} and [joy]."],
+    ["They [party] until [until] and ate [food] with [drink].",
+     "Over [food] and [drink] they [party] until [until].",
+     "Afterwards there was [drink] for the {animal} and [food] for the {helper}."],
+]
+
+# What goes wrong and how the hero tries; what helps; what it teaches. The thing decides which of the plots it is.
+PLOTS = {
+    "windy": (
+        [["One [weather] [hour] a [breeze] wind [snatch] the {thing} and hung it in the [height] [tree].",
+          "But a [breeze] wind [snatch] the {thing}, and it landed in the [height] [tree]."],
+         ["{hero} threw [thrown] at it and hit {her} own [limb].",
+          "{She} jumped [number] times, but it was too high.",
+          "The {animal} shook the {tree}, but only [thrown] came down."]],
+        [["\"My {thing} is in the {tree},\" [say] {hero} [meekly].",
+          "\"Can you reach a {thing}?\" [ask] the {animal} [meekly]."],
+         ["Up went {friend} and [adverb] brought down the {thing}.",
+          "\"Hold my hat,\" said {friend} and [adverb] climbed the {tree} for the {thing}."]],
+        ["A friend is taller than any tree.",
+         "What the wind takes, a friend brings back.",
+         "Nobody is too small to ask for help.",
+         "Look up, and then look around.",
+         "Throwing things mends nothing."]),
+    "small": (
+        [["One [weather] [hour] the {thing} was gone from {her} [pocket].",
+          "But when {she} opened {her} [pocket], there was no {thing}."],
+         ["{hero} looked under the [under] and found [junk].",
+          "{She} searched behind the [behind], where there was only [junk].",
+          "The {animal} turned over the [under] [number] times."]],
+        [["\"I have lost my {thing},\" [say] {hero} [meekly].",
+          "\"Have you seen a {thing}?\" [ask] the {animal} [meekly]."],
+         ["{friend} [adverb] sniffed around and found the {thing} in the [nook].",
+          "\"Stand still,\" said {friend} and [adverb] pulled the {thing} from the [nook]."]],
+        ["Four eyes see more than two.",
+         "Things are lost alone and found together.",
+         "A tidy house is good, but a good friend is better.",
+         "Whoever seeks with a friend has already found something.",
+         "Look last where you looked first."]),
+    "wet": (
+        [["One [weather] [hour] the {thing} [moved] down the bank into the [water].",
+          "But the {thing} [moved] off the bridge and into the [water]."],
+         ["{hero} fished for it with a [hook], but it drifted away.",
+          "{She} leaned out with a [hook] and fell in up to the [limb].",
+          "The {animal} could not swim and called [number] times for help."]],
+        [["\"My {thing} is in the {water},\" [say] {hero} [meekly].",
+          "\"Could you save a {thing}?\" [ask] the {animal} [meekly]."],
+         ["Into the {water} dived {friend} and [adverb] pushed the {thing} ashore.",
+          "\"Nothing easier,\" said {friend} and [adverb] towed back the {thing}."]],
+        ["Leave the swimming to those who can swim.",
+         "Still water runs deep, but friendship runs deeper.",
+         "It is no shame to be pulled ashore.",
+         "Every river has two banks, and a friend knows both.",
+         "Learn to swim before you learn to sail."]),
+    "frail": (
+        [["One [weather] [hour] {she} tripped over [trip] and, [crash], the {thing} broke.",
+          "But with a loud [crash] the {thing} broke in [number] pieces."],
+         ["{hero} mended it with [paste], but it came apart.",
+          "{She} tried [paste], which made a terrible mess.",
+          "The {animal} hid the pieces in {her} [pocket]."]],
+        [["\"I broke my {thing},\" [say] {hero} [meekly].",
+          "\"Can a {thing} be mended?\" [ask] the {animal} [meekly]."],
+         ["{friend}, a [trade], took out a [tool] and [adverb] repaired the {thing}.",
+          "\"Lucky that I am a [trade],\" said {friend} and [adverb] fixed the {thing} with a [tool]."]],
+        ["Mistakes can be mended if you own up to them.",
+         "The right tool is good, and the right friend is better.",
+         "What is broken is not yet lost.",
+         "Hiding the pieces never fixed the pot.",
+         "Jam is for bread."]),
+    "deep": (
+        [["One [weather] [hour] the {thing} slipped and dropped into a [pit].",
+          "But while {she} was [hobby], the {thing} vanished down a [pit]."],
+         ["{hero} reached in and got {her} [limb] stuck.",
+          "{She} let down a [hook], but it was too short.",
+          "The {animal} shouted [number] times, and only an echo answered."]],
+        [["\"My {thing} fell into the {pit},\" [say] {hero} [meekly].",
+          "\"How do I get a {thing} out?\" [ask] the {animal} [meekly]."],
+         ["Down crept {friend} and [adverb] carried up the {thing}.",
+          "\"I adore the dark,\" said {friend} and [adverb] returned with the {thing}."]],
+        ["No hole is so deep that a friend cannot climb down.",
+         "Those who live low may lift you high.",
+         "Do not measure a helper by size.",
+         "Before you reach into the dark, ask who lives there.",
+         "Hold tight to what you love."]),
+    "treat": (
+        [["\"This {thing} is all mine,\" {she} [say] and locked the door.",
+          "It smelled so good that {she} hid the {thing} under the [under]."],
+         ["{hero} ate one [helping] after another until {her} [belly] ached.",
+          "{She} swallowed [number] pieces and could not even smile.",
+          "The {animal} chewed alone, and each [helping] tasted of dust."]],
+        [["\"I have eaten nothing since [meal],\" said {friend} [meekly].",
+          "\"Is that a {thing}?\" [ask] the {helper} [meekly]."],
+         ["{hero} blushed and [adverb] cut the {thing} in [number].",
+          "\"Come in,\" said the {animal} and [adverb] shared the {thing}."]],
+        ["Half of a treat, shared, is more than the whole.",
+         "Sweet things turn sour behind a locked door.",
+         "The best spice is company.",
+         "An empty chair makes a poor guest.",
+         "A full table needs full chairs."]),
+    "plant": (
+        [["After [number] days there was no {thing} yet.",
+          "But the {thing} would not grow."],
+         ["{hero} [coax], and nothing happened.",
+          "{She} dug it up [number] times to see whether it was awake.",
+          "The {animal} [coax] and [coax]."]],
+        [["\"My {thing} is too slow,\" [say] {hero} [meekly].",
+          "\"How do you hurry a {thing}?\" [ask] the {animal} [meekly]."],
+         ["\"Wait [number] nights,\" said {friend}, and at last the {thing} [adverb] opened.",
+          "{friend} [adverb] covered the {pot}, and in [number] days the {thing} was in bloom."]],
+        ["Good things come to those who water and wait.",
+         "You cannot pull a flower taller.",
+         "Patience is the best gardener.",
+         "A seed keeps its own clock.",
+         "Nothing grows faster for being watched."]),
+    "wonder": (
+        [["But the way led through a [gloom] [road], and {she} was afraid of [fear].",
+          "Sadly, between {him} and the {thing} lay a [gloom] [road] full of [fear]."],
+         ["{hero} set out [number] times and ran home at [noise].",
+          "{She} heard [noise] and hid {her} [limb] in a bush.",
+          "The {animal} got as far as the gate, where [noise] made {him} faint."]],
+        [["\"I dare not cross the {road},\" [say] {hero} [meekly].",
+          "\"Are there really [fear] in the {road}?\" [ask] the {animal} [meekly]."],
+         ["{friend} took {her} hand, sang [song], and [adverb] they walked to the {thing}.",
+          "\"Hold on to my [limb],\" said {friend} and [adverb] led {him} to the {thing}."]],
+        ["Courage is fear that has found company.",
+         "A song makes every road shorter.",
+         "The dark is only the day with its eyes shut.",
+         "Brave is whoever takes the second step.",
+         "Most ghosts are laundry."]),
+}
+TREASURES = ("windy", "small", "wet", "frail", "deep")
+HELPERS = {"windy": "flyer", "small": "finder", "wet": "swimmer", "frail": "fixer", "deep": "digger", "treat": "guest",
+           "plant": "gardener", "wonder": "guide"}
+PLOT_OF = {thing: plot for plot in PLOTS for thing in TABLES[plot]}
+TABLES["treasure"] = tuple(thing for plot in TREASURES for thing in TABLES[plot])
+
+
+# -----------------------------------------------------------------------------
+# Telling, and reading what was told
+
+class NotAFable(ValueError):
+    """The text is none that the grammar can tell; the message says where it leaves the grammar."""
+
+
+def tell(choose: Callable[[str, tuple[str, ...]], int]) -> str:
+    """
+    Tell one story. `choose(told, options)` is given the text so far and the texts of which one comes next and returns
+    the index of one: a random number makes this a writer, a comparison with a finished text makes it a reader.
+    """
+    facts: dict[str, str] = {}
+    told = ""
+
+    def fill(template: str) -> str:
+        return re.sub(r"\{(\w+)\}", lambda match: facts[match[1]], template)
+
+    def draw(slot: str) -> None:
+        nonlocal told
+        table = TABLES[HELPERS[PLOT_OF[facts["thing"]]] if slot == "helper" else slot]
+        facts[slot] = table[choose(told, table)]
+        told += facts[slot]
+        if slot == "hero":
+            words = ("She", "her", "her") if facts["hero"] in SHE else ("He", "his", "him")
+            facts.update(zip(("She", "her", "him"), words), she=words[0].lower(), Her=words[1].capitalize())
+        if slot in ("treasure", "treat", "plant", "wonder"):
+            facts["thing"] = facts[slot]
+
+    def beat(templates: list[str], space: str) -> None:
+        nonlocal told
+        told += space
+        starts = tuple(fill(template.split("[")[0]) for template in templates)
+        template = templates[choose(told, starts)]
+        for text, slot in re.findall(r"([^\[]*)(?:\[(\w+)\])?", template):
+            told += fill(text)
+            if slot:
+                draw(slot)
+
+    def paragraph(beats: list[list[str]]) -> None:
+        for i, templates in enumerate(beats):
+            beat(templates, "" if not told else " " if i else "\n\n")
+
+    paragraph(BEGINNING)
+    trouble, help, morals = PLOTS[PLOT_OF[facts["thing"]]]
+    paragraph(trouble + MEETING)
+    paragraph(help + ENDING)
+    paragraph([morals])
+    return told
+
+
+def write_story(rng: random.Random) -> tuple[str, float]:
+    """Return a story and its -log p in nats."""
+    nats = 0.0
+
+    def choose(told: str, options: tuple[str, ...]) -> int:
+        nonlocal nats
+        nats += math.log(len(options))
+        return rng.randrange(len(options))
+
+    return tell(choose), nats
+
+
+def write_stories(seed: str, n: int) -> list[tuple[str, float]]:
+    rng = random.Random(seed)
+    return [write_story(rng) for _ in range(n)]
+
+
+def parse(text: str) -> tuple[list[int], float]:
+    """Return the draws that tell `text`, as indices, and its -log p in nats; raise NotAFable where there are none."""
+    choices, nats = [], 0.0
+
+    def choose(told: str, options: tuple[str, ...]) -> int:
+        nonlocal nats
+        if not text.startswith(told):
+            same = len(os.path.commonprefix([told, text]))
+            raise NotAFable(f"after {text[:same][-40:]!r} a fable would not go on with {text[same:][:20]!r}")
+        here = text[len(told):]
+        fits = [i for i, option in enumerate(options)
+                if here.startswith(option) and not (option[-1:].isalnum() and here[len(option):][:1].isalnum())]
+        if len(fits) != 1:
+            raise NotAFable(f"after {told[-40:]!r} a fable would not go on with {here[:20]!r}")
+        choices.append(fits[0])
+        nats += math.log(len(options))
+        return fits[0]
+
+    if tell(choose) != text:
+        raise NotAFable("the fable is over, but the text goes on")
+    return choices, nats
+
+
+# -----------------------------------------------------------------------------
+
+def main() -> None:
+    here = Path(__file__).parent
+    sys.path.insert(0, str(here.parents[1]))
+    from configurator import configure, user_errors
+    from dataset import finish_dataset, write_split
+    from tokenizer import train_tokenizer
+
+    configure(globals())
+    with user_errors():
+        amounts = dict(train=train_stories, val=val_stories)
+        for split, n in amounts.items():
+            if n < 1:
+                raise ValueError(f"{split}_stories must be at least 1, got {n}")
+        told = {split: write_stories(f"{seed} {split}", n) for split, n in amounts.items()}
+        texts = {split: [text for text, _ in stories] for split, stories in told.items()}
+        nats = math.fsum(its_nats for _, its_nats in told["val"])
+        folder = Path(out_dir) if out_dir else here
+        words = train_tokenizer(tokenizer, texts["train"] + texts["val"])
+        splits = {split: write_split(folder, split, texts[split], words, n) for split, n in amounts.items()}
+        floor = nats / splits["val"]["tokens"]
+        finish_dataset(folder, words, splits, floor=floor, floor_bits_per_byte=nats / math.log(2) / splits["val"]["bytes"])
+    print(f"the entropy of the validation split, which no model can beat: {floor:.4f} nats per token")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""
+TinyStories (https://arxiv.org/abs/2305.07759): 2.1M short stories in the words of a four-year-old, as GPT-2 tokens.
+
+    python data/tinystories/prepare.py
+    python data/tinystories/prepare.py --source=FOLDER
+
+Writes train.bin (about 470M tokens, 1 GB) and val.bin (4.7M tokens) into this folder.
+"""
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1]))
+from configurator import configure, user_errors
+from dataset import finish_dataset, local_documents, write_split
+from tokenizer import GPT2Tokenizer
+
+# -----------------------------------------------------------------------------
+source = ""  # a local copy: .txt with <|endoftext|> between stories, .jsonl or .parquet; a file, or a folder with train and val files
+out_dir = ""  # where to write; '': this folder
+configure(globals())
+# -----------------------------------------------------------------------------
+
+
+def hub_documents(split: str) -> Iterator[str]:
+    from datasets import load_dataset
+
+    try:
+        data = load_dataset("roneneldan/TinyStories", split={"train": "train", "val": "validation"}[split])
+    except Exception as error:  # any way in which a download fails
+        raise ValueError(f"the Hugging Face hub cannot be reached ({type(error).__name__}): "
+                         "give a local copy with --source=FOLDER") from None
+    return (text for row in data if (text := row["text"].strip()))
+
+
+with user_errors():
+    tokenizer = GPT2Tokenizer()
+    folder = Path(out_dir) if out_dir else HERE
+    splits = {split: write_split(folder, split, local_documents(source, split) if source else hub_documents(split), tokenizer)
+              for split in ("train", "val")}
+    finish_dataset(folder, tokenizer, splits)

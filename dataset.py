@@ -1,0 +1,323 @@
+"""
+Data sets on disk, both ways.
+
+data/<name>/ holds train.bin and val.bin, raw little-endian uint16 token ids with the end-of-text id behind every
+document, and meta.json, which tells what they are: tokenizer, counts, checksums. A large split may lie in train_000.bin,
+train_001.bin, ... and reads as one stream. nanoGPT's .bin files, which have no meta.json, count as GPT-2 tokens.
+"""
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+
+FORMAT_VERSION = 1
+SPLITS = ("train", "val")
+
+
+# -----------------------------------------------------------------------------
+# Writing
+
+def write_split(folder: Path, split: str, documents: Iterable[str], tokenizer, total: int | None = None) -> dict:
+    """
+    Tokenize documents on all cores into `<split>.bin.tmp`, streaming, and return the counts that meta.json keeps:
+    tokens, documents, bytes (UTF-8), characters, words, sha256. finish_dataset() gives the file its name.
+    """
+    from tqdm import tqdm
+
+    counts = dict(tokens=0, documents=0, bytes=0, characters=0, words=0)
+    digest = hashlib.sha256()
+    documents = iter(tqdm(documents, desc=split, unit=" documents", total=total, smoothing=0))
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{split}.bin.tmp"
+    eot = [] if tokenizer.eot < 0 else [tokenizer.eot]
+
+    def encode(text: str) -> np.ndarray:
+        return np.array(tokenizer.encode(text) + eot, dtype="<u2")
+
+    try:
+        with open(path, "wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
+            while texts := list(islice(documents, 1024)):
+                ids = np.concatenate(list(pool.map(encode, texts)))
+                file.write(ids)
+                digest.update(ids)
+                counts["tokens"] += len(ids)
+                counts["documents"] += len(texts)
+                counts["bytes"] += sum(len(text.encode()) for text in texts)
+                counts["characters"] += sum(map(len, texts))
+                counts["words"] += sum(len(text.split()) for text in texts)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    if counts["documents"] == 0:
+        path.unlink()
+        raise ValueError(f"there is no text for the {split} split")
+    return counts | {"sha256": digest.hexdigest()}
+
+
+def finish_dataset(folder: Path, tokenizer, splits: dict[str, dict], **more) -> None:
+    """Put the written splits in place and meta.json last: what was interrupted before that does not look finished."""
+    meta = {"format_version": FORMAT_VERSION, "dataset": folder.name, "tokenizer": tokenizer.spec,
+            "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot, "splits": splits, **more}
+    temporary = folder / "meta.json.tmp"
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(meta, file, indent=1, ensure_ascii=False)
+        file.flush()
+        os.fsync(file.fileno())
+    (folder / "meta.json").unlink(missing_ok=True)
+    for split in splits:
+        os.replace(folder / f"{split}.bin.tmp", folder / f"{split}.bin")
+    os.replace(temporary, folder / "meta.json")
+    for split, counts in splits.items():
+        print(f"{folder / split}.bin: {counts['tokens']:,} tokens, {counts['documents']:,} documents")
+
+
+# -----------------------------------------------------------------------------
+# Reading local text, for the `--source` of the prepare scripts
+
+def split_of(path: Path) -> str:
+    """'train', 'val' or '' by what a file or its folder is called: train-00000.parquet, TinyStories-valid.txt, val.txt."""
+    for name in (path.name.lower(), path.parent.name.lower()):
+        if "train" in name:
+            return "train"
+        if "val" in name:
+            return "val"
+    return ""
+
+
+def local_documents(source: str, split: str, column: str = "text") -> Iterator[str]:
+    """
+    The documents of one split of a local copy: text files (documents between lines `<|endoftext|>`), JSON lines or
+    parquet. A folder has files named train... and val...; of a single file every 20th document is for validation.
+    """
+    root = Path(source)
+    if not root.exists():
+        raise ValueError(f"there is no file or folder {source}")
+    known = (".txt", ".jsonl", ".json", ".parquet")
+    files = [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.suffix in known)
+    if root.is_dir():
+        files = [path for path in files if split_of(path.relative_to(root)) == split]
+        if not files:
+            raise ValueError(f"the folder {source} has no {split} files: their names must contain {split!r} "
+                             f"and end in {', '.join(known)}")
+    texts = (text for path in files for text in read_documents(path, column))
+    if root.is_file():
+        texts = (text for i, text in enumerate(texts) if (i % 20 == 19) == (split == "val"))
+    return texts
+
+
+def read_documents(path: Path, column: str = "text") -> Iterator[str]:
+    """The documents of one file, white space around them removed, without reading the file into memory."""
+    if path.suffix == ".txt":
+        rows = split_text(path)
+    else:
+        from datasets import load_dataset
+
+        kind = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}.get(path.suffix)
+        if kind is None:
+            raise ValueError(f"{path} is neither .txt nor .jsonl nor .parquet")
+        data = load_dataset(kind, data_files=str(path), split="train", streaming=True)
+        rows = (row.get(column) for row in data)
+    for text in rows:
+        if not isinstance(text, str):
+            raise ValueError(f"{path} has a row without a text column {column!r}")
+        if text := text.strip():
+            yield text
+
+
+def split_text(path: Path) -> Iterator[str]:
+    rest = ""
+    with open(path, encoding="utf-8") as file:
+        while chunk := file.read(1 << 20):
+            *whole, rest = (rest + chunk).split("<|endoftext|>")
+            yield from whole
+    yield rest
+
+
+# -----------------------------------------------------------------------------
+# Reading tokens
+
+def load_meta(folder: Path) -> dict:
+    """A data set's meta.json, checked; what nanoGPT's own data sets are, where there is none."""
+    prepare = f"python {folder}/prepare.py"
+    if not (folder / "meta.json").is_file():
+        if (folder / "meta.pkl").is_file():
+            raise ValueError(f"{folder}/meta.pkl is a pickle, which could run anything; make the data set with `{prepare}`")
+        if not any(folder.glob("train*.bin")) or any(folder.glob("*.tmp")):
+            raise ValueError(f"the data set {folder.name} is not prepared: run `{prepare}`")
+        return {"format_version": FORMAT_VERSION, "dataset": folder.name, "tokenizer": {"kind": "gpt2"},
+                "vocab_size": 50257, "eot": 50256, "splits": {}}
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        if meta["format_version"] != FORMAT_VERSION:
+            raise ValueError(f"its format version is {meta['format_version']}, not {FORMAT_VERSION}")
+        if not (type(meta["vocab_size"]) is type(meta["eot"]) is int and 0 < meta["vocab_size"] <= 65536):
+            raise ValueError("vocab_size and eot must be whole numbers, with at most 65,536 tokens")
+        _ = meta["tokenizer"]["kind"], {split: meta["splits"][split]["tokens"] for split in meta["splits"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder}/meta.json is damaged ({error}): run `{prepare}` again") from None
+    return meta
+
+
+class TokenStream:
+    """One split of a data set: all its .bin files as one sequence of token ids."""
+
+    def __init__(self, folder: Path, split: str, meta: dict):
+        paths = sorted(path for path in folder.glob(f"{split}*.bin") if re.fullmatch(rf"{split}(_\d+)?\.bin", path.name))
+        if not paths:
+            raise ValueError(f"there is no {folder}/{split}.bin: run `python {folder}/prepare.py`")
+        for path in paths:
+            if path.stat().st_size == 0 or path.stat().st_size % 2:
+                raise ValueError(f"{path} has {path.stat().st_size} bytes: not a file of 2-byte tokens")
+        self.name = f"{folder}/{split}"
+        self.shards = [np.memmap(path, dtype="<u2", mode="r") for path in paths]
+        self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
+        expected = meta["splits"].get(split, {}).get("tokens", len(self))
+        if len(self) != expected:
+            raise ValueError(f"{self.name} has {len(self):,} tokens, but meta.json says {expected:,}: prepare it again")
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens start to stop - 1 as int64, across the borders of files."""
+        first, last = np.searchsorted(self.starts, [start, stop - 1], side="right") - 1
+        parts = [self.shards[i][max(0, start - self.starts[i]):stop - self.starts[i]] for i in range(first, last + 1)]
+        return np.concatenate(parts).astype(np.int64)
+
+    def document_rows(self, eot: int, block_size: int) -> np.ndarray:
+        """
+        Rows of (start, stop), one a document, or more where it is longer than block_size. Inputs are the tokens
+        start - 1 to stop - 2 and targets start to stop - 1: a story is foretold from the end-of-text before it.
+        """
+        if eot < 0:
+            raise ValueError(f"{self.name} has no end-of-text tokens, so batching='by_length' finds no documents in it")
+        ends = np.concatenate([start + 1 + np.flatnonzero(shard == eot) for start, shard in zip(self.starts, self.shards)])
+        ends = ends if len(ends) and ends[-1] == len(self) else np.append(ends, len(self))
+        begins = np.append(0, ends[:-1])
+        pieces = -(-(ends - begins) // block_size)
+        starts = np.repeat(begins, pieces) + block_size * (np.arange(pieces.sum()) - np.repeat(pieces.cumsum() - pieces, pieces))
+        return np.stack([starts, np.minimum(starts + block_size, np.repeat(ends, pieces))], axis=1)
+
+    def window_rows(self, block_size: int) -> np.ndarray:
+        """Rows of (start, stop) as above that foretell every token but the first one, block_size at a time."""
+        starts = np.arange(1, len(self), block_size)
+        return np.stack([starts, np.minimum(starts + block_size, len(self))], axis=1)
+
+
+def collate(stream: TokenStream, rows: np.ndarray, eot: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of (start, stop) as inputs and targets (B, T), T the longest; padding is masked with the target -1."""
+    T = int((rows[:, 1] - rows[:, 0]).max())
+    x = np.zeros((len(rows), T), dtype=np.int64)
+    y = np.full((len(rows), T), -1, dtype=np.int64)
+    for i, (start, stop) in enumerate(rows):
+        tokens = stream.read(max(start - 1, 0), stop)
+        x[i, :stop - start] = tokens[:-1] if start else np.append(eot, tokens[:-1])
+        y[i, :stop - start] = tokens[-(stop - start):]
+    return torch.from_numpy(x), torch.from_numpy(y)
+
+
+def shuffled(i: np.ndarray, n: int, key: int) -> np.ndarray:
+    """
+    Where a random permutation of 0 ... n - 1 puts the positions i, without ever writing that permutation down: a
+    Feistel network on the next even number of bits, applied again to what falls outside of n.
+    """
+    half = max(1, (int(n - 1).bit_length() + 1) // 2)
+    mask = np.uint64((1 << half) - 1)
+    keys = np.random.SeedSequence(key).generate_state(6, np.uint64)
+    i = np.asarray(i, dtype=np.uint64)
+    todo = np.ones(i.shape, dtype=bool)
+    while todo.any():
+        left, right = i[todo] >> np.uint64(half), i[todo] & mask
+        for k in keys:
+            mixed = (right ^ k) * np.uint64(0x9E3779B97F4A7C15)  # wraps around: that is the mixing
+            mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
+            left, right = right, left ^ ((mixed >> np.uint64(32)) & mask)
+        i[todo] = left << np.uint64(half) | right
+        todo = i >= n
+    return i.astype(np.int64)
+
+
+class TrainBatches:
+    """
+    Micro-batches as a pure function of their number: `batch(i)` is the same on every rank and after every restart, so
+    there is no state to save. Each epoch serves every row once, in another order.
+
+    'windows': windows of block_size + 1 tokens, cut at another offset each epoch. 'by_length': documents, one a row,
+    those of like length together and padded to the longest.
+    """
+
+    def __init__(self, stream: TokenStream, block_size: int, batch_size: int, seed: int, batching: str = "windows", eot: int = -1):
+        if batching not in ("windows", "by_length"):
+            raise ValueError(f"batching must be 'windows' or 'by_length', got {batching!r}")
+        if len(stream) <= block_size:
+            raise ValueError(f"{stream.name} has {len(stream):,} tokens, fewer than a window of block_size + 1 = {block_size + 1:,}")
+        self.stream, self.block_size, self.batch_size = stream, block_size, batch_size
+        self.seed, self.batching, self.eot = seed, batching, eot
+        self.offsets = min(block_size, len(stream) - block_size)  # a window may begin this far into the stream
+        self.windows = (len(stream) - self.offsets) // block_size  # in an epoch, at any of the offsets
+        self.rows = stream.document_rows(eot, block_size) if batching == "by_length" else None
+        self.order: tuple[int, np.ndarray] = (-1, np.empty(0))  # an epoch and its order of rows
+
+    def batch(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets (B, T) of global micro-batch i."""
+        return collate(self.stream, self.rows_of_batch(i), self.eot)
+
+    def rows_of_batch(self, i: int) -> np.ndarray:
+        if self.batching == "by_length":
+            return self.documents_of_batch(i)
+        position = i * self.batch_size + np.arange(self.batch_size)
+        starts = np.empty(self.batch_size, dtype=np.int64)
+        for epoch in np.unique(position // self.windows):
+            here = position // self.windows == epoch
+            key = self.key(epoch)
+            offset = np.random.default_rng(key).integers(self.offsets)
+            starts[here] = 1 + offset + self.block_size * shuffled(position[here] % self.windows, self.windows, key)
+        return np.stack([starts, starts + self.block_size], axis=1)
+
+    def documents_of_batch(self, i: int) -> np.ndarray:
+        batches = -(-len(self.rows) // self.batch_size)
+        epoch, i = divmod(i, batches)
+        if self.order[0] != epoch:
+            rng = np.random.default_rng(self.key(epoch))
+            lengths = self.rows[:, 1] - self.rows[:, 0]
+            self.order = epoch, np.lexsort((rng.random(len(lengths)), lengths))
+        i = int(shuffled(np.array([i]), batches, self.key(epoch))[0])
+        return self.rows[self.order[1][i * self.batch_size:(i + 1) * self.batch_size]]
+
+    def key(self, epoch: int) -> int:
+        return (self.seed << 32) + int(epoch)
+
+
+def eval_batches(stream: TokenStream, block_size: int, batch_size: int, batching: str = "windows", eot: int = -1,
+                 max_batches: int = 0, rank: int = 0, world_size: int = 1) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The leading max_batches (0: all) batches of a split, always the same ones, in order; every rank its share."""
+    rows = stream.document_rows(eot, block_size) if batching == "by_length" else stream.window_rows(block_size)
+    if max_batches:
+        rows = rows[:max_batches * batch_size]
+    rows = rows[np.argsort(rows[:, 0] - rows[:, 1], kind="stable")]  # longest first: little padding, early out of memory
+    for i in range(rank * batch_size, len(rows), world_size * batch_size):
+        yield collate(stream, rows[i:i + batch_size], eot)
+
+
+def prefetch(batches: Iterable[tuple[torch.Tensor, torch.Tensor]], device: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The batches on `device`, the next one prepared in a thread (pinned for CUDA) while this one is in use."""
+    batches = iter(batches)
+
+    def load():
+        batch = next(batches, None)
+        return tuple(t.pin_memory() for t in batch) if batch and device.startswith("cuda") else batch
+
+    with ThreadPoolExecutor(1) as thread:
+        ahead = thread.submit(load)
+        while batch := ahead.result():
+            ahead = thread.submit(load)
+            yield tuple(t.to(device, non_blocking=True) for t in batch)
