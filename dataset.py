@@ -102,12 +102,12 @@ def local_documents(source: str, split: str, column: str = "text") -> Iterator[s
     if not root.exists():
         raise ValueError(f"there is no file or folder {source}")
     known = (".txt", ".jsonl", ".json", ".parquet")
-    files = [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.suffix in known)
+    files = sorted(path for path in ([root] if root.is_file() else root.rglob("*")) if path.suffix in known)
     if root.is_dir():
         files = [path for path in files if split_of(path.relative_to(root)) == split]
-        if not files:
-            raise ValueError(f"the folder {source} has no {split} files: their names must contain {split!r} "
-                             f"and end in {', '.join(known)}")
+    if not files:
+        raise ValueError(f"{source} has no text for the {split} split: files must end in {', '.join(known)}, and in a folder "
+                         f"their names must contain {split!r}")
     texts = (text for path in files for text in read_documents(path, column))
     if root.is_file():
         texts = (text for i, text in enumerate(texts) if (i % 20 == 19) == (split == "val"))
@@ -121,10 +121,7 @@ def read_documents(path: Path, column: str = "text") -> Iterator[str]:
     else:
         from datasets import load_dataset
 
-        kind = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}.get(path.suffix)
-        if kind is None:
-            raise ValueError(f"{path} is neither .txt nor .jsonl nor .parquet")
-        data = load_dataset(kind, data_files=str(path), split="train", streaming=True)
+        data = load_dataset("parquet" if path.suffix == ".parquet" else "json", data_files=str(path), split="train", streaming=True)
         rows = (row.get(column) for row in data)
     for text in rows:
         if not isinstance(text, str):

@@ -1,0 +1,49 @@
+"""What the tests share: running the scripts as a user does, and a small data set to run them on."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+TINY = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=32", "--batch_size=4", "--gradient_accumulation_steps=2",
+        "--max_iters=6", "--lr_decay_iters=6", "--warmup_iters=2", "--eval_interval=3", "--eval_iters=2", "--log_interval=1",
+        "--compile=False", "--device=cpu", "--dtype=float32", "--dropout=0.1"]
+
+
+def run(script: str, *args: str, ranks: int = 0, **env: str) -> subprocess.CompletedProcess:
+    """Run a script in the repository's folder, under torchrun if ranks is given."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
+    return subprocess.run([sys.executable, *launcher, script, *args], cwd=HERE, capture_output=True, text=True, timeout=300,
+                          env=os.environ | {"OMP_NUM_THREADS": "1", **env})
+
+
+def train(data: Path, out_dir: Path, *args: str, **how) -> subprocess.CompletedProcess:
+    """A tiny run of train.py that must succeed."""
+    done = run("train.py", f"--dataset={data}", f"--out_dir={out_dir}", *TINY, *args, **how)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def read_log(out_dir: Path) -> list[dict]:
+    """log.jsonl without the timings, which no two runs share."""
+    timings = {"ms", "tokens_per_second", "mfu"}
+    return [{k: v for k, v in json.loads(line).items() if k not in timings} for line in open(out_dir / "log.jsonl")]
+
+
+@pytest.fixture(scope="session")
+def fables_data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "fables"
+    done = run("data/fables/prepare.py", f"--out_dir={folder}", "--train_stories=60", "--val_stories=20")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, fables_data) -> Path:
+    """The out_dir of a finished tiny run."""
+    out_dir = tmp_path_factory.mktemp("trained") / "out"
+    train(fables_data, out_dir)
+    return out_dir

@@ -1,0 +1,284 @@
+"""What a user types and what comes back: settings, errors, sampling, evaluation, benchmark."""
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoint import load_model
+from configurator import coerce, from_text, settings_of
+from conftest import HERE, TINY, run, train
+from dataset import TokenStream, load_meta
+from tokenizer import get_tokenizer
+
+SCRIPTS = ["train.py", "sample.py", "eval.py", "bench.py", "data/fables/prepare.py", "data/tinystories/prepare.py",
+           "data/shakespeare_char/prepare.py"]
+
+
+def one_line_error(done) -> str:
+    """The error line of a run that failed as runs must fail."""
+    assert done.returncode == 2, (done.returncode, done.stderr)
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    return lines[0]
+
+
+# -----------------------------------------------------------------------------
+# Settings
+
+@pytest.mark.parametrize("default, text, value", [
+    (1, "7", 7), (1, "1e4", 10000), (1, "-3", -3), (1, "1_000", 1000), (1, "12345678901234567891", 12345678901234567891),
+    (0.5, "1", 1.0), (0.5, "6e-4", 6e-4), (0.5, "-0.1", -0.1),
+    (True, "False", False), (False, "true", True),
+    ("a", "x=y=z", "x=y=z"), ("a", "", ""), ("a", "1", "1"), ("a", " two words ", " two words "), ("a", "True", "True"),
+])
+def test_values_from_the_command_line(default, text, value):
+    got = from_text("key", text, default)
+    assert got == value and type(got) is type(value)
+
+
+@pytest.mark.parametrize("default, text", [
+    (1, "1.5"), (1, "True"), (1, "one"), (1, ""), (1, "inf"), (1, "nan"), (0.5, "x"), (0.5, "nan"), (0.5, "inf"), (0.5, "False"),
+    (0.5, "9007199254740993"), (True, "1"), (True, "yes"), (True, ""), (True, "None"),
+])
+def test_values_that_would_lose_something_are_refused(default, text):
+    with pytest.raises(ValueError, match="key takes " + type(default).__name__):
+        from_text("key", text, default)
+
+
+@pytest.mark.parametrize("default, value", [(1, True), (0.5, True), (True, 1), ("a", 1), (1, "1"), (1, None), (0.5, [1.0]), (1, 1.5)])
+def test_wrong_types_in_config_files_are_refused(default, value):
+    with pytest.raises(ValueError, match="key takes"):
+        coerce("key", value, default)
+
+
+def test_later_settings_win_and_nanogpt_configs_work(tmp_path, fables_data):
+    config = tmp_path / "like_nanogpt.py"
+    config.write_text("import time\nwandb_log = False\nwandb_run_name = 'x' + str(time.time())\n_private = 3\n"
+                      "batch_size = 2 * 2\nmax_iters = 1e1 # a comment\nlearning_rate = 1\n")
+    done = run("train.py", *TINY, f"--dataset={fables_data}", f"--out_dir={tmp_path}/out", str(config), "--max_iters=1")
+    assert done.returncode == 0, done.stderr
+    settings = torch.load(tmp_path / "out/last.pt", weights_only=True)["config"]
+    assert (settings["batch_size"], settings["max_iters"], settings["learning_rate"]) == (4, 1, 1.0)
+    assert settings["n_embd"] == 16 and type(settings["learning_rate"]) is float
+
+
+@pytest.mark.parametrize("args, says", [
+    (["--learning_rat=1"], "did you mean learning_rate?"),
+    (["--xyzzy=1"], "--help lists them"),
+    (["--n_layer=two"], "n_layer takes int (default 6), not 'two'"),
+    (["--compile=1"], "compile takes bool"),
+    (["--compile"], "write --compile=VALUE"),
+    (["config/nothing.py"], "no such config file"),
+    (["n_layer=2"], "no such config file"),
+    (["--"], "lacks a value"),
+    (["config"], "no such config file"),
+    (["--device=toaster"], "toaster"),
+    (["--dtype=float64"], "dtype must be"),
+    (["--init_from=nowhere"], "init_from must be"),
+    (["--batch_size=0"], "batch_size must be at least 1"),
+    (["--learning_rate=-1"], "learning_rate must not be negative"),
+    (["--beta2=1"], "beta2 must be"),
+    (["--dataset=nothing"], "there is no data set nothing"),
+    (["--n_head=5"], "must be a multiple of n_head"),
+    (["--dropout=1.5"], "dropout must be"),
+    (["--batching=random"], "batching must be"),
+    (["--block_size=100000"], "fewer than a window"),
+    (["--arch=bert"], "arch must be"),
+])
+def test_bad_settings_are_one_line(args, says, fables_data, tmp_path):
+    data = [] if "dataset" in args[0] else [f"--dataset={fables_data}"]
+    assert says in one_line_error(run("train.py", f"--out_dir={tmp_path}/out", *data, *args))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text, says", [
+    ("n_layers = 2", "did you mean n_layer?"), ("n_layer = '2'", "n_layer takes int"), ("n_layer = = 2", "line 1: SyntaxError"),
+    ("x_ = 1\n\n1 / 0", "line 3: ZeroDivisionError"), ("import sys\nsys.exit(0)", "line 2: SystemExit"), ("open('nowhere')", "line 1: FileNotFound"),
+    ("n_layer = None", "n_layer takes int"), ("from math import pi", "there is no setting 'pi'"),
+])
+def test_bad_config_files_are_one_line(tmp_path, text, says):
+    path = tmp_path / "bad.py"
+    path.write_text(text)
+    error = one_line_error(run("train.py", str(path)))
+    assert says in error and str(path) in error
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_lists_every_setting_with_its_reason(script):
+    done = run(script, "--help")
+    assert done.returncode == 0 and not done.stderr
+    for name, comment in settings_of(HERE / script).items():
+        assert f"--{name}=" in done.stdout and comment in done.stdout
+    assert f"usage: python {Path(script).name}" in done.stdout
+    assert len(settings_of(HERE / script)) >= 2
+
+
+def test_configs_fit_every_script():
+    trainers = settings_of(HERE / "train.py")
+    for path in (HERE / "config").glob("*.py"):
+        namespace = {}
+        exec(path.read_text(), namespace)
+        assert {name for name in namespace if not name.startswith("_")} <= set(trainers), path
+
+
+def test_defaults_of_training_are_those_of_train_small():
+    namespace, config = {}, {}
+    source = (HERE / "train.py").read_text().split("config = configure")[0].split("# ---")[-1]
+    exec(source.split("\n", 1)[1], namespace)
+    exec((HERE / "config/train_small.py").read_text(), config)
+    for name in config.keys() - {"__builtins__"}:
+        assert config[name] == namespace[name], name
+    bench = {}
+    exec((HERE / "bench.py").read_text().split("# ---")[1].split("\n", 1)[1], bench)
+    shared = set(bench) & set(config) - {"__builtins__"}
+    assert {"n_layer", "n_embd", "block_size", "batch_size"} <= shared and all(bench[k] == config[k] for k in shared)
+
+
+# -----------------------------------------------------------------------------
+# Missing things name the command that makes them
+
+def test_missing_things_name_the_command_that_makes_them(tmp_path, trained):
+    assert "train.py --out_dir=" in one_line_error(run("sample.py", f"--out_dir={tmp_path}"))
+    assert "train.py --out_dir=" in one_line_error(run("eval.py", f"--out_dir={tmp_path}"))
+    shutil.copytree(HERE / "data/tinystories", tmp_path / "tinystories", ignore=shutil.ignore_patterns("*.bin", "*.json"))
+    error = one_line_error(run("train.py", f"--dataset={tmp_path}/tinystories", f"--out_dir={tmp_path}/out"))
+    assert f"run `python {tmp_path}/tinystories/prepare.py`" in error
+    assert "not prepared" in one_line_error(run("eval.py", f"--out_dir={trained}", f"--dataset={tmp_path}/tinystories"))
+
+
+@pytest.mark.parametrize("args, says", [
+    (["--start=Qwertyuiop"], "lacks the words 'Qwertyuiop'"),
+    (["--start=FILE:nowhere.txt"], "nowhere.txt"),
+    (["--temperature=-1"], "temperature must be at least 0"),
+    (["--num_samples=0"], "num_samples must be at least 1"),
+    (["--top_k=-1"], "top_k must be at least 0"),
+])
+def test_bad_prompts_are_one_line(trained, args, says):
+    assert says in one_line_error(run("sample.py", f"--out_dir={trained}", *args))
+
+
+def test_prompt_that_is_not_text(tmp_path, trained):
+    (tmp_path / "prompt").write_bytes(b"\xff\xfe\x00")
+    assert "utf-8" in one_line_error(run("sample.py", f"--out_dir={trained}", f"--start=FILE:{tmp_path}/prompt"))
+
+
+# -----------------------------------------------------------------------------
+# Sampling and evaluation
+
+def test_samples_begin_with_the_prompt_and_repeat(trained, tmp_path):
+    prompt = "Once upon a time"
+    (tmp_path / "prompt.txt").write_text(prompt)
+    args = [f"--out_dir={trained}", "--num_samples=2", "--max_new_tokens=40"]  # longer than the context of 32
+    first = run("sample.py", *args, f"--start={prompt}")
+    assert first.returncode == 0, first.stderr
+    samples = first.stdout.split("-" * 80 + "\n")
+    assert len(samples) == 3 and all(sample.startswith(prompt) for sample in samples[:2]) and samples[0] != samples[1]
+    assert run("sample.py", *args, f"--start=FILE:{tmp_path}/prompt.txt").stdout == first.stdout
+    assert run("sample.py", *args, f"--start={prompt}", "--seed=2").stdout != first.stdout
+
+
+@pytest.mark.parametrize("batching", ["windows", "by_length"])
+def test_metrics_equal_a_plain_computation(trained, fables_data, tmp_path, batching):
+    out = tmp_path / "out"
+    shutil.copytree(trained, out)
+    done = run("eval.py", f"--out_dir={out}", f"--batching={batching}", "--valid_samples=5", "--dtype=float32", "--batch_size=3")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((out / "metrics_summary.json").read_text())
+
+    model, checkpoint = load_model(out, "cpu")
+    meta = load_meta(fables_data)
+    stream = TokenStream(fables_data, "val", meta)
+    ids = stream.read(0, len(stream)).tolist()
+    nats, top1, top5, n, context = 0.0, 0, 0, 0, [0]
+    for position, target in enumerate(ids):  # one token at a time
+        if batching == "windows" and position % 32 == 0 and position:
+            context = [ids[position - 1]] if (position - 1) % 32 == 0 else context
+        if batching == "by_length" and (ids[position - 1] == 0 or len(context) > 32):
+            context = [ids[position - 1]]
+        if batching == "windows" and position == 0:
+            context = [target]  # nothing foretells the first token
+            continue
+        if len(context) > 32:
+            context = [ids[position - 1]]
+        logits = model(torch.tensor([context]))[0][0, -1]
+        nats -= logits.log_softmax(-1)[target].item()
+        top1 += int(logits.argmax() == target)
+        top5 += int(target in logits.topk(5).indices)
+        n += 1
+        context.append(target)
+    counts = meta["splits"]["val"]
+    loss = nats / n
+    expected = dict(tokens=n, loss=loss, perplexity=math.exp(loss), accuracy=top1 / n, accuracy_top5=top5 / n,
+                    bits_per_byte=loss * len(ids) / math.log(2) / counts["bytes"],
+                    bits_per_char=loss * len(ids) / math.log(2) / counts["characters"],
+                    word_perplexity=math.exp(loss * len(ids) / counts["words"]))
+    for key, value in expected.items():
+        assert summary[key] == pytest.approx(value, rel=1e-4), key
+    assert summary["floor"] == (meta["floor"] if batching == "by_length" else None) and summary["valid_share"] == 0.0
+    assert ("above the floor" in done.stdout) == (batching == "by_length")
+    assert summary["parameters"] == model.num_params() and summary["peak_memory_bytes"] > 1e7
+    assert summary["step"] == checkpoint["step"] and summary["dataset"] == "fables"
+
+
+def test_a_model_that_knows_its_fable_is_valid(tmp_path):
+    """One story only, learned by heart: no loss left, and every sample is that story."""
+    done = run("data/fables/prepare.py", f"--out_dir={tmp_path}/one", "--train_stories=1", "--val_stories=1")
+    assert done.returncode == 0, done.stderr
+    for split in ("train", "val"):  # validate on the story itself
+        shutil.copy(tmp_path / "one/train.bin", tmp_path / f"one/{split}.bin.copy")
+    meta = json.loads((tmp_path / "one/meta.json").read_text())
+    (tmp_path / "one/val.bin.copy").replace(tmp_path / "one/val.bin")
+    meta["splits"]["val"] = meta["splits"]["train"]
+    (tmp_path / "one/meta.json").write_text(json.dumps(meta))
+    train(tmp_path / "one", tmp_path / "out", "--batching=by_length", "--block_size=160", "--n_embd=64", "--dropout=0", "--batch_size=1",
+          "--gradient_accumulation_steps=1", "--max_iters=120", "--lr_decay_iters=0", "--learning_rate=0.01", "--eval_interval=120")
+    done = run("eval.py", f"--out_dir={tmp_path}/out", "--valid_samples=20")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "out/metrics_summary.json").read_text())
+    assert summary["loss"] < 0.01 and summary["accuracy"] == 1.0 and summary["valid_share"] >= 0.9
+    stream = TokenStream(tmp_path / "one", "train", meta)
+    story = get_tokenizer(meta).decode(stream.read(0, len(stream) - 1).tolist())
+    assert run("sample.py", f"--out_dir={tmp_path}/out", "--num_samples=1", "--temperature=0").stdout.startswith(story + "\n---")
+
+
+def test_eval_refuses_another_tokenizer(trained, tmp_path):
+    (tmp_path / "input.txt").write_text("abc " * 100)
+    assert run("data/shakespeare_char/prepare.py", f"--source={tmp_path}/input.txt", f"--out_dir={tmp_path}/chars").returncode == 0
+    assert "another tokenizer" in one_line_error(run("eval.py", f"--out_dir={trained}", f"--dataset={tmp_path}/chars"))
+
+
+# -----------------------------------------------------------------------------
+# Benchmark
+
+BENCH = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=2", "--vocab_size=50", "--rounds=3",
+         "--steps=2", "--compile=False", "--device=cpu", "--dtype=float32"]
+
+
+def test_bench_beside_another_model(tmp_path):
+    (tmp_path / "model.py").write_text((HERE / "model.py").read_text())
+    done = run("bench.py", *BENCH, f"--against={tmp_path}/model.py")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.strip().splitlines()[-1])
+    assert result["ratio"] == pytest.approx(result["tokens_per_second"] / result["their_tokens_per_second"])
+    assert result["tokens_per_second"] > 0 and result["mfu"] > 0 and not result["compiled"]
+    assert result["parameters"] == 16 * (50 + 16) + 12 * 16 * 16 + 13 * 16 + 2 * 16
+    assert "ratio" not in json.loads(run("bench.py", *BENCH).stdout.strip().splitlines()[-1])
+
+
+def test_bench_takes_training_configs(tmp_path):
+    config = tmp_path / "config.py"
+    config.write_text("dataset = 'fables'\nlearning_rate = 1e-3\nn_embd = 8\nmax_iters = 5\n")
+    done = run("bench.py", *BENCH, str(config))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.strip().splitlines()[-1])["parameters"] == 8 * (50 + 16) + 12 * 8 * 8 + 13 * 8 + 2 * 8
+
+
+@pytest.mark.parametrize("args, says", [
+    (["--against=nowhere.py"], "no file nowhere.py"), (["--against=tokenizer.py"], "not a model.py with GPT"), (["--steps=0"], "steps must"),
+    (["--n_head=3"], "multiple of n_head"), (["--learning_rate=1"], "no setting 'learning_rate'"),
+])
+def test_bench_errors_are_one_line(args, says):
+    assert says in one_line_error(run("bench.py", *BENCH, *args))

