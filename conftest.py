@@ -36,7 +36,7 @@ def read_log(out_dir: Path) -> list[dict]:
 @pytest.fixture(scope="session")
 def fables_data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "fables"
-    done = run("data/fables/prepare.py", f"--out_dir={folder}", "--train_stories=60", "--val_stories=20")
+    done = run("data/fables/prepare.py", f"--out_dir={folder}", "--train_stories=60", "--val_stories=8")
     assert done.returncode == 0, done.stderr
     return folder
 

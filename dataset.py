@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 FORMAT_VERSION = 1
-SPLITS = ("train", "val")
+POOL = 64  # batches
 
 
 # -----------------------------------------------------------------------------
@@ -145,6 +145,9 @@ def split_text(path: Path) -> Iterator[str]:
 def load_meta(folder: Path) -> dict:
     """A data set's meta.json, checked; what nanoGPT's own data sets are, where there is none."""
     prepare = f"python {folder}/prepare.py"
+    if not folder.is_dir():
+        known = ", ".join(sorted(path.parent.name for path in folder.parent.glob("*/prepare.py")))
+        raise ValueError(f"there is no data set {folder.name}; there are {known or 'none'} in {folder.parent}")
     if not (folder / "meta.json").is_file():
         if (folder / "meta.pkl").is_file():
             raise ValueError(f"{folder}/meta.pkl is a pickle, which could run anything; make the data set with `{prepare}`")
@@ -249,18 +252,19 @@ class TrainBatches:
     there is no state to save. Each epoch serves every row once, in another order.
 
     'windows': windows of block_size + 1 tokens, cut at another offset each epoch. 'by_length': documents, one a row,
-    those of like length together and padded to the longest.
+    those of like length together and padded to the longest; sorted within pools of 64 batches, since batches of one
+    length only would be too much alike in content too.
     """
 
     def __init__(self, stream: TokenStream, block_size: int, batch_size: int, seed: int, batching: str = "windows", eot: int = -1):
         if batching not in ("windows", "by_length"):
             raise ValueError(f"batching must be 'windows' or 'by_length', got {batching!r}")
-        if len(stream) <= block_size:
+        if batching == "windows" and len(stream) <= block_size:
             raise ValueError(f"{stream.name} has {len(stream):,} tokens, fewer than a window of block_size + 1 = {block_size + 1:,}")
         self.stream, self.block_size, self.batch_size = stream, block_size, batch_size
         self.seed, self.batching, self.eot = seed, batching, eot
-        self.offsets = min(block_size, len(stream) - block_size)  # a window may begin this far into the stream
-        self.windows = (len(stream) - self.offsets) // block_size  # in an epoch, at any of the offsets
+        self.offsets = min(block_size, len(stream) - block_size)  # an epoch's windows begin at one of so many offsets
+        self.windows = (len(stream) - self.offsets) // block_size  # in an epoch, whatever its offset
         self.rows = stream.document_rows(eot, block_size) if batching == "by_length" else None
         self.order: tuple[int, np.ndarray] = (-1, np.empty(0))  # an epoch and its order of rows
 
@@ -286,7 +290,9 @@ class TrainBatches:
         if self.order[0] != epoch:
             rng = np.random.default_rng(self.key(epoch))
             lengths = self.rows[:, 1] - self.rows[:, 0]
-            self.order = epoch, np.lexsort((rng.random(len(lengths)), lengths))
+            order = rng.permutation(len(lengths))
+            pool = np.arange(len(order)) // (POOL * self.batch_size)
+            self.order = epoch, order[np.lexsort((lengths[order], pool))]
         i = int(shuffled(np.array([i]), batches, self.key(epoch))[0])
         return self.rows[self.order[1][i * self.batch_size:(i + 1) * self.batch_size]]
 

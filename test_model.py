@@ -59,13 +59,13 @@ def test_loss_at_initialisation_is_that_of_a_uniform_guess():
     assert loss.item() == pytest.approx(math.log(1000), abs=0.05)
 
 
-def test_initialisation():
-    model = tiny(n_embd=256, n_layer=8)
-    for name, p in model.named_parameters():
+@pytest.mark.parametrize("n_embd, scale", [(192, 2.0), (768, 1.0)])
+def test_initialisation(n_embd, scale):
+    for name, p in tiny(n_embd=n_embd, n_layer=2, vocab_size=200).named_parameters():
         if p.dim() == 1:
             assert (p == (0 if name.endswith("bias") else 1)).all(), name
         else:
-            std = 0.02 / math.sqrt(16) if name.endswith("c_proj.weight") else 0.02
+            std = scale * 0.02 / (2 if name.endswith("c_proj.weight") else 1)
             assert p.std().item() == pytest.approx(std, rel=0.1), name
 
 

@@ -255,6 +255,9 @@ say(f"{dataset}: {len(streams['train']):,} training and {len(streams['val']):,} 
 if master and not eval_only:
     with user_errors():
         os.makedirs(out_dir, exist_ok=True)
+        if not checkpoint:  # an older run that is being replaced must not be resumed by mistake
+            for name in ("last.pt", "prev.pt", "best.pt"):
+                (Path(out_dir) / name).unlink(missing_ok=True)
         lines = [line for line in open(Path(out_dir) / "log.jsonl")] if checkpoint else []
         with open(Path(out_dir) / "log.jsonl", "w") as file:  # steps after the checkpoint are about to be made again
             file.writelines(line for line in lines if json.loads(line)["step"] <= step)
