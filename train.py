@@ -91,6 +91,7 @@ rank, local_rank, world_size = (int(os.environ.get(name, default)) for name, def
 distributed = "RANK" in os.environ
 master = rank == 0
 say = tqdm.write if master else lambda text: None
+sys.stdout.reconfigure(line_buffering=True)  # a redirected log is readable while it grows
 with user_errors():
     check_settings()
     device = resolve_device(device)
@@ -218,6 +219,7 @@ def draw_losses(path: Path) -> None:
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib import ticker
 
     records = [json.loads(line) for line in open(path.with_name("log.jsonl"))]
     fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
@@ -226,7 +228,10 @@ def draw_losses(path: Path) -> None:
                 **(dict(color="0.7", lw=1) if key == "loss" else dict(color="C0", ms=4)))
     if "floor" in meta and batching == "by_length":
         ax.axhline(meta["floor"], color="C3", ls="--", label=f"floor: {meta['floor']:.3f}, the entropy of the text")
-    ax.set(xlabel="step", ylabel="loss (nats per token)", title=f"{dataset}: {raw_model.num_params():,} parameters")
+    ax.set(xlabel="step", ylabel="loss (nats per token)", title=f"{dataset}: {raw_model.num_params():,} parameters", yscale="log")
+    ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 4, 6)))
+    ax.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    ax.yaxis.set_minor_locator(ticker.NullLocator())
     ax.legend()
     ax.grid(alpha=0.3)
     fig.savefig(path.with_name("loss.png.tmp"), format="png", dpi=120)
@@ -244,6 +249,7 @@ def save(name: str) -> None:
 
 
 model = compiled_or_eager()
+how = "eager" if model is raw_model else "compiled"
 if distributed:
     model = DistributedDataParallel(model, device_ids=[local_rank] if device_type == "cuda" else None)
 peak, peak_source = peak_flops(device, dtype)
@@ -251,7 +257,7 @@ tokens_per_step = gradient_accumulation_steps * batch_size * block_size
 say(f"{raw_model.num_params():,} parameters ({raw_model.num_params(non_embedding=True):,} without embeddings), "
     f"{gradient_accumulation_steps} x {batch_size} x {block_size} = {tokens_per_step:,} tokens a step on {world_size} rank(s)")
 say(f"{dataset}: {len(streams['train']):,} training and {len(streams['val']):,} validation tokens; {device}, {dtype}, "
-    f"{'compiled' if model is not raw_model and compile else 'eager'}; MFU against {peak / 1e12:.3g} TFLOP/s ({peak_source})")
+    f"{how}; MFU against {peak / 1e12:.3g} TFLOP/s ({peak_source})")
 if master and not eval_only:
     with user_errors():
         os.makedirs(out_dir, exist_ok=True)

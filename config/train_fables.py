@@ -15,11 +15,11 @@ bias = True
 
 learning_rate = 4e-3
 min_lr = 0.0
-max_iters = 2350
+max_iters = 2400
 warmup_iters = 50
 weight_decay = 0.05
 beta2 = 0.99
-eval_interval = 470
-eval_iters = 25  # 200 fables; eval.py scores all 2,000
+eval_interval = 240
+eval_iters = 12  # 96 fables; eval.py scores all 2,000
 log_interval = 50
 compile = False  # rows of many lengths: compiling would take longer than the training
