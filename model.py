@@ -101,11 +101,13 @@ class GPT(nn.Module):
     def init_weights(self) -> None:
         """
         GPT-2's initialisation: N(0, 0.02), projections into the residual stream scaled by its depth, biases zero. 0.02 fits
-        GPT-2's width of 768; narrower models need more, by the square root, or their attention is slow to wake.
+        a width of 768; the hidden matrices of a narrower model get more, by the square root, or attention is slow to wake.
         """
         std = 0.02 * math.sqrt(768 / self.config.n_embd)
         for name, p in self.named_parameters():
-            if name.endswith("c_proj.weight"):
+            if name.startswith(("transformer.wte", "transformer.wpe")):
+                p.normal_(std=0.02)  # not scaled: it is the head too, and the first guess should be uniform
+            elif name.endswith("c_proj.weight"):
                 p.normal_(std=std / math.sqrt(2 * self.config.n_layer))
             elif p.dim() == 2:
                 p.normal_(std=std)
