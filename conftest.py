@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the tests themselves run side by side
 HERE = Path(__file__).parent
 TINY = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=32", "--batch_size=4", "--gradient_accumulation_steps=2",
         "--max_iters=6", "--lr_decay_iters=6", "--warmup_iters=2", "--eval_interval=3", "--eval_iters=2", "--log_interval=1",
@@ -17,7 +18,7 @@ def run(script: str, *args: str, ranks: int = 0, **env: str) -> subprocess.Compl
     """Run a script in the repository's folder, under torchrun if ranks is given."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
     return subprocess.run([sys.executable, *launcher, script, *args], cwd=HERE, capture_output=True, text=True, timeout=300,
-                          env=os.environ | {"OMP_NUM_THREADS": "1", **env})
+                          env=os.environ | env)
 
 
 def train(data: Path, out_dir: Path, *args: str, **how) -> subprocess.CompletedProcess:

@@ -121,7 +121,8 @@ def read_documents(path: Path, column: str = "text") -> Iterator[str]:
     else:
         from datasets import load_dataset
 
-        data = load_dataset("parquet" if path.suffix == ".parquet" else "json", data_files=str(path), split="train", streaming=True)
+        kind = "parquet" if path.suffix == ".parquet" else "json"
+        data = load_dataset(kind, data_files=str(path), split="train", streaming=True)
         rows = (row.get(column) for row in data)
     for text in rows:
         if not isinstance(text, str):
@@ -204,7 +205,8 @@ class TokenStream:
         ends = ends if len(ends) and ends[-1] == len(self) else np.append(ends, len(self))
         begins = np.append(0, ends[:-1])
         pieces = -(-(ends - begins) // block_size)
-        starts = np.repeat(begins, pieces) + block_size * (np.arange(pieces.sum()) - np.repeat(pieces.cumsum() - pieces, pieces))
+        piece = np.arange(pieces.sum()) - np.repeat(pieces.cumsum() - pieces, pieces)  # of its document, from 0
+        starts = np.repeat(begins, pieces) + block_size * piece
         return np.stack([starts, np.minimum(starts + block_size, np.repeat(ends, pieces))], axis=1)
 
     def window_rows(self, block_size: int) -> np.ndarray:
@@ -256,11 +258,13 @@ class TrainBatches:
     length only would be too much alike in content too.
     """
 
-    def __init__(self, stream: TokenStream, block_size: int, batch_size: int, seed: int, batching: str = "windows", eot: int = -1):
+    def __init__(self, stream: TokenStream, block_size: int, batch_size: int, seed: int, batching: str = "windows",
+                 eot: int = -1):
         if batching not in ("windows", "by_length"):
             raise ValueError(f"batching must be 'windows' or 'by_length', got {batching!r}")
         if batching == "windows" and len(stream) <= block_size:
-            raise ValueError(f"{stream.name} has {len(stream):,} tokens, fewer than a window of block_size + 1 = {block_size + 1:,}")
+            raise ValueError(f"{stream.name} has {len(stream):,} tokens, fewer than a window of block_size + 1 = "
+                             f"{block_size + 1:,}")
         self.stream, self.block_size, self.batch_size = stream, block_size, batch_size
         self.seed, self.batching, self.eot = seed, batching, eot
         self.offsets = min(block_size, len(stream) - block_size)  # an epoch's windows begin at one of so many offsets

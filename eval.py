@@ -117,7 +117,8 @@ summary = {
 }
 for key, value in summary.items():
     if value is not None:
-        print(f"{key:>26}: {f'{value:,.4f}' if isinstance(value, float) else f'{value:,}' if isinstance(value, int) else value}")
+        shown = f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
+        print(f"{key:>26}: {shown}")
 if summary["floor"]:
     print(f"The loss is {loss / summary['floor'] - 1:.1%} above the floor, which is the exact entropy of this text.")
 temporary = Path(out_dir) / "metrics_summary.json.tmp"

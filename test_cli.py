@@ -41,7 +41,8 @@ def test_values_from_the_command_line(default, text, value):
 
 
 @pytest.mark.parametrize("default, text", [
-    (1, "1.5"), (1, "True"), (1, "one"), (1, ""), (1, "inf"), (1, "nan"), (0.5, "x"), (0.5, "nan"), (0.5, "inf"), (0.5, "False"),
+    (1, "1.5"), (1, "True"), (1, "one"), (1, ""), (1, "inf"), (1, "nan"), (0.5, "x"), (0.5, "nan"),
+    (0.5, "inf"), (0.5, "False"),
     (0.5, "9007199254740993"), (True, "1"), (True, "yes"), (True, ""), (True, "None"),
 ])
 def test_values_that_would_lose_something_are_refused(default, text):
@@ -49,7 +50,9 @@ def test_values_that_would_lose_something_are_refused(default, text):
         from_text("key", text, default)
 
 
-@pytest.mark.parametrize("default, value", [(1, True), (0.5, True), (True, 1), ("a", 1), (1, "1"), (1, None), (0.5, [1.0]), (1, 1.5)])
+@pytest.mark.parametrize("default, value", [
+    (1, True), (0.5, True), (True, 1), ("a", 1), (1, "1"), (1, None), (0.5, [1.0]), (1, 1.5),
+])
 def test_wrong_types_in_config_files_are_refused(default, value):
     with pytest.raises(ValueError, match="key takes"):
         coerce("key", value, default)
@@ -97,7 +100,8 @@ def test_bad_settings_are_one_line(args, says, fables_data, tmp_path):
 
 @pytest.mark.parametrize("text, says", [
     ("n_layers = 2", "did you mean n_layer?"), ("n_layer = '2'", "n_layer takes int"), ("n_layer = = 2", "line 1: SyntaxError"),
-    ("x_ = 1\n\n1 / 0", "line 3: ZeroDivisionError"), ("import sys\nsys.exit(0)", "line 2: SystemExit"), ("open('nowhere')", "line 1: FileNotFound"),
+    ("x_ = 1\n\n1 / 0", "line 3: ZeroDivisionError"), ("import sys\nsys.exit(0)", "line 2: SystemExit"),
+    ("open('nowhere')", "line 1: FileNotFound"),
     ("n_layer = None", "n_layer takes int"), ("from math import pi", "there is no setting 'pi'"),
 ])
 def test_bad_config_files_are_one_line(tmp_path, text, says):
@@ -183,7 +187,8 @@ def test_samples_begin_with_the_prompt_and_repeat(trained, tmp_path):
 def test_metrics_equal_a_plain_computation(trained, fables_data, tmp_path, batching):
     out = tmp_path / "out"
     shutil.copytree(trained, out)
-    done = run("eval.py", f"--out_dir={out}", f"--batching={batching}", "--valid_samples=5", "--dtype=float32", "--batch_size=3")
+    done = run("eval.py", f"--out_dir={out}", f"--batching={batching}", "--valid_samples=5", "--dtype=float32",
+               "--batch_size=3")
     assert done.returncode == 0, done.stderr
     summary = json.loads((out / "metrics_summary.json").read_text())
 
@@ -230,20 +235,23 @@ def test_a_model_that_knows_its_fable_is_valid(tmp_path):
     meta = json.loads((tmp_path / "one/meta.json").read_text())
     meta["splits"]["val"] = meta["splits"]["train"]
     (tmp_path / "one/meta.json").write_text(json.dumps(meta))
-    train(tmp_path / "one", tmp_path / "out", "--batching=by_length", "--block_size=160", "--n_embd=64", "--dropout=0", "--batch_size=1",
-          "--gradient_accumulation_steps=1", "--max_iters=250", "--lr_decay_iters=0", "--learning_rate=0.01", "--eval_interval=250")
+    train(tmp_path / "one", tmp_path / "out", "--batching=by_length", "--block_size=160", "--n_embd=64", "--dropout=0",
+          "--batch_size=1", "--gradient_accumulation_steps=1", "--max_iters=250", "--lr_decay_iters=0", "--learning_rate=0.01",
+          "--eval_interval=250")
     done = run("eval.py", f"--out_dir={tmp_path}/out", "--valid_samples=20")
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "out/metrics_summary.json").read_text())
     assert summary["loss"] < 0.01 and summary["accuracy"] == 1.0 and summary["valid_share"] >= 0.9
     stream = TokenStream(tmp_path / "one", "train", meta)
     story = get_tokenizer(meta).decode(stream.read(0, len(stream) - 1).tolist())
-    assert run("sample.py", f"--out_dir={tmp_path}/out", "--num_samples=1", "--temperature=0").stdout.startswith(story + "\n---")
+    told = run("sample.py", f"--out_dir={tmp_path}/out", "--num_samples=1", "--temperature=0").stdout
+    assert told.startswith(story + "\n---")
 
 
 def test_eval_refuses_another_tokenizer(trained, tmp_path):
     (tmp_path / "input.txt").write_text("abc " * 100)
-    assert run("data/shakespeare_char/prepare.py", f"--source={tmp_path}/input.txt", f"--out_dir={tmp_path}/chars").returncode == 0
+    done = run("data/shakespeare_char/prepare.py", f"--source={tmp_path}/input.txt", f"--out_dir={tmp_path}/chars")
+    assert done.returncode == 0, done.stderr
     assert "another tokenizer" in one_line_error(run("eval.py", f"--out_dir={trained}", f"--dataset={tmp_path}/chars"))
 
 
@@ -274,7 +282,8 @@ def test_bench_takes_training_configs(tmp_path):
 
 
 @pytest.mark.parametrize("args, says", [
-    (["--against=nowhere.py"], "no file nowhere.py"), (["--against=tokenizer.py"], "not a model.py with GPT"), (["--steps=0"], "steps must"),
+    (["--against=nowhere.py"], "no file nowhere.py"), (["--against=tokenizer.py"], "not a model.py with GPT"),
+    (["--steps=0"], "steps must"),
     (["--n_head=3"], "multiple of n_head"), (["--learning_rate=1"], "no setting 'learning_rate'"),
 ])
 def test_bench_errors_are_one_line(args, says):

@@ -172,7 +172,9 @@ def test_generation_past_block_size_keeps_the_newest_half():
     assert model.generate(long_prompt, 1, temperature=0)[0, -1] == model(long_prompt[:, -8:])[0][0, -1].argmax()
 
 
-@pytest.mark.parametrize("changes", [dict(n_head=3), dict(n_layer=0), dict(vocab_size=-1), dict(dropout=1.0), dict(arch="bert")])
+@pytest.mark.parametrize("changes", [
+    dict(n_head=3), dict(n_layer=0), dict(vocab_size=-1), dict(dropout=1.0), dict(arch="bert"),
+])
 def test_impossible_configurations_are_named(changes):
     with pytest.raises(ValueError, match=next(iter(changes))):
         tiny(**changes)
@@ -187,7 +189,8 @@ def test_too_long_and_empty_input():
 
 def test_model_file_works_alone(tmp_path):
     shutil.copy("model.py", tmp_path)
-    code = "import torch, model; print(model.GPT(model.GPTConfig(n_layer=1, n_embd=12, n_head=1)).generate(torch.zeros(1, 1).long(), 3).shape)"
+    code = ("import torch, model; gpt = model.GPT(model.GPTConfig(n_layer=1, n_embd=12, n_head=1)); "
+            "print(gpt.generate(torch.zeros(1, 1).long(), 3).shape)")
     done = subprocess.run([sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, '.'); {code}"], cwd=tmp_path,
                           capture_output=True, text=True)
     assert "torch.Size([1, 4])" in done.stdout, done.stderr

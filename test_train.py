@@ -78,7 +78,8 @@ def test_first_step_is_what_torch_computes_by_hand(tmp_path, fables_data):
     torch.optim.AdamW([{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], lr=0.01 / 2,
                       betas=(0.9, 0.99)).step()
     record = next(r for r in read_log(tmp_path / "out") if "loss" in r)
-    assert record["loss"] == pytest.approx(loss.item(), rel=1e-5) and record["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    assert record["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert record["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
     trained = read_checkpoint(tmp_path / "out/last.pt")["model"]
     for name, weight in model.state_dict().items():
         assert torch.allclose(trained[name], weight, atol=2e-5), name
@@ -112,7 +113,8 @@ def test_compiled_equals_eager(tmp_path, fables_data, trained):
 
 
 def test_without_a_compiler_training_goes_on(tmp_path, fables_data, trained):
-    done = train(fables_data, tmp_path / "out", "--compile=True", CXX="no-such-compiler", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "c"))
+    done = train(fables_data, tmp_path / "out", "--compile=True", CXX="no-such-compiler",
+                 TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "c"))
     assert done.stdout.count("torch.compile does not work here") == 1 and "eager;" in done.stdout
     assert read_log(tmp_path / "out") == read_log(trained)
 
@@ -125,7 +127,8 @@ def test_existing_runs_are_safe(tmp_path, fables_data, trained):
     def again(*args):
         return run("train.py", f"--dataset={fables_data}", f"--out_dir={out}", *TINY_AGAIN, *args)
 
-    TINY_AGAIN = [f"--{k}={v}" for k, v in read_checkpoint(out / "last.pt")["config"].items() if k not in ("out_dir", "dataset")]
+    saved = read_checkpoint(out / "last.pt")["config"]
+    TINY_AGAIN = [f"--{k}={v}" for k, v in saved.items() if k not in ("out_dir", "dataset")]
     refused = again()
     assert refused.returncode == 2 and "already holds a run" in refused.stderr
     for how in (["--init_from=auto"], ["--eval_only=True"], ["--init_from=resume", "--eval_only=True"]):
@@ -210,8 +213,9 @@ def test_missing_and_misshapen_weights_are_named(trained):
 def test_nanogpt_checkpoints_load(tmp_path):
     shape = dict(n_layer=1, n_head=2, n_embd=8, block_size=16, bias=False, vocab_size=50304, dropout=0.0)
     theirs = GPT(GPTConfig(**shape, gelu="none")).eval()
-    torch.save({"model": {f"_orig_mod.{k}": v for k, v in theirs.state_dict().items()}, "model_args": shape, "iter_num": 7,
-                "optimizer": {}, "best_val_loss": torch.tensor(3.5), "config": {"dataset": "openwebtext"}}, tmp_path / "ckpt.pt")
+    torch.save({"model": {f"_orig_mod.{k}": v for k, v in theirs.state_dict().items()}, "model_args": shape,
+                "optimizer": {}, "iter_num": 7, "best_val_loss": torch.tensor(3.5), "config": {"dataset": "openwebtext"}},
+               tmp_path / "ckpt.pt")
     model, checkpoint = load_model(tmp_path, "cpu")
     idx = torch.randint(50257, (1, 9))
     assert model(idx)[0].equal(theirs(idx)[0]) and (checkpoint["step"], checkpoint["best_val_loss"]) == (7, 3.5)

@@ -228,7 +228,8 @@ def draw_losses(path: Path) -> None:
                 **(dict(color="0.7", lw=1) if key == "loss" else dict(color="C0", ms=4)))
     if "floor" in meta and batching == "by_length":
         ax.axhline(meta["floor"], color="C3", ls="--", label=f"floor: {meta['floor']:.3f}, the entropy of the text")
-    ax.set(xlabel="step", ylabel="loss (nats per token)", title=f"{dataset}: {raw_model.num_params():,} parameters", yscale="log")
+    ax.set(xlabel="step", ylabel="loss (nats per token)", yscale="log",
+           title=f"{dataset}: {raw_model.num_params():,} parameters")
     ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 4, 6)))
     ax.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
     ax.yaxis.set_minor_locator(ticker.NullLocator())

@@ -34,7 +34,8 @@ def download() -> str:
     except OSError as error:
         raise ValueError(f"{URL} cannot be reached ({type(error).__name__}): give a local copy with --source=FILE") from None
     if hashlib.sha256(raw).hexdigest() != SHA256:
-        raise ValueError(f"what {URL} sent is not the expected text (its SHA-256 differs): give a local copy with --source=FILE")
+        raise ValueError(f"what {URL} sent is not the expected text (its SHA-256 differs): "
+                         "give a local copy with --source=FILE")
     return raw.decode("utf-8")
 
 

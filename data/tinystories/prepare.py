@@ -17,7 +17,7 @@ from dataset import finish_dataset, local_documents, write_split
 from tokenizer import GPT2Tokenizer
 
 # -----------------------------------------------------------------------------
-source = ""  # a local copy: .txt with <|endoftext|> between stories, .jsonl or .parquet; a file, or a folder with train and val files
+source = ""  # a local copy: .txt with <|endoftext|> between stories, .jsonl or .parquet; a file, or a folder of train and val
 out_dir = ""  # where to write; '': this folder
 configure(globals())
 # -----------------------------------------------------------------------------
