@@ -236,12 +236,12 @@ def test_a_model_that_knows_its_fable_is_valid(tmp_path):
     meta["splits"]["val"] = meta["splits"]["train"]
     (tmp_path / "one/meta.json").write_text(json.dumps(meta))
     train(tmp_path / "one", tmp_path / "out", "--batching=by_length", "--block_size=160", "--n_embd=64", "--dropout=0",
-          "--batch_size=1", "--gradient_accumulation_steps=1", "--max_iters=250", "--lr_decay_iters=0", "--learning_rate=0.01",
-          "--eval_interval=250")
+          "--batch_size=1", "--gradient_accumulation_steps=1", "--max_iters=300", "--eval_interval=300",
+          "--learning_rate=0.01", "--min_lr=0.01", "--beta2=0.95", "--weight_decay=0")
     done = run("eval.py", f"--out_dir={tmp_path}/out", "--valid_samples=20")
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "out/metrics_summary.json").read_text())
-    assert summary["loss"] < 0.01 and summary["accuracy"] == 1.0 and summary["valid_share"] >= 0.9
+    assert summary["loss"] < 0.001 and summary["accuracy"] == 1.0 and summary["valid_share"] >= 0.9
     stream = TokenStream(tmp_path / "one", "train", meta)
     story = get_tokenizer(meta).decode(stream.read(0, len(stream) - 1).tolist())
     told = run("sample.py", f"--out_dir={tmp_path}/out", "--num_samples=1", "--temperature=0").stdout
