@@ -25,7 +25,10 @@ configure(globals())
 
 def hub_documents(split: str) -> Iterator[str]:
     from datasets import load_dataset
+    from huggingface_hub.utils import logging
 
+    logging.set_verbosity_error()  # it tells of each of its five retries
+    print("asking the Hugging Face hub for the stories ...", file=sys.stderr)
     try:
         data = load_dataset("roneneldan/TinyStories", split={"train": "train", "val": "validation"}[split])
     except Exception as error:  # any way in which a download fails
