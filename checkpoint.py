@@ -3,8 +3,10 @@ Checkpoints: out_dir/last.pt to resume from, out_dir/best.pt with the lowest val
 only. A file appears under its name whole or not at all, and the last.pt before it stays as prev.pt.
 
 Keys: model (state dict of the uncompiled model), model_args, step, best_val_loss, config (the settings), meta (the data
-set's meta.json, so that sampling needs no data folder), version; in last.pt also optimizer and scaler.
+set's meta.json, so that sampling needs no data folder), version; in last.pt also optimizer, scaler, and the loop's stale,
+seconds, lr_scale and watch.
 """
+import contextlib
 import os
 import sys
 import zipfile
@@ -17,6 +19,37 @@ from model import GPT, GPTConfig
 VERSION = 1
 
 
+def write_atomically(path: Path, text: str) -> None:
+    """Under its name a file is the old one or the new one, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def lock_run(out_dir: str | Path):
+    """
+    Make out_dir and hold the lock on it until this process ends, however it ends: the kernel lets go of it, so that no
+    lock is ever stale. The file `lock` holds the process id, for the message to whom it keeps out.
+    """
+    os.makedirs(out_dir, exist_ok=True)
+    file = open(Path(out_dir) / "lock", "a+")
+    with contextlib.suppress(ImportError):  # Windows has no flock: no lock there
+        import fcntl
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ValueError(f"process {file.read().strip() or '?'} is training in {out_dir}: wait for it or stop it, or "
+                             "choose another --out_dir") from None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
+
+
 def save_checkpoint(out_dir: str | Path, name: str, checkpoint: dict) -> None:
     """Write out_dir/name: temporary file, fsync, rename. An older last.pt becomes prev.pt."""
     path = Path(out_dir) / name
@@ -26,8 +59,11 @@ def save_checkpoint(out_dir: str | Path, name: str, checkpoint: dict) -> None:
             torch.save(checkpoint | {"version": VERSION}, file)
             file.flush()
             os.fsync(file.fileno())
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        reason = error if isinstance(error, OSError) else error.__context__  # torch hides a full disk in a RuntimeError
+        if isinstance(reason, OSError):
+            raise OSError(f"{path} could not be written ({reason.strerror}); what was saved before is still there") from None
         raise
     if name == "last.pt" and path.exists():
         os.replace(path, path.with_name("prev.pt"))

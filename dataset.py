@@ -178,7 +178,7 @@ class TokenStream:
         for path in paths:
             if path.stat().st_size == 0 or path.stat().st_size % 2:
                 raise ValueError(f"{path} has {path.stat().st_size} bytes: not a file of 2-byte tokens")
-        self.name = f"{folder}/{split}"
+        self.name, self.split = f"{folder}/{split}", split
         self.shards = [np.memmap(path, dtype="<u2", mode="r") for path in paths]
         self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
         expected = meta["splits"].get(split, {}).get("tokens", len(self))
@@ -193,6 +193,19 @@ class TokenStream:
         first, last = np.searchsorted(self.starts, [start, stop - 1], side="right") - 1
         parts = [self.shards[i][max(0, start - self.starts[i]):stop - self.starts[i]] for i in range(first, last + 1)]
         return np.concatenate(parts).astype(np.int64)
+
+    def check(self, meta: dict) -> None:
+        """Read everything once: ValueError where an id is outside the vocabulary, or the bytes are not those that meta knows."""
+        digest, largest = hashlib.sha256(), 0
+        for shard in self.shards:
+            for i in range(0, len(shard), 1 << 22):
+                digest.update(shard[i:i + (1 << 22)])
+                largest = max(largest, int(shard[i:i + (1 << 22)].max()))
+        if largest >= meta["vocab_size"]:
+            raise ValueError(f"{self.name} has the token id {largest}, but the vocabulary has only {meta['vocab_size']:,}")
+        expected = meta["splits"].get(self.split, {}).get("sha256", digest.hexdigest())
+        if digest.hexdigest() != expected:
+            raise ValueError(f"{self.name} is not what meta.json describes (its SHA-256 differs): prepare it again")
 
     def document_rows(self, eot: int, block_size: int) -> np.ndarray:
         """

@@ -9,6 +9,9 @@ import contextlib
 import json
 import math
 import os
+import resource
+import signal
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -18,8 +21,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from checkpoint import find_resumable, save_checkpoint
-from configurator import configure, user_errors
+from checkpoint import find_resumable, lock_run, save_checkpoint, write_atomically
+from configurator import configure, fail, user_errors
 from dataset import TokenStream, TrainBatches, eval_batches, load_meta, prefetch
 from model import GPT, GPTConfig, peak_flops, resolve_device, resolve_dtype
 
@@ -30,9 +33,13 @@ eval_interval = 250  # steps between evaluations; each one also saves a checkpoi
 log_interval = 10  # steps between log lines
 eval_iters = 20  # leading batches of each split to evaluate on, always the same; 0: the whole split
 eval_only = False  # evaluate once, write nothing, leave
+patience = 0  # stop after so many evaluations in a row without a lower validation loss; 0: never
 always_save_checkpoint = True  # save last.pt at every evaluation; False: only when the validation loss is the lowest yet
 init_from = "scratch"  # 'scratch', 'resume', or 'auto': resume if there is something to resume
 overwrite = False  # let 'scratch' replace a run that out_dir holds
+max_bad_steps = 10  # steps in a row with a non-finite gradient, after which training goes back to its last checkpoint
+logger = ""  # beside log.jsonl also to 'wandb', 'tensorboard' or 'trackio'
+log_x = False  # loss.png over the logarithm of the step
 seed = 1337  # of the weights, the order of the data and dropout
 # data
 dataset = "tinystories"  # a folder in data/, or the path of one
@@ -50,6 +57,7 @@ bias = True  # in Linear and LayerNorm, as GPT-2 has them
 # optimizer
 learning_rate = 1e-3  # highest learning rate
 max_iters = 20000  # steps
+max_minutes = 0.0  # of training, if that is less: the schedule ends with them; 0: only max_iters counts
 weight_decay = 0.1  # of matrices and embeddings
 beta1 = 0.9
 beta2 = 0.99  # longer memory than GPT-2's 0.95, for small batches
@@ -63,16 +71,17 @@ backend = "auto"  # of torch.distributed: nccl on CUDA, gloo elsewhere
 device = "auto"  # cuda, else mps, else cpu; or 'cpu', 'cuda:1', ...
 dtype = "auto"  # fastest safe type on the device; or 'float32', 'bfloat16', 'float16' (with loss scaling)
 compile = True  # torch.compile, where it works; eager elsewhere
+remat = False  # recompute activations in the backward pass: less memory, about a third more time
 config = configure(globals())
 # -----------------------------------------------------------------------------
 
 
 def check_settings() -> None:
-    for name in ("eval_interval", "log_interval", "gradient_accumulation_steps", "batch_size"):
+    for name in ("eval_interval", "log_interval", "gradient_accumulation_steps", "batch_size", "max_bad_steps"):
         if config[name] < 1:
             raise ValueError(f"{name} must be at least 1, got {config[name]}")
     for name in ("eval_iters", "max_iters", "warmup_iters", "lr_decay_iters", "learning_rate", "min_lr", "grad_clip",
-                 "weight_decay", "seed"):
+                 "weight_decay", "seed", "patience", "max_minutes"):
         if config[name] < 0:
             raise ValueError(f"{name} must not be negative, got {config[name]}")
     for name in ("beta1", "beta2"):
@@ -80,9 +89,49 @@ def check_settings() -> None:
             raise ValueError(f"{name} must be at least 0 and below 1, got {config[name]}")
     if init_from not in ("scratch", "resume", "auto"):
         raise ValueError(f"init_from must be scratch, resume or auto, got {init_from!r}")
+    if logger not in ("", "wandb", "tensorboard", "trackio"):
+        raise ValueError(f"logger must be wandb, tensorboard or trackio, got {logger!r}")
     if gradient_accumulation_steps % world_size:
         raise ValueError(f"gradient_accumulation_steps ({gradient_accumulation_steps}) must be a multiple of the number "
                          f"of ranks ({world_size})")
+
+
+stop_signal = 0
+
+
+def ask_to_stop(number: int, frame: object) -> None:
+    """The first SIGINT or SIGTERM lets the step finish and saves; a second SIGINT leaves at once."""
+    global stop_signal
+    if stop_signal and number == signal.SIGINT and not distributed:  # torchrun passes the terminal's own one on again
+        os._exit(130)
+    if not stop_signal and master:
+        os.write(2, b"\nstopping after this step; Ctrl-C again leaves at once, without saving\n")  # print could be inside itself
+    stop_signal = number
+
+
+@contextlib.contextmanager
+def errors_of_any_rank():
+    """user_errors for many: what is wrong for one rank ends all of them, and the first one says it."""
+    errors = [""]
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        errors = [str(error) or type(error).__name__]
+    if distributed:
+        mine, errors = errors[0], [""] * world_size
+        dist.all_gather_object(errors, mine)
+    for number, error in enumerate(errors):
+        if error:
+            fail(f"rank {number}: {error}" if number else error)
+
+
+def same_on_all_ranks(what: str, value: object) -> None:
+    if distributed:
+        values = [None] * world_size
+        dist.all_gather_object(values, value)
+        for number, other in enumerate(values):
+            if other != values[0]:
+                fail(f"rank {number} has {what} {other}, but rank 0 {values[0]}: give all machines the same")
 
 
 # ranks: torchrun sets these variables; without it there is one
@@ -100,53 +149,89 @@ if device == "cuda":
     device = f"cuda:{local_rank}"
     torch.cuda.set_device(device)
 if distributed:
-    dist.init_process_group(backend if backend != "auto" else "nccl" if device_type == "cuda" else "gloo")
+    try:
+        dist.init_process_group(backend if backend != "auto" else "nccl" if device_type == "cuda" else "gloo")
+    except (RuntimeError, ValueError) as error:
+        fail(f"backend {backend!r} does not work here: {error}")
+signal.signal(signal.SIGINT, ask_to_stop)
+signal.signal(signal.SIGTERM, ask_to_stop)
 
-# data and, where there is one, the checkpoint to continue from
-with user_errors():
+# data
+with errors_of_any_rank():
     folder = Path("data") / dataset
     meta = load_meta(folder)
     streams = {split: TokenStream(folder, split, meta) for split in ("train", "val")}
     batches = TrainBatches(streams["train"], block_size, batch_size, seed, batching, meta["eot"])
-    checkpoint = find_resumable(out_dir) if init_from in ("resume", "auto") else None
-    if init_from == "resume" and checkpoint is None:
-        raise ValueError(f"there is nothing to resume in {out_dir}: start with --init_from=scratch")
-    if init_from == "scratch" and not overwrite and not eval_only and any(Path(out_dir).glob("*.pt")):
-        raise ValueError(f"{out_dir} already holds a run: go on with --init_from=resume, choose another --out_dir, "
-                         "or replace it with --overwrite=True")
+    for stream in streams.values() if local_rank == 0 else ():
+        stream.check(meta)
+same_on_all_ranks("the data", [meta["splits"].get(split, {}).get("sha256", len(streams[split])) for split in streams])
 
 # model
 torch.manual_seed(seed)
 torch.set_float32_matmul_precision("high")  # TF32 on CUDA
-with user_errors():
+with errors_of_any_rank():
     model_args = dict(arch=arch, block_size=block_size, vocab_size=meta["vocab_size"], n_layer=n_layer, n_head=n_head,
                       n_embd=n_embd, dropout=dropout, bias=bias)
     raw_model = GPT(GPTConfig(**model_args))
+    raw_model.remat = remat
+    choices = [resolve_dtype(dtype, device, n_embd)]
+
+# the run: a new one, or the one to go on with
+with errors_of_any_rank():
+    saved_before = any(Path(out_dir).glob("*.pt"))
+    if init_from == "resume" and not saved_before:
+        raise ValueError(f"there is nothing to resume in {out_dir}: start with --init_from=scratch")
+    if init_from == "scratch" and saved_before and not overwrite and not eval_only:
+        raise ValueError(f"{out_dir} already holds a run: go on with --init_from=resume, choose another --out_dir, "
+                         "or replace it with --overwrite=True")
+    lock = lock_run(out_dir) if master and not eval_only else None
+with errors_of_any_rank():
+    checkpoint = find_resumable(out_dir) if init_from in ("resume", "auto") else None
     if checkpoint:
         theirs = checkpoint["model_args"]
         if wrong := [f"{k}={theirs[k]}" for k in theirs if k != "dropout" and theirs[k] != getattr(raw_model.config, k)]:
             raise ValueError(f"the run in {out_dir} has {', '.join(wrong)}: give the same settings to resume it")
-        raw_model.load_state_dict(checkpoint["model"])
     if checkpoint and dtype == "auto" and checkpoint["config"]["device"] == device_type:
-        dtype = checkpoint["config"]["dtype"]  # what was measured then: another type would not resume exactly
-    choices = [resolve_dtype(dtype, device, n_embd)]
+        choices = [checkpoint["config"]["dtype"]]  # what was measured then: another type would not resume exactly
+same_on_all_ranks(f"in {out_dir} the step", checkpoint["step"] if checkpoint else 0)
 if distributed:
     dist.broadcast_object_list(choices)  # ranks that share a CPU would measure differently
 dtype = choices[0]
 raw_model.to(device)
 optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
-scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
+# for float16 a real one; else its scale is 1, and all it does is to skip steps whose gradient is not finite, on the device
+scaler = torch.amp.GradScaler(device_type, init_scale=65536.0 if dtype == "float16" else 1.0)
 autocast = contextlib.nullcontext() if dtype == "float32" else torch.autocast(device_type, getattr(torch, dtype))
-step, best_val_loss = 0, math.inf
+step, best_val_loss, stale, seconds, lr_scale = 0, math.inf, 0, 0.0, 1.0  # stale: evaluations since the best one
+watch = torch.zeros(3, device=device)  # bad steps in a row, bad steps in all, largest gradient norm since the last log line
+
+
+def restore(checkpoint: dict) -> None:
+    """Take up a run where a checkpoint left it; the log forgets what came after, which is about to be made again."""
+    global step, best_val_loss, stale, seconds, lr_scale
+    try:
+        raw_model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+        watch.copy_(checkpoint["watch"])
+        step, best_val_loss, stale = checkpoint["step"], checkpoint["best_val_loss"], checkpoint["stale"]
+        seconds, lr_scale = checkpoint["seconds"], checkpoint["lr_scale"]
+    except (KeyError, RuntimeError, TypeError, AttributeError) as error:
+        raise ValueError(f"the checkpoint in {out_dir} is not one to go on from ({type(error).__name__}: {error})") from None
+    if master and not eval_only:
+        path = Path(out_dir) / "log.jsonl"
+        lines = [line for line in open(path) if line.endswith("\n")] if path.exists() else []  # a kill can leave half a line
+        write_atomically(path, "".join(line for line in lines if json.loads(line)["step"] <= step))
+
+
 if checkpoint:
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    scaler.load_state_dict(checkpoint["scaler"])
-    step, best_val_loss = checkpoint["step"], checkpoint["best_val_loss"]
+    with errors_of_any_rank():
+        restore(checkpoint)
     saved = checkpoint["config"]
     changed = [f"{k} {saved[k]!r} -> {v!r}" for k, v in config.items()
                if k in saved and saved[k] != v and v != "auto" and k not in ("init_from", "overwrite")]
     say(f"resuming {out_dir} at step {step}" + (f", with changed settings: {', '.join(changed)}" if changed else ""))
-resumed_at = step if checkpoint else -1
+resumed_at = step if checkpoint else -1  # where the evaluation is already made
 config.update(device=device_type, dtype=dtype)
 
 
@@ -179,14 +264,15 @@ def train_batches(step: int):
 
 
 def get_lr(step: int) -> float:
-    """Linear warm-up, then a cosine to min_lr."""
+    """Linear warm-up, then a cosine to min_lr, by steps or by minutes, whichever are further on."""
     if step < warmup_iters:
-        return learning_rate * (step + 1) / warmup_iters
-    end = lr_decay_iters or max_iters
+        return lr_scale * learning_rate * (step + 1) / warmup_iters
     if not decay_lr:
-        return learning_rate
-    progress = min(1.0, (step - warmup_iters) / max(1, end - warmup_iters))
-    return min_lr + (learning_rate - min_lr) * (1 + math.cos(math.pi * progress)) / 2
+        return lr_scale * learning_rate
+    end = lr_decay_iters or max_iters
+    by_time = seconds / (60 * max_minutes) if max_minutes else 0.0
+    progress = min(1.0, max(by_time, (step - warmup_iters) / max(1, end - warmup_iters)))
+    return lr_scale * (min_lr + (learning_rate - min_lr) * (1 + math.cos(math.pi * progress)) / 2)
 
 
 @torch.no_grad()
@@ -208,10 +294,32 @@ def evaluate(split: str) -> float:
     return (sums[0] / sums[1]).item()
 
 
+def open_logger():
+    """A function that sends a record to the service that --logger names."""
+    try:
+        if logger == "wandb":
+            import wandb
+            run = wandb.init(project="fablegpt", name=Path(out_dir).name, dir=out_dir, config=config)
+            return lambda record: run.log(record, step=record["step"])
+        if logger == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+            writer = SummaryWriter(out_dir, purge_step=step)
+            return lambda record: [writer.add_scalar(k, v, record["step"]) for k, v in record.items() if v is not None]
+        if logger == "trackio":
+            import trackio
+            trackio.init(project="fablegpt", name=Path(out_dir).name, config=config, resume="allow")
+            return lambda record: trackio.log(record, step=record["step"])
+    except ImportError as error:
+        raise ValueError(f"--logger={logger} needs a package that is not installed: pip install {error.name or logger}") from None
+    return lambda record: None
+
+
 def log(**record) -> None:
     if master and not eval_only:
+        record = {k: v if math.isfinite(v) else None for k, v in record.items()}  # JSON has no nan
         with open(Path(out_dir) / "log.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
+        send(record)
 
 
 def draw_losses(path: Path) -> None:
@@ -224,11 +332,11 @@ def draw_losses(path: Path) -> None:
     records = [json.loads(line) for line in open(path.with_name("log.jsonl"))]
     fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
     for key, label, style in (("loss", "training batch", "-"), ("val_loss", "validation", "o-")):
-        ax.plot(*zip(*[(r["step"], r[key]) for r in records if key in r] or [(math.nan, math.nan)]), style, label=label,
-                **(dict(color="0.7", lw=1) if key == "loss" else dict(color="C0", ms=4)))
+        points = [(r["step"], r[key]) for r in records if r.get(key) is not None] or [(math.nan, math.nan)]
+        ax.plot(*zip(*points), style, label=label, **(dict(color="0.7", lw=1) if key == "loss" else dict(color="C0", ms=4)))
     if "floor" in meta and batching == "by_length":
         ax.axhline(meta["floor"], color="C3", ls="--", label=f"floor: {meta['floor']:.3f}, the entropy of the text")
-    ax.set(xlabel="step", ylabel="loss (nats per token)", yscale="log",
+    ax.set(xlabel="step", ylabel="loss (nats per token)", yscale="log", xscale="symlog" if log_x else "linear",
            title=f"{dataset}: {raw_model.num_params():,} parameters")
     ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 4, 6)))
     ax.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
@@ -241,12 +349,40 @@ def draw_losses(path: Path) -> None:
 
 
 def save(name: str) -> None:
+    if not all(p.isfinite().all() for p in raw_model.parameters()):
+        say(f"step {step}: the model is not finite and was not saved")
+        return
     state = {"model": raw_model.state_dict(), "model_args": model_args, "step": step, "best_val_loss": best_val_loss,
              "config": config, "meta": meta}
     if name == "last.pt":
-        state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "watch": watch.cpu(), "stale": stale,
+                  "seconds": seconds, "lr_scale": lr_scale}
     with user_errors():
         save_checkpoint(out_dir, name, state)
+
+
+def recent_losses() -> list[float]:
+    """The last 20 training losses in the log, so that a spike looks the same after a resume."""
+    path = Path(out_dir) / "log.jsonl"
+    records = [json.loads(line) for line in open(path)] if path.exists() else []
+    return [r["loss"] for r in records if r.get("loss") is not None][-20:]
+
+
+def is_spike(loss: float, recent: list[float]) -> bool:
+    """Whether a loss is more than four standard deviations above those before it."""
+    return len(recent) >= 10 and not loss <= statistics.mean(recent) + 4 * statistics.stdev(recent)
+
+
+def out_of_time() -> bool:
+    return max_minutes > 0 and seconds >= 60 * max_minutes
+
+
+def peak_memory() -> float:
+    """In GB: of the GPU, else of this process."""
+    if device_type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 model = compiled_or_eager()
@@ -259,38 +395,41 @@ say(f"{raw_model.num_params():,} parameters ({raw_model.num_params(non_embedding
     f"{gradient_accumulation_steps} x {batch_size} x {block_size} = {tokens_per_step:,} tokens a step on {world_size} rank(s)")
 say(f"{dataset}: {len(streams['train']):,} training and {len(streams['val']):,} validation tokens; {device}, {dtype}, "
     f"{how}; MFU against {peak / 1e12:.3g} TFLOP/s ({peak_source})")
-if master and not eval_only:
-    with user_errors():
-        os.makedirs(out_dir, exist_ok=True)
+with errors_of_any_rank():
+    if master and not eval_only:
         if not checkpoint:  # an older run that is being replaced must not be resumed by mistake
             for name in ("last.pt", "prev.pt", "best.pt"):
                 (Path(out_dir) / name).unlink(missing_ok=True)
-        lines = [line for line in open(Path(out_dir) / "log.jsonl")] if checkpoint else []
-        with open(Path(out_dir) / "log.jsonl", "w") as file:  # steps after the checkpoint are about to be made again
-            file.writelines(line for line in lines if json.loads(line)["step"] <= step)
+            write_atomically(Path(out_dir) / "log.jsonl", "")
+        send = open_logger()
 
 # -----------------------------------------------------------------------------
 raw_model.train()
 stream = prefetch(train_batches(step), device)
-bar = tqdm(total=max_iters, initial=step, disable=not (master and sys.stderr.isatty()), smoothing=0.05)
-started, timed_from, timed_tokens = time.time(), time.time(), 0
+bar = tqdm(total=max_iters, initial=step, disable=not (master and sys.stderr.isatty()), smoothing=0)
+started, timed_from, timed_tokens = time.time() - seconds, time.time(), 0
+recent, stopping = recent_losses(), False
 while True:
-    last = step >= max_iters
-    if (step % eval_interval == 0 or last or eval_only) and step != resumed_at:
+    due = step % eval_interval == 0 or step >= max_iters or out_of_time() or eval_only
+    if due and step != resumed_at:
         pause = time.time()
         losses = {split: evaluate(split) for split in ("train", "val")}
         say(f"step {step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
         improved = losses["val"] < best_val_loss
-        best_val_loss = min(best_val_loss, losses["val"])
+        best_val_loss, stale = (losses["val"], 0) if improved else (best_val_loss, stale + 1)
         log(step=step, train_loss=losses["train"], val_loss=losses["val"])
-        if master and step > 0 and not eval_only:
+        if master and not eval_only:
             if improved:
                 save("best.pt")
-            if improved or always_save_checkpoint:
+            if improved or always_save_checkpoint or step == 0:
                 save("last.pt")
             draw_losses(Path(out_dir) / "loss.png")
         timed_from += time.time() - pause  # the clock stands still around an evaluation
-    if last or eval_only:
+    if step >= max_iters or out_of_time() or (patience and stale >= patience) or eval_only:
+        break
+    if stopping:
+        if master:
+            save("last.pt")
         break
 
     # one step
@@ -311,27 +450,55 @@ while True:
         timed_tokens += x.numel()
     scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
-    scaler.step(optimizer)
-    scaler.update()
+    scaler.step(optimizer)  # does nothing where a gradient is not finite
+    scaler.update(None if dtype == "float16" else 1.0)
     optimizer.zero_grad(set_to_none=True)
+    bad = ~grad_norm.isfinite()
+    watch = torch.stack([(watch[0] + 1) * bad, watch[1] + bad, torch.fmax(watch[2], grad_norm)])
     step += 1
     bar.update()
+    stopping = stop_signal > 0 and not distributed  # ranks agree on it below
 
     if step % log_interval == 0:
-        if distributed:
-            dist.all_reduce(loss_sum)
-        record = dict(step=step, loss=loss_sum.item() / world_size, lr=lr, grad_norm=grad_norm.item())
-        seconds = time.time() - timed_from
-        speed = timed_tokens * world_size / seconds
-        record |= dict(ms=seconds / log_interval * 1000, tokens_per_second=speed,
+        seconds, loss = time.time() - started, loss_sum.item()
+        if distributed:  # on the mean loss, the first one's clock, and whether any was asked to stop
+            news = torch.tensor([loss, seconds * master, stop_signal], dtype=torch.float64, device=device)
+            dist.all_reduce(news)
+            loss, seconds, stopping = news[0].item() / world_size, news[1].item(), news[2].item() > 0
+        record = dict(step=step, loss=loss, lr=lr, grad_norm=grad_norm.item(), grad_norm_max=watch[2].item(),
+                      bad_steps=int(watch[1]), spike=is_spike(loss, recent))
+        recent = (recent + [loss])[-20:]
+        interval = time.time() - timed_from
+        speed = timed_tokens * world_size / interval
+        record |= dict(ms=interval / log_interval * 1000, tokens_per_second=speed,
                        mfu=speed * raw_model.flops_per_token() / (peak * world_size))
         say("step {step}: loss {loss:.4f}, lr {lr:.2e}, norm {grad_norm:.2f}, {ms:.0f} ms, "
-            "{tokens_per_second:,.0f} tok/s, mfu {mfu:.1%}".format(**record))
+            "{tokens_per_second:,.0f} tok/s, mfu {mfu:.1%}".format(**record) + ", spike" * record["spike"])
         log(**record)
+        bad_in_a_row = int(watch[0])
+        watch[2] = 0
         timed_from, timed_tokens = time.time(), 0
+        if max_minutes:
+            bar.total = min(max_iters, max(step, int(step * 60 * max_minutes / seconds)))
+
+        if bad_in_a_row >= max_bad_steps:
+            lower = lr_scale / 2
+            with errors_of_any_rank():
+                if lower < 0.01:
+                    raise ValueError(f"step {step}: the gradient is still not finite with a hundredth of the learning rate: "
+                                     "look at the data and the model, or try --dtype=float32")
+                restore(find_resumable(out_dir))
+            lr_scale, resumed_at, recent = lower, step, recent_losses()
+            stream = prefetch(train_batches(step), device)
+            bar.n = step
+            say(f"{bad_in_a_row} steps in a row had a non-finite gradient: back to step {step}, from now on with "
+                f"{lr_scale:g} of the learning rate")
 bar.close()
-if not eval_only:
-    say(f"done: step {step} in {(time.time() - started) / 60:.1f} minutes, best validation loss {best_val_loss:.4f} in "
-        f"{out_dir}/best.pt, curve in {out_dir}/loss.png; next: python sample.py --out_dir={out_dir}")
+if stopping:
+    say(f"stopped at step {step}, saved in {out_dir}/last.pt; go on with the same command and --init_from=resume")
+elif not eval_only:
+    why = "" if step >= max_iters else ", the time is over" if out_of_time() else f", no better for {patience} evaluations"
+    say(f"done: step {step}{why}, {(time.time() - started) / 60:.1f} minutes, {peak_memory():.1f} GB at most; best validation "
+        f"loss {best_val_loss:.4f} in {out_dir}/best.pt, curve in {out_dir}/loss.png; next: python sample.py --out_dir={out_dir}")
 if distributed:
     dist.destroy_process_group()
