@@ -1,11 +1,16 @@
 """The training loop: resuming, ranks, accumulation, checkpoints. Runs of train.py as a user starts them."""
+import json
 import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from checkpoint import build_model, find_resumable, load_model, read_checkpoint, save_checkpoint
-from conftest import read_log, run, train
+from conftest import HERE, TINY, read_log, run, train
 from dataset import TokenStream, TrainBatches, load_meta
 from model import GPT, GPTConfig
 
@@ -224,3 +229,160 @@ def test_nanogpt_checkpoints_load(tmp_path):
     model, checkpoint = load_model(tmp_path, "cpu")
     idx = torch.randint(50257, (1, 9))
     assert model(idx)[0].equal(theirs(idx)[0]) and (checkpoint["step"], checkpoint["best_val_loss"]) == (7, 3.5)
+
+
+# -----------------------------------------------------------------------------
+# When it goes wrong
+
+# runs a script in which the training loss is multiplied by a factor at the given calls
+LOSS_TIMES = """
+import os, runpy, sys, torch
+factor, first, last = float(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+sys.argv = sys.argv[4:]
+sys.path.insert(0, os.getcwd())
+real, calls = torch.nn.functional.cross_entropy, 0
+def spoiled(*args, **kwargs):
+    global calls
+    calls += torch.is_grad_enabled()
+    loss = real(*args, **kwargs)
+    return loss * factor if torch.is_grad_enabled() and first <= calls <= last else loss
+torch.nn.functional.cross_entropy = spoiled
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def train_spoiled(factor: str, first: int, last: int, data: Path, out_dir: Path, *args: str) -> subprocess.CompletedProcess:
+    """A run whose micro-batches first to last, counted from 1, two a step, have a loss times factor."""
+    return subprocess.run([sys.executable, "-c", LOSS_TIMES, factor, str(first), str(last), "train.py", f"--dataset={data}",
+                           f"--out_dir={out_dir}", *TINY, *args], cwd=HERE, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("factor", ["nan", "inf"])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, fables_data, factor):
+    train(fables_data, tmp_path / "two", "--max_iters=2")
+    done = train_spoiled(factor, 5, 5, fables_data, tmp_path / "three", "--max_iters=3")  # half of the third step
+    assert done.returncode == 0, done.stderr
+    two, three = read_checkpoint(tmp_path / "two/last.pt"), read_checkpoint(tmp_path / "three/last.pt")
+    assert_same(two["model"], three["model"])
+    assert_same(two["optimizer"]["state"], three["optimizer"]["state"])
+    records = [r for r in read_log(tmp_path / "three") if "loss" in r]
+    assert [r["bad_steps"] for r in records] == [0, 0, 1] and records[2]["loss"] is None
+
+
+def test_many_bad_steps_lead_back_with_half_the_rate(tmp_path, fables_data):
+    how = ["--eval_interval=4", "--max_iters=9"]
+    done = train_spoiled("nan", 11, 16, fables_data, tmp_path / "out", *how, "--max_bad_steps=3")  # steps 6, 7 and 8
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("back to step 4, from now on with 0.5 of the learning rate") == 1
+    train(fables_data, tmp_path / "hand", *how, "--max_iters=4")
+    train(fables_data, tmp_path / "hand", *how, "--init_from=resume", "--learning_rate=5e-4", "--min_lr=5e-5")
+    a, b = read_checkpoint(tmp_path / "out/last.pt"), read_checkpoint(tmp_path / "hand/last.pt")
+    assert_same(a["model"], b["model"])
+    assert [r["step"] for r in read_log(tmp_path / "out")] == [r["step"] for r in read_log(tmp_path / "hand")]
+
+
+def test_hopeless_runs_end_and_keep_the_last_good_checkpoint(tmp_path, fables_data):
+    done = train_spoiled("nan", 9, 10 ** 9, fables_data, tmp_path / "out", "--max_bad_steps=2", "--max_iters=9")
+    assert done.returncode == 2 and "not finite" in done.stderr and "Traceback" not in done.stderr
+    assert read_checkpoint(tmp_path / "out/last.pt")["step"] == 3
+    assert all(p.isfinite().all() for p in read_checkpoint(tmp_path / "out/last.pt")["model"].values())
+
+
+def test_spikes_are_in_the_log(tmp_path, fables_data):
+    done = train_spoiled("3", 31, 32, fables_data, tmp_path / "out", "--max_iters=20", "--eval_interval=20")
+    assert done.returncode == 0, done.stderr
+    assert [r["step"] for r in read_log(tmp_path / "out") if r.get("spike")] == [16]
+    assert "step 16: " in done.stdout and done.stdout.count(", spike") == 1
+
+
+def test_patience_ends_a_run_that_no_longer_learns(tmp_path, fables_data):
+    done = train(fables_data, tmp_path / "out", "--max_iters=60", "--learning_rate=0", "--min_lr=0", "--patience=2")
+    assert "no better for 2 evaluations" in done.stdout
+    assert [r["step"] for r in read_log(tmp_path / "out") if "val_loss" in r] == [0, 3, 6]
+    assert read_checkpoint(tmp_path / "out/best.pt")["step"] == 0 and read_checkpoint(tmp_path / "out/last.pt")["step"] == 6
+
+
+def test_a_budget_of_minutes_ends_the_schedule_too(tmp_path, fables_data):
+    done = train(fables_data, tmp_path / "out", "--max_iters=100000", "--lr_decay_iters=0", "--max_minutes=0.1",
+                 "--eval_interval=100000")
+    assert "the time is over" in done.stdout
+    records = [r for r in read_log(tmp_path / "out") if "loss" in r]
+    rates = [r["lr"] for r in records[2:]]
+    assert rates == sorted(rates, reverse=True) and rates[0] > 2 * rates[-1] and rates[-1] < 2e-4
+    assert records[-1]["step"] == read_checkpoint(tmp_path / "out/last.pt")["step"] > 5
+
+
+# -----------------------------------------------------------------------------
+# Data that is not what it should be, and ranks that differ
+
+def test_damaged_data_is_refused_before_the_first_step(tmp_path, fables_data):
+    def refused(change) -> str:
+        shutil.rmtree(tmp_path / "data", ignore_errors=True)
+        shutil.copytree(fables_data, tmp_path / "data")
+        change(tmp_path / "data")
+        done = run("train.py", f"--dataset={tmp_path}/data", f"--out_dir={tmp_path}/out", *TINY)
+        assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "out").exists()
+        return done.stderr
+
+    def set_first(folder, value, forget=False):
+        raw = bytearray((folder / "train.bin").read_bytes())
+        raw[:2] = value.to_bytes(2, "little")
+        (folder / "train.bin").write_bytes(raw)
+        if forget:
+            meta = json.loads((folder / "meta.json").read_text())
+            del meta["splits"]["train"]["sha256"]
+            (folder / "meta.json").write_text(json.dumps(meta))
+
+    assert "SHA-256" in refused(lambda folder: set_first(folder, 1))
+    assert "token id 65535" in refused(lambda folder: set_first(folder, 65535, forget=True))
+    assert "bytes" in refused(lambda folder: (folder / "val.bin").write_bytes(b"123"))
+    assert "tokens" in refused(lambda folder: (folder / "train.bin").write_bytes(b"12" * 20))
+
+
+def test_ranks_that_cannot_work_together_leave_with_one_line(tmp_path, fables_data):
+    def refused(*args: str, script: str = "train.py") -> str:
+        started = time.time()
+        done = run(script, f"--dataset={fables_data}", f"--out_dir={tmp_path}/out", *TINY, *args, ranks=2)
+        assert done.returncode != 0 and time.time() - started < 30 and not (tmp_path / "out").exists()
+        lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1, done.stderr
+        return lines[0]
+
+    assert "multiple of the number of ranks" in refused("--gradient_accumulation_steps=3")
+    assert "backend 'mpi'" in refused("--backend=mpi")
+    shutil.copytree(fables_data, tmp_path / "other")
+    text = (tmp_path / "other/meta.json").read_text().replace('"sha256": "', '"sha256": "0')
+    (tmp_path / "other/meta.json").write_text(text)
+    (tmp_path / "train_other.py").write_text(  # rank 1 looks elsewhere
+        "import os, runpy, sys\nsys.path.insert(0, os.getcwd())\n"
+        f"if os.environ['RANK'] == '1': sys.argv.append('--dataset={tmp_path}/other')\n"
+        "sys.argv[0] = 'train.py'\nrunpy.run_path('train.py', run_name='__main__')\n")
+    assert "rank 1 has the data" in refused(script=str(tmp_path / "train_other.py"))
+
+
+# -----------------------------------------------------------------------------
+# Loggers, with the real libraries
+
+@pytest.mark.parametrize("logger", ["tensorboard", "wandb", "trackio"])
+def test_loggers_get_what_the_log_has(tmp_path, fables_data, logger):
+    pytest.importorskip(logger)
+    train(fables_data, tmp_path / "out", f"--logger={logger}", WANDB_MODE="offline", TRACKIO_DIR=str(tmp_path / "trackio"))
+    losses = [r["loss"] for r in read_log(tmp_path / "out") if "loss" in r]
+    if logger == "tensorboard":
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+        events = EventAccumulator(str(tmp_path / "out")).Reload()
+        assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses)
+    elif logger == "trackio":
+        import sqlite3
+        rows = sqlite3.connect(tmp_path / "trackio/fablegpt.db").execute("select metrics from metrics order by step, id")
+        assert [m["loss"] for (text,) in rows if "loss" in (m := json.loads(text))] == pytest.approx(losses)
+    else:
+        [path] = (tmp_path / "out/wandb").glob("offline-run-*/run-*.wandb")
+        assert path.stat().st_size > 1000
+
+
+def test_a_logger_that_is_not_installed_names_the_command(tmp_path, fables_data):
+    (tmp_path / "wandb.py").write_text("raise ImportError('no', name='wandb')")
+    done = run("train.py", f"--dataset={fables_data}", f"--out_dir={tmp_path}/out", *TINY, "--logger=wandb",
+               PYTHONPATH=str(tmp_path))
+    assert done.returncode == 2 and "pip install wandb" in done.stderr and len(done.stderr.strip().splitlines()) == 1

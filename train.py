@@ -5,6 +5,7 @@ Train a GPT, from the first step or from where it stopped.
     python train.py config/train_small.py --batch_size=16
     torchrun --nproc_per_node=2 train.py
 """
+import atexit
 import contextlib
 import json
 import math
@@ -206,6 +207,17 @@ step, best_val_loss, stale, seconds, lr_scale = 0, math.inf, 0, 0.0, 1.0  # stal
 watch = torch.zeros(3, device=device)  # bad steps in a row, bad steps in all, largest gradient norm since the last log line
 
 
+def read_log() -> list[dict]:
+    """The records of log.jsonl; a line that a kill cut off is none."""
+    records, path = [], Path(out_dir) / "log.jsonl"
+    for line in open(path, errors="replace") if path.exists() else ():
+        with contextlib.suppress(ValueError, TypeError):
+            record = json.loads(line)
+            if "step" in record:
+                records.append(record)
+    return records
+
+
 def restore(checkpoint: dict) -> None:
     """Take up a run where a checkpoint left it; the log forgets what came after, which is about to be made again."""
     global step, best_val_loss, stale, seconds, lr_scale
@@ -219,9 +231,8 @@ def restore(checkpoint: dict) -> None:
     except (KeyError, RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(f"the checkpoint in {out_dir} is not one to go on from ({type(error).__name__}: {error})") from None
     if master and not eval_only:
-        path = Path(out_dir) / "log.jsonl"
-        lines = [line for line in open(path) if line.endswith("\n")] if path.exists() else []  # a kill can leave half a line
-        write_atomically(path, "".join(line for line in lines if json.loads(line)["step"] <= step))
+        kept = [json.dumps(record) + "\n" for record in read_log() if record["step"] <= step]
+        write_atomically(Path(out_dir) / "log.jsonl", "".join(kept))
 
 
 if checkpoint:
@@ -295,31 +306,33 @@ def evaluate(split: str) -> float:
 
 
 def open_logger():
-    """A function that sends a record to the service that --logger names."""
+    """A function of a step and its metrics that sends them to the service that --logger names."""
     try:
         if logger == "wandb":
             import wandb
             run = wandb.init(project="fablegpt", name=Path(out_dir).name, dir=out_dir, config=config)
-            return lambda record: run.log(record, step=record["step"])
+            return lambda step, metrics: run.log(metrics, step=step)
         if logger == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
             writer = SummaryWriter(out_dir, purge_step=step)
-            return lambda record: [writer.add_scalar(k, v, record["step"]) for k, v in record.items() if v is not None]
+            atexit.register(writer.close)
+            return lambda step, metrics: [writer.add_scalar(k, v, step) for k, v in metrics.items() if v is not None]
         if logger == "trackio":
             import trackio
             trackio.init(project="fablegpt", name=Path(out_dir).name, config=config, resume="allow")
-            return lambda record: trackio.log(record, step=record["step"])
+            atexit.register(trackio.finish)
+            return lambda step, metrics: trackio.log(metrics, step=step)
     except ImportError as error:
         raise ValueError(f"--logger={logger} needs a package that is not installed: pip install {error.name or logger}") from None
-    return lambda record: None
+    return lambda step, metrics: None
 
 
-def log(**record) -> None:
+def log(step: int, **metrics) -> None:
     if master and not eval_only:
-        record = {k: v if math.isfinite(v) else None for k, v in record.items()}  # JSON has no nan
+        metrics = {k: v if math.isfinite(v) else None for k, v in metrics.items()}  # JSON has no nan
         with open(Path(out_dir) / "log.jsonl", "a") as file:
-            file.write(json.dumps(record) + "\n")
-        send(record)
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        send(step, metrics)
 
 
 def draw_losses(path: Path) -> None:
@@ -329,7 +342,7 @@ def draw_losses(path: Path) -> None:
     import matplotlib.pyplot as plt
     from matplotlib import ticker
 
-    records = [json.loads(line) for line in open(path.with_name("log.jsonl"))]
+    records = read_log()
     fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
     for key, label, style in (("loss", "training batch", "-"), ("val_loss", "validation", "o-")):
         points = [(r["step"], r[key]) for r in records if r.get(key) is not None] or [(math.nan, math.nan)]
@@ -363,9 +376,7 @@ def save(name: str) -> None:
 
 def recent_losses() -> list[float]:
     """The last 20 training losses in the log, so that a spike looks the same after a resume."""
-    path = Path(out_dir) / "log.jsonl"
-    records = [json.loads(line) for line in open(path)] if path.exists() else []
-    return [r["loss"] for r in records if r.get("loss") is not None][-20:]
+    return [record["loss"] for record in read_log() if record.get("loss") is not None][-20:]
 
 
 def is_spike(loss: float, recent: list[float]) -> bool:
@@ -467,7 +478,7 @@ while True:
             loss, seconds, stopping = news[0].item() / world_size, news[1].item(), news[2].item() > 0
         record = dict(step=step, loss=loss, lr=lr, grad_norm=grad_norm.item(), grad_norm_max=watch[2].item(),
                       bad_steps=int(watch[1]), spike=is_spike(loss, recent))
-        recent = (recent + [loss])[-20:]
+        recent = (recent + [loss] * math.isfinite(loss))[-20:]
         interval = time.time() - timed_from
         speed = timed_tokens * world_size / interval
         record |= dict(ms=interval / log_interval * 1000, tokens_per_second=speed,
