@@ -87,6 +87,11 @@ def read_checkpoint(path: Path) -> dict:
     missing = {"model", "model_args", "step", "config", "meta"} - set(checkpoint if isinstance(checkpoint, dict) else ())
     if missing:
         raise ValueError(f"{path} is not a checkpoint of this program: it lacks {', '.join(sorted(missing))}")
+    kinds = dict(model=dict, model_args=dict, step=int, config=dict, meta=dict, version=int)
+    if wrong := [name for name, kind in kinds.items() if not isinstance(checkpoint.get(name), kind)]:
+        raise ValueError(f"{path} is damaged: its {', '.join(wrong)} cannot be read")
+    if not all(isinstance(weight, torch.Tensor) for weight in checkpoint["model"].values()):
+        raise ValueError(f"{path} is damaged: its model has weights that are none")
     if checkpoint["version"] > VERSION:
         raise ValueError(f"{path} was written by a newer version of this program")
     return checkpoint

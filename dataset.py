@@ -160,10 +160,15 @@ def load_meta(folder: Path) -> dict:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         if meta["format_version"] != FORMAT_VERSION:
             raise ValueError(f"its format version is {meta['format_version']}, not {FORMAT_VERSION}")
-        if not (type(meta["vocab_size"]) is type(meta["eot"]) is int and 0 < meta["vocab_size"] <= 65536):
+        tokenizer, vocab_size, eot, splits = meta["tokenizer"], meta["vocab_size"], meta["eot"], meta["splits"]
+        if not (type(vocab_size) is type(eot) is int and 0 < vocab_size <= 65536 and -1 <= eot < vocab_size):
             raise ValueError("vocab_size and eot must be whole numbers, with at most 65,536 tokens")
-        _ = meta["tokenizer"]["kind"], {split: meta["splits"][split]["tokens"] for split in meta["splits"]}
-    except (ValueError, KeyError, TypeError) as error:
+        if tokenizer["kind"] not in ("gpt2", "char", "word") or len(tokenizer.get("vocab", range(vocab_size))) != vocab_size:
+            raise ValueError("its tokenizer is unknown or has another vocabulary")
+        for counts in (splits["train"], splits["val"]):
+            if not (type(counts["tokens"]) is int and type(counts["sha256"]) is str):
+                raise ValueError("its splits lack the number of their tokens or their checksum")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder}/meta.json is damaged ({error}): run `{prepare}` again") from None
     return meta
 

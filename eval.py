@@ -82,6 +82,7 @@ with user_errors():
         raise ValueError(f"{folder} was made with another tokenizer than the model's: their losses do not compare")
     tokenizer = get_tokenizer(meta)
     stream = TokenStream(folder, split, meta)
+    stream.check(meta)
     batching = batching or checkpoint["config"].get("batching", "windows")
     batches = prefetch(eval_batches(stream, model.config.block_size, batch_size, batching, meta["eot"], eval_iters), device)
 autocast = contextlib.nullcontext() if dtype == "float32" else torch.autocast(device.split(":")[0], getattr(torch, dtype))

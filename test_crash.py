@@ -6,6 +6,7 @@ Accidents of every kind: whatever happens to a run, going on with it ends in the
 kills a run at random instants, 100 times in all, and prints a table; the suite does the same with a few.
 """
 import argparse
+import json
 import os
 import random
 import resource
@@ -15,11 +16,16 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 
 from checkpoint import find_resumable, read_checkpoint
+from configurator import settings_of
 from conftest import HERE, TINY, read_log, run, train
 
 LONGER = ["--max_iters=40", "--lr_decay_iters=40", "--eval_interval=4", "--init_from=auto"]
@@ -228,6 +234,194 @@ def test_a_killed_rank_changes_nothing(tmp_path, fables_data):
     train(fables_data, tmp_path / "whole", *LONGER, ranks=2)
     assert train_through_rank_kills(fables_data, tmp_path / "out", 1, random.Random(1)) == 1
     assert_same_outcome(tmp_path / "whole", tmp_path / "out")
+
+
+# -----------------------------------------------------------------------------
+# Bad input by the thousand: one line, status 2, and nothing in out_dir changes
+
+# imports everything once and then forks for every job, so that a script starts in milliseconds
+FORK_SERVER = """
+import json, os, runpy, signal, sys, traceback
+import checkpoint, configurator, dataset, model, tokenizer, tqdm
+for line in sys.stdin:
+    args, output = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(120)
+        fd = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+        os.dup2(fd, 1), os.dup2(fd, 2)
+        sys.argv, status = args, 0
+        try:
+            runpy.run_path(args[0], run_name="__main__")
+        except SystemExit as error:
+            status = error.code or 0
+        except BaseException:
+            traceback.print_exc()
+            status = 1
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+SCRIPTS = ["train.py", "sample.py", "eval.py", "bench.py", "data/fables/prepare.py", "data/tinystories/prepare.py",
+           "data/shakespeare_char/prepare.py"]
+NUMBERS = {"n_layer", "n_head", "n_embd", "batch_size", "block_size", "max_iters", "learning_rate", "dropout", "patience",
+           "num_samples", "max_new_tokens", "temperature", "top_k", "seed", "steps", "rounds", "eval_iters", "valid_samples",
+           "train_stories", "val_stories"}
+
+
+class Victims:
+    """A data set and a run to damage, and the scripts to try on them."""
+
+    def __init__(self, root: Path, data: Path, trained: Path):
+        self.root, self.good_data, self.good_run = root, data, trained
+        self.data, self.out_dir = root / "data", root / "out"
+        self.server = subprocess.Popen([sys.executable, "-c", FORK_SERVER], cwd=HERE, stdin=subprocess.PIPE,
+                                       stdout=subprocess.PIPE, text=True)
+        self.count = 0
+
+    def fresh(self) -> None:
+        for folder, good in ((self.data, self.good_data), (self.out_dir, self.good_run)):
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.copytree(good, folder)
+        (self.out_dir / "prev.pt").unlink()  # nothing to fall back to
+
+    def contents(self) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in self.out_dir.iterdir() if path.name != "lock"}
+
+    def refuse(self, *args: str) -> None:
+        """The script says one line, leaves with status 2, and leaves out_dir as it was."""
+        before = self.contents()
+        self.server.stdin.write(json.dumps([args, str(self.root / "output")]) + "\n")
+        self.server.stdin.flush()
+        status = int(self.server.stdout.readline())
+        output = (self.root / "output").read_text(errors="replace")
+        errors = [line for line in output.splitlines() if line.startswith("error: ")]
+        assert status == 2 and len(errors) == 1 and "Traceback" not in output, f"{args}: status {status}\n{output}"
+        assert self.contents() == before, f"{args} changed {self.out_dir}"
+        self.count += 1
+
+
+def damaged(draw, raw: bytes) -> bytes:
+    at = draw(st.integers(0, len(raw) - 1))
+    return draw(st.sampled_from([
+        raw[:at], raw[:at] + bytes([raw[at] ^ 1 << at % 8]) + raw[at + 1:], raw[:at] + b"\xff" + raw[at:], b"", b"hello",
+        raw[:at] + bytes(len(raw[at:at + 64])) + raw[at + 64:], bytes(len(raw)), raw[at:],
+    ]))
+
+
+def same_archive(a: Path, b: Path) -> bool:
+    """Whether two zip files hold the same: another date or other padding between the records harms nobody."""
+    try:
+        with zipfile.ZipFile(a) as one, zipfile.ZipFile(b) as two:
+            return [(name, one.read(name)) for name in one.namelist()] == [(name, two.read(name)) for name in two.namelist()]
+    except Exception:
+        return False
+
+
+TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=12)
+WRONG = st.one_of(st.none(), st.booleans(), st.integers(-5, -2), st.floats(allow_nan=False), st.text(max_size=5),
+                  st.lists(st.integers(), max_size=2), st.dictionaries(st.text(max_size=3), st.integers(), max_size=2))
+
+
+def bad_settings(victims: Victims, draw) -> None:
+    script = draw(st.sampled_from(SCRIPTS))
+    known = settings_of(HERE / script)
+    unknown = TEXT.filter(lambda name: name not in known and name not in ("help",) and "=" not in name)
+    bad = draw(st.one_of(
+        st.builds("--{}={}".format, unknown, TEXT),
+        st.builds("--{}".format, unknown),
+        st.builds("{}.py".format, unknown.filter(lambda name: not Path(name + ".py").exists())),
+        st.builds("--{}={}".format, st.sampled_from(sorted(NUMBERS & set(known)) or ["none"]),
+                  st.sampled_from(["", "x", "-1", "nan", "inf", "1e400", "0x10", "None", "[1]", "1,000", "True"])),
+    ))
+    victims.refuse(script, *([f"--out_dir={victims.out_dir}"] if "out_dir" in known else []), bad)
+
+
+def bad_config_file(victims: Victims, draw) -> None:
+    path = victims.root / "config.py"
+    path.write_bytes(draw(st.one_of(
+        st.builds("seed = {!r}".format, WRONG.filter(lambda value: type(value) is not int)).map(str.encode),
+        st.builds("{} = 1".format, st.from_regex(r"[a-z]{3,9}_zz", fullmatch=True)).map(str.encode),
+        TEXT.map(lambda text: f"seed = 1\nraise ValueError({text!r})".encode(errors="replace")),
+        st.binary(min_size=1, max_size=30).map(lambda raw: b"\xff" + raw),
+        st.sampled_from([b"seed = (", b"import nowhere_zz", b"exit()", b"1 / 0", b"nowhere_zz", b"\x00", b"seed = [", b"'"]),
+    )))
+    victims.refuse(draw(st.sampled_from(["train.py", "eval.py", "sample.py", "bench.py"])), str(path))
+
+
+def bad_meta(victims: Victims, draw) -> None:
+    path = victims.data / "meta.json"
+    if draw(st.booleans()):
+        path.write_bytes(path.read_bytes()[:draw(st.integers(0, path.stat().st_size - 4))])
+    else:
+        meta = json.loads(path.read_text())
+        where = meta
+        *folders, key = draw(st.sampled_from(["format_version", "tokenizer", "vocab_size", "eot", "splits", "tokenizer/kind",
+                                              "tokenizer/vocab", "splits/train", "splits/val", "splits/train/tokens",
+                                              "splits/val/tokens", "splits/val/sha256"])).split("/")
+        for folder in folders:
+            where = where[folder]
+        where[key] = draw(WRONG)
+        path.write_text(json.dumps(meta))
+    victims.refuse(draw(st.sampled_from(["train.py", "eval.py"])), f"--out_dir={victims.out_dir}",
+                   f"--dataset={victims.data}")
+
+
+def bad_bin(victims: Victims, draw) -> None:
+    path = victims.data / draw(st.sampled_from(["train.bin", "val.bin"]))
+    good = path.read_bytes()
+    path.write_bytes(damaged(draw, good))
+    assume(path.read_bytes() != good)
+    script = draw(st.sampled_from(["train.py", "eval.py"]) if path.name == "val.bin" else st.just("train.py"))
+    victims.refuse(script, f"--dataset={victims.data}", f"--out_dir={victims.out_dir}",
+                   *(TINY + ["--overwrite=True"] if script == "train.py" else []))
+
+
+def bad_checkpoint(victims: Victims, draw) -> None:
+    good = victims.good_run / "last.pt"
+    for path in victims.out_dir.glob("*.pt"):
+        path.unlink()
+    path = victims.out_dir / "last.pt"
+    if draw(st.booleans()):
+        path.write_bytes(damaged(draw, good.read_bytes()))
+        assume(not same_archive(path, good))
+    else:
+        checkpoint = read_checkpoint(good)
+        key = draw(st.sampled_from(["model", "model_args", "step", "config", "meta", "model_args/n_layer", "model_args/n_embd",
+                                    "model_args/vocab_size", "model_args/arch", "meta/tokenizer", "model/lm_head.weight"]))
+        *folders, key = key.split("/")
+        where = checkpoint
+        for folder in folders:
+            where = where[folder]
+        where[key] = draw(WRONG.filter(lambda value: value is not True))
+        torch.save(checkpoint, path)
+    script = draw(st.sampled_from(["train.py", "sample.py", "eval.py"]))
+    how = {"train.py": [f"--dataset={victims.data}", *TINY, "--max_iters=6", "--init_from=resume"],
+           "eval.py": [f"--dataset={victims.data}", "--valid_samples=0"],
+           "sample.py": ["--num_samples=1", "--max_new_tokens=2"]}[script]
+    victims.refuse(script, f"--out_dir={victims.out_dir}", *how)
+
+
+KINDS = [bad_settings, bad_config_file, bad_meta, bad_bin, bad_checkpoint]
+
+
+def try_bad_inputs(victims: Victims, kind, n: int, derandomize: bool) -> None:
+    @settings(max_examples=n, deadline=None, database=None, derandomize=derandomize,
+              suppress_health_check=list(HealthCheck))
+    @given(st.data())
+    def attempt(data) -> None:
+        victims.fresh()
+        kind(victims, data.draw)
+
+    attempt()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bad_input_is_refused_with_one_line(tmp_path, fables_data, trained, kind):
+    victims = Victims(tmp_path, fables_data, trained)
+    try_bad_inputs(victims, kind, 100, derandomize=True)
+    assert victims.count >= 50
+    victims.server.stdin.close()
 
 
 # -----------------------------------------------------------------------------

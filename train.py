@@ -15,6 +15,7 @@ import signal
 import statistics
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -151,7 +152,12 @@ if device == "cuda":
     torch.cuda.set_device(device)
 if distributed:
     try:
-        dist.init_process_group(backend if backend != "auto" else "nccl" if device_type == "cuda" else "gloo")
+        store, _, _ = next(dist.rendezvous("env://"))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # one machine: all ranks count alike how often torchrun has restarted them
+            # torchrun keeps the store from one attempt to the next, and a rank that reads a dead one's address hangs
+            store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group(backend if backend != "auto" else "nccl" if device_type == "cuda" else "gloo", store=store,
+                                rank=rank, world_size=world_size, timeout=timedelta(minutes=10))
     except (RuntimeError, ValueError) as error:
         fail(f"backend {backend!r} does not work here: {error}")
 signal.signal(signal.SIGINT, ask_to_stop)
@@ -190,10 +196,12 @@ with errors_of_any_rank():
     checkpoint = find_resumable(out_dir) if init_from in ("resume", "auto") else None
     if checkpoint:
         theirs = checkpoint["model_args"]
-        if wrong := [f"{k}={theirs[k]}" for k in theirs if k != "dropout" and theirs[k] != getattr(raw_model.config, k)]:
+        if wrong := [f"{k}={v}" for k, v in theirs.items() if k != "dropout" and v != getattr(raw_model.config, k, None)]:
             raise ValueError(f"the run in {out_dir} has {', '.join(wrong)}: give the same settings to resume it")
-    if checkpoint and dtype == "auto" and checkpoint["config"]["device"] == device_type:
-        choices = [checkpoint["config"]["dtype"]]  # what was measured then: another type would not resume exactly
+        if checkpoint["meta"].get("tokenizer") != meta["tokenizer"]:
+            raise ValueError(f"the run in {out_dir} was made with another tokenizer than {dataset}: give its own --dataset")
+    if checkpoint and dtype == "auto" and checkpoint["config"].get("device") == device_type:
+        choices = [checkpoint["config"].get("dtype")]  # what was measured then: another type would not resume exactly
 same_on_all_ranks(f"in {out_dir} the step", checkpoint["step"] if checkpoint else 0)
 if distributed:
     dist.broadcast_object_list(choices)  # ranks that share a CPU would measure differently
