@@ -82,16 +82,16 @@ def read_checkpoint(path: Path) -> dict:
     except Exception as error:  # a damaged file can make the reader fail in any way
         reason = " ".join(str(error).split())[:100]
         raise ValueError(f"{path} is damaged or not a checkpoint ({reason})") from None
-    if isinstance(checkpoint, dict) and "iter_num" in checkpoint:
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{path} is not a checkpoint: it holds a {type(checkpoint).__name__}")
+    if "iter_num" in checkpoint:
         checkpoint = from_nanogpt(checkpoint)
-    missing = {"model", "model_args", "step", "config", "meta"} - set(checkpoint if isinstance(checkpoint, dict) else ())
-    if missing:
-        raise ValueError(f"{path} is not a checkpoint of this program: it lacks {', '.join(sorted(missing))}")
     kinds = dict(model=dict, model_args=dict, step=int, config=dict, meta=dict, version=int)
-    if wrong := [name for name, kind in kinds.items() if not isinstance(checkpoint.get(name), kind)]:
-        raise ValueError(f"{path} is damaged: its {', '.join(wrong)} cannot be read")
+    wrong = [name for name, kind in kinds.items() if not isinstance(checkpoint.get(name), kind) or checkpoint[name] is False]
+    if wrong or checkpoint["step"] < 0 or not isinstance(checkpoint["config"].get("dataset"), str):
+        raise ValueError(f"{path} is not a checkpoint of this program, or damaged: wrong {', '.join(wrong) or 'step or config'}")
     if not all(isinstance(weight, torch.Tensor) for weight in checkpoint["model"].values()):
-        raise ValueError(f"{path} is damaged: its model has weights that are none")
+        raise ValueError(f"{path} is damaged: some of its weights are none")
     if checkpoint["version"] > VERSION:
         raise ValueError(f"{path} was written by a newer version of this program")
     return checkpoint
@@ -99,12 +99,14 @@ def read_checkpoint(path: Path) -> dict:
 
 def from_nanogpt(checkpoint: dict) -> dict:
     """A nanoGPT ckpt.pt under our names: the same weights, with the exact GELU that they were trained with."""
+    if lacking := {"model", "model_args", "config"} - set(checkpoint):
+        raise ValueError(f"the nanoGPT checkpoint lacks {', '.join(sorted(lacking))}")
     return {
         "model": {name.removeprefix("_orig_mod."): weight for name, weight in checkpoint["model"].items()},
         "model_args": checkpoint["model_args"] | {"gelu": "none"},
-        "optimizer": checkpoint["optimizer"],
+        "optimizer": checkpoint.get("optimizer"),
         "step": checkpoint["iter_num"],
-        "best_val_loss": float(checkpoint["best_val_loss"]),
+        "best_val_loss": float(checkpoint.get("best_val_loss", "inf")),
         "config": checkpoint["config"],
         "meta": {"dataset": checkpoint["config"].get("dataset", ""), "tokenizer": {"kind": "gpt2"}, "eot": 50256,
                  "vocab_size": checkpoint["model_args"]["vocab_size"], "splits": {}},

@@ -158,7 +158,7 @@ def load_meta(folder: Path) -> dict:
                 "vocab_size": 50257, "eot": 50256, "splits": {}}
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        if meta["format_version"] != FORMAT_VERSION:
+        if type(meta["format_version"]) is not int or meta["format_version"] != FORMAT_VERSION:
             raise ValueError(f"its format version is {meta['format_version']}, not {FORMAT_VERSION}")
         tokenizer, vocab_size, eot, splits = meta["tokenizer"], meta["vocab_size"], meta["eot"], meta["splits"]
         if not (type(vocab_size) is type(eot) is int and 0 < vocab_size <= 65536 and -1 <= eot < vocab_size):

@@ -196,7 +196,7 @@ with errors_of_any_rank():
     checkpoint = find_resumable(out_dir) if init_from in ("resume", "auto") else None
     if checkpoint:
         theirs = checkpoint["model_args"]
-        if wrong := [f"{k}={v}" for k, v in theirs.items() if k != "dropout" and v != getattr(raw_model.config, k, None)]:
+        if wrong := [f"{k}={theirs.get(k)}" for k, v in model_args.items() if k != "dropout" and v != theirs.get(k)]:
             raise ValueError(f"the run in {out_dir} has {', '.join(wrong)}: give the same settings to resume it")
         if checkpoint["meta"].get("tokenizer") != meta["tokenizer"]:
             raise ValueError(f"the run in {out_dir} was made with another tokenizer than {dataset}: give its own --dataset")
