@@ -237,6 +237,55 @@ def test_a_killed_rank_changes_nothing(tmp_path, fables_data):
     assert_same_outcome(tmp_path / "whole", tmp_path / "out")
 
 
+@pytest.fixture
+def two_machines():
+    """Two network namespaces with a cable between them; prefixes of commands to run in each."""
+    names = [f"fable{os.getpid()}{end}" for end in "ab"]
+    cables = [f"fab{os.getpid()}{end}" for end in "ab"]
+    setup = [f"ip netns add {name}" for name in names] + [f"ip link add {cables[0]} type veth peer name {cables[1]}"]
+    for number, (name, cable) in enumerate(zip(names, cables), 1):
+        setup += [f"ip link set {cable} netns {name}", f"ip -n {name} addr add 10.99.0.{number}/24 dev {cable}",
+                  f"ip -n {name} link set {cable} up", f"ip -n {name} link set lo up"]
+    try:
+        for line in setup:
+            try:
+                done = subprocess.run(line.split(), capture_output=True, text=True)
+            except FileNotFoundError:
+                pytest.skip("there is no `ip` to make network namespaces with")
+            if done.returncode:
+                pytest.skip(f"network namespaces cannot be made here: {done.stderr.strip()}")
+        yield [(["ip", "netns", "exec", name], cable) for name, cable in zip(names, cables)]
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+
+
+def test_two_machines_train_like_one(tmp_path, fables_data, two_machines):
+    """The README's command for two nodes, in two network namespaces that share only the disk."""
+    train(fables_data, tmp_path / "one", "--max_iters=12", "--lr_decay_iters=12", ranks=2)
+    nodes = []
+    for number, (prefix, cable) in enumerate(two_machines, 1):  # both think they have this machine's name: tell them apart
+        launcher = [f"--rdzv_conf=is_host={number == 1}", f"--local_addr=10.99.0.{number}",
+                    "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_endpoint=10.99.0.1:29500",
+                    "--max-restarts=3"]
+        nodes.append(start([*prefix, sys.executable, "-m", "torch.distributed.run", *launcher, "train.py",
+                            f"--dataset={fables_data}", f"--out_dir={tmp_path}/two", *TINY, "--max_iters=12",
+                            "--lr_decay_iters=12", "--init_from=auto"],
+                           env=os.environ | {"GLOO_SOCKET_IFNAME": cable, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}))
+    for node in nodes:
+        output = node.communicate(timeout=120)[0]
+        assert node.returncode == 0, output
+    from test_train import assert_same
+    one, two = (read_checkpoint(tmp_path / name / "last.pt")["model"] for name in ("one", "two"))
+    assert_same(one, two)
+
+
+def test_the_slurm_example_is_one_that_a_shell_can_parse():
+    script = (HERE / "README.md").read_text().split("#!/bin/bash\n")[1].split("```")[0]
+    done = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr and "srun torchrun" in script
+
+
 # -----------------------------------------------------------------------------
 # Bad input by the thousand: one line, status 2, and nothing in out_dir changes
 

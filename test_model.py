@@ -172,6 +172,29 @@ def test_generation_past_block_size_keeps_the_newest_half():
     assert model.generate(long_prompt, 1, temperature=0)[0, -1] == model(long_prompt[:, -8:])[0][0, -1].argmax()
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+def test_chunked_loss_and_remat_change_memory_only(dtype, tolerance):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=8)).train()
+    idx, targets = torch.randint(50, (2, 3, 16)).unbind()
+    targets[0, 3:9] = -1
+
+    def gradients():
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            logits, loss = model(idx, targets)
+        (3 * loss).backward()
+        return logits, loss, torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    _, loss, grad = gradients()
+    model.remat, model.loss_chunk = True, 7
+    logits, chunked_loss, chunked_grad = gradients()
+    assert logits is None and chunked_loss.item() == pytest.approx(loss.item(), rel=tolerance)
+    assert (chunked_grad - grad).norm() < tolerance * grad.norm()
+    model.eval()
+    assert model(idx, targets)[0].shape == (3, 16, 50)  # evaluation sees logits as ever
+
+
 @pytest.mark.parametrize("changes", [
     dict(n_head=3), dict(n_layer=0), dict(vocab_size=-1), dict(dropout=1.0), dict(arch="bert"),
 ])

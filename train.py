@@ -74,6 +74,7 @@ device = "auto"  # cuda, else mps, else cpu; or 'cpu', 'cuda:1', ...
 dtype = "auto"  # fastest safe type on the device; or 'float32', 'bfloat16', 'float16' (with loss scaling)
 compile = True  # torch.compile, where it works; eager elsewhere
 remat = False  # recompute activations in the backward pass: less memory, about a third more time
+loss_chunk = 0  # tokens whose logits exist at a time, say 256: less memory, a little more time; 0: all of a micro-batch
 config = configure(globals())
 # -----------------------------------------------------------------------------
 
@@ -83,7 +84,7 @@ def check_settings() -> None:
         if config[name] < 1:
             raise ValueError(f"{name} must be at least 1, got {config[name]}")
     for name in ("eval_iters", "max_iters", "warmup_iters", "lr_decay_iters", "learning_rate", "min_lr", "grad_clip",
-                 "weight_decay", "seed", "patience", "max_minutes"):
+                 "weight_decay", "seed", "patience", "max_minutes", "loss_chunk"):
         if config[name] < 0:
             raise ValueError(f"{name} must not be negative, got {config[name]}")
     for name in ("beta1", "beta2"):
@@ -180,7 +181,7 @@ with errors_of_any_rank():
     model_args = dict(arch=arch, block_size=block_size, vocab_size=meta["vocab_size"], n_layer=n_layer, n_head=n_head,
                       n_embd=n_embd, dropout=dropout, bias=bias)
     raw_model = GPT(GPTConfig(**model_args))
-    raw_model.remat = remat
+    raw_model.remat, raw_model.loss_chunk = remat, loss_chunk
     choices = [resolve_dtype(dtype, device, n_embd)]
 
 # the run: a new one, or the one to go on with

@@ -436,6 +436,8 @@ def main() -> None:
         for split, n in amounts.items():
             if n < 1:
                 raise ValueError(f"{split}_stories must be at least 1, got {n}")
+        if seed < 0:
+            raise ValueError(f"seed must not be negative, got {seed}")
         told = {split: write_stories(f"{seed} {split}", n) for split, n in amounts.items()}
         texts = {split: [text for text, _ in stories] for split, stories in told.items()}
         nats = math.fsum(its_nats for _, its_nats in told["val"])
