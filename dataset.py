@@ -200,7 +200,7 @@ class TokenStream:
         return np.concatenate(parts).astype(np.int64)
 
     def check(self, meta: dict) -> None:
-        """Read everything once: ValueError where an id is outside the vocabulary, or the bytes are not those that meta knows."""
+        """Read all of it once: ValueError where an id is outside the vocabulary or the bytes are not those that meta knows."""
         digest, largest = hashlib.sha256(), 0
         for shard in self.shards:
             for i in range(0, len(shard), 1 << 22):

@@ -254,7 +254,14 @@ def two_machines():
                 pytest.skip("there is no `ip` to make network namespaces with")
             if done.returncode:
                 pytest.skip(f"network namespaces cannot be made here: {done.stderr.strip()}")
-        yield [(["ip", "netns", "exec", name], cable) for name, cable in zip(names, cables)]
+        prefixes = [["ip", "netns", "exec", name] for name in names]
+        listen = "import socket; s = socket.create_server(('10.99.0.1', 29501)); print(flush=True); s.settimeout(9); s.accept()"
+        listener = start([*prefixes[0], sys.executable, "-c", listen])
+        listener.stdout.readline()
+        knock = "import socket; socket.create_connection(('10.99.0.1', 29501), timeout=5)"
+        if subprocess.run([*prefixes[1], sys.executable, "-c", knock], capture_output=True).returncode or listener.wait():
+            pytest.skip("network namespaces can be made here, but not talk to each other")
+        yield list(zip(prefixes, cables))
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)

@@ -108,7 +108,8 @@ def ask_to_stop(number: int, frame: object) -> None:
     if stop_signal and number == signal.SIGINT and not distributed:  # torchrun passes the terminal's own one on again
         os._exit(130)
     if not stop_signal and master:
-        os.write(2, b"\nstopping after this step; Ctrl-C again leaves at once, without saving\n")  # print could be inside itself
+        # not print, which the signal may have interrupted
+        os.write(2, b"\nstopping after this step; Ctrl-C again leaves at once, without saving\n")
     stop_signal = number
 
 
@@ -154,7 +155,7 @@ if device == "cuda":
 if distributed:
     try:
         store, _, _ = next(dist.rendezvous("env://"))
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # one machine: all ranks count alike how often torchrun has restarted them
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # one machine, whose ranks have all been restarted equally often
             # torchrun keeps the store from one attempt to the next, and a rank that reads a dead one's address hangs
             store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group(backend if backend != "auto" else "nccl" if device_type == "cuda" else "gloo", store=store,
@@ -332,7 +333,7 @@ def open_logger():
             atexit.register(trackio.finish)
             return lambda step, metrics: trackio.log(metrics, step=step)
     except ImportError as error:
-        raise ValueError(f"--logger={logger} needs a package that is not installed: pip install {error.name or logger}") from None
+        raise ValueError(f"--logger={logger} lacks a package: pip install {error.name or logger}") from None
     return lambda step, metrics: None
 
 
@@ -514,11 +515,12 @@ while True:
             say(f"{bad_in_a_row} steps in a row had a non-finite gradient: back to step {step}, from now on with "
                 f"{lr_scale:g} of the learning rate")
 bar.close()
-if stopping:
+if stopping and step < max_iters:
     say(f"stopped at step {step}, saved in {out_dir}/last.pt; go on with the same command and --init_from=resume")
 elif not eval_only:
     why = "" if step >= max_iters else ", the time is over" if out_of_time() else f", no better for {patience} evaluations"
-    say(f"done: step {step}{why}, {(time.time() - started) / 60:.1f} minutes, {peak_memory():.1f} GB at most; best validation "
-        f"loss {best_val_loss:.4f} in {out_dir}/best.pt, curve in {out_dir}/loss.png; next: python sample.py --out_dir={out_dir}")
+    say(f"done: step {step}{why}, {(time.time() - started) / 60:.1f} minutes, {peak_memory():.1f} GB at most; best "
+        f"validation loss {best_val_loss:.4f} in {out_dir}/best.pt, curve in {out_dir}/loss.png; next: "
+        f"python sample.py --out_dir={out_dir}")
 if distributed:
     dist.destroy_process_group()
