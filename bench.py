@@ -108,9 +108,9 @@ def load_peer(path: str) -> ModuleType:
 
 
 with user_errors():
-    for name in ("rounds", "steps", "batch_size"):
-        if globals()[name] < 1:
-            raise ValueError(f"{name} must be at least 1, got {globals()[name]}")
+    for name, least in (("rounds", 1), ("steps", 1), ("batch_size", 1), ("seed", 0)):
+        if globals()[name] < least:
+            raise ValueError(f"{name} must be at least {least}, got {globals()[name]}")
     peer = load_peer(against) if against else None
     ours.GPTConfig(arch, block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias)
     device = ours.resolve_device(device)
