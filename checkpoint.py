@@ -88,8 +88,9 @@ def read_checkpoint(path: Path) -> dict:
         checkpoint = from_nanogpt(checkpoint)
     kinds = dict(model=dict, model_args=dict, step=int, config=dict, meta=dict, version=int)
     wrong = [name for name, kind in kinds.items() if not isinstance(checkpoint.get(name), kind) or checkpoint[name] is False]
-    if wrong or checkpoint["step"] < 0 or not isinstance(checkpoint["config"].get("dataset"), str):
-        raise ValueError(f"{path} is not a checkpoint of this program, or damaged: its {', '.join(wrong) or 'step or config'} "
+    if (wrong or checkpoint["step"] < 0 or not isinstance(checkpoint["config"].get("dataset"), str)
+            or not isinstance(checkpoint["meta"].get("tokenizer"), dict)):
+        raise ValueError(f"{path} is not a checkpoint of this program, or damaged: its {', '.join(wrong) or 'parts'} "
                          "cannot be read")
     if not all(isinstance(weight, torch.Tensor) for weight in checkpoint["model"].values()):
         raise ValueError(f"{path} is damaged: some of its weights are none")

@@ -1,4 +1,5 @@
 """The training loop: resuming, ranks, accumulation, checkpoints. Runs of train.py as a user starts them."""
+import hashlib
 import json
 import shutil
 import subprocess
@@ -324,17 +325,17 @@ def test_damaged_data_is_refused_before_the_first_step(tmp_path, fables_data):
         assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "out").exists()
         return done.stderr
 
-    def set_first(folder, value, forget=False):
+    def set_first(folder, value, sign=False):
         raw = bytearray((folder / "train.bin").read_bytes())
         raw[:2] = value.to_bytes(2, "little")
         (folder / "train.bin").write_bytes(raw)
-        if forget:
+        if sign:
             meta = json.loads((folder / "meta.json").read_text())
-            del meta["splits"]["train"]["sha256"]
+            meta["splits"]["train"]["sha256"] = hashlib.sha256(raw).hexdigest()
             (folder / "meta.json").write_text(json.dumps(meta))
 
     assert "SHA-256" in refused(lambda folder: set_first(folder, 1))
-    assert "token id 65535" in refused(lambda folder: set_first(folder, 65535, forget=True))
+    assert "token id 65535" in refused(lambda folder: set_first(folder, 65535, sign=True))
     assert "bytes" in refused(lambda folder: (folder / "val.bin").write_bytes(b"123"))
     assert "tokens" in refused(lambda folder: (folder / "train.bin").write_bytes(b"12" * 20))
 
