@@ -166,7 +166,7 @@ def load_meta(folder: Path) -> dict:
         if tokenizer["kind"] not in ("gpt2", "char", "word") or len(tokenizer.get("vocab", range(vocab_size))) != vocab_size:
             raise ValueError("its tokenizer is unknown or has another vocabulary")
         for counts in (splits["train"], splits["val"]):
-            if not (type(counts["tokens"]) is int and type(counts["sha256"]) is str):
+            if not (type(counts["tokens"]) is int and counts["tokens"] > 0 and type(counts["sha256"]) is str):
                 raise ValueError("its splits lack the number of their tokens or their checksum")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder}/meta.json is damaged ({error}): run `{prepare}` again") from None
