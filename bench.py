@@ -140,7 +140,7 @@ for side in sides:
 print(f"{mfu:12.1%} MFU of this model, against {peak / 1e12:.3g} TFLOP/s ({peak_source})")
 result = dict(mode="train", parameters=mine.raw_model.num_params(), device=device, dtype=dtype,
               compiled=mine.model is not mine.raw_model, tokens_per_second=mine.tokens_per_second(), spread=mine.spread(),
-               mfu=mfu)
+              mfu=mfu)
 if peer:
     result |= dict(against=against, their_tokens_per_second=sides[1].tokens_per_second(),
                    ratio=mine.tokens_per_second() / sides[1].tokens_per_second())

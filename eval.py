@@ -7,7 +7,6 @@ Measure a trained model over the whole validation split and write out_dir/metric
 import contextlib
 import json
 import math
-import os
 import resource
 import time
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from checkpoint import load_model
+from checkpoint import load_model, write_atomically
 from configurator import configure, user_errors
 from dataset import TokenStream, eval_batches, load_meta, prefetch
 from model import GPT, resolve_device, resolve_dtype
@@ -122,7 +121,5 @@ for key, value in summary.items():
         print(f"{key:>26}: {shown}")
 if summary["floor"]:
     print(f"The loss is {loss / summary['floor'] - 1:.1%} above the floor, which is the exact entropy of this text.")
-temporary = Path(out_dir) / "metrics_summary.json.tmp"
 with user_errors():
-    temporary.write_text(json.dumps(summary, indent=1) + "\n")
-    os.replace(temporary, temporary.with_suffix(""))
+    write_atomically(Path(out_dir) / "metrics_summary.json", json.dumps(summary, indent=1) + "\n")

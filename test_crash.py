@@ -28,6 +28,8 @@ from hypothesis import strategies as st
 from checkpoint import find_resumable, read_checkpoint
 from configurator import settings_of
 from conftest import HERE, TINY, read_log, run, train
+from test_cli import SCRIPTS
+from test_train import assert_same, damage_by
 
 LONGER = ["--max_iters=40", "--lr_decay_iters=40", "--eval_interval=4", "--init_from=auto"]
 
@@ -76,7 +78,6 @@ def outcome(out_dir: Path) -> tuple:
 
 
 def assert_same_outcome(a: Path, b: Path) -> None:
-    from test_train import assert_same
     assert_same(outcome(a), outcome(b))
 
 
@@ -175,7 +176,6 @@ def test_no_space_left_keeps_the_newest_good_checkpoint(tmp_path, fables_data, u
 
 @pytest.mark.parametrize("kind", ["truncated", "zeroed", "flipped", "missing"])
 def test_a_damaged_checkpoint_costs_one_interval_and_nothing_else(tmp_path, fables_data, undisturbed, kind):
-    from test_train import damage_by
     train(fables_data, tmp_path / "out", *LONGER, "--max_iters=12")
     last = tmp_path / "out/last.pt"
     if kind == "missing":
@@ -282,7 +282,6 @@ def test_two_machines_train_like_one(tmp_path, fables_data, two_machines):
     for node in nodes:
         output = node.communicate(timeout=120)[0]
         assert node.returncode == 0, output
-    from test_train import assert_same
     one, two = (read_checkpoint(tmp_path / name / "last.pt")["model"] for name in ("one", "two"))
     assert_same(one, two)
 
@@ -319,8 +318,6 @@ for line in sys.stdin:
         os._exit(status)
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
-SCRIPTS = ["train.py", "sample.py", "eval.py", "bench.py", "data/fables/prepare.py", "data/tinystories/prepare.py",
-           "data/shakespeare_char/prepare.py"]
 NUMBERS = {"n_layer", "n_head", "n_embd", "batch_size", "block_size", "max_iters", "learning_rate", "dropout", "patience",
            "num_samples", "max_new_tokens", "temperature", "top_k", "seed", "steps", "rounds", "eval_iters", "valid_samples",
            "train_stories", "val_stories"}
