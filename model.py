@@ -88,7 +88,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.remat = False  # True: keep only the input of each block and compute the rest again in the backward pass
-        self.loss_chunk = 0  # tokens whose logits exist at a time while training; 0: those of the whole batch
+        self.loss_chunk = 0  # tokens whose logits exist at a time where a loss is asked for; 0: those of the whole batch
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
@@ -133,11 +133,12 @@ class GPT(nn.Module):
     def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Token ids (B, T) to logits (B, T, vocab_size), and the mean loss in nats per token where targets (B, T) are
-        given. A target of -1 does not count. With loss_chunk set, training gets None for the logits.
+        given. A target of -1 does not count. With loss_chunk set, a call with targets gets None for the logits.
         """
         x = self.hidden(idx)  # (B, T, C)
-        if targets is not None and self.loss_chunk and self.training:
-            return None, ChunkedLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), self.loss_chunk)
+        if targets is not None and self.loss_chunk:
+            return None, ChunkedLoss.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), self.loss_chunk,
+                                           torch.is_grad_enabled())
         logits = self.lm_head(x)
         if targets is None:
             return logits, None
@@ -207,9 +208,10 @@ class ChunkedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk: int) -> torch.Tensor:
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk: int,
+                with_grad: bool) -> torch.Tensor:
         """States (N, C), head (V, C) and targets (N), those of -1 left out, to the mean loss in nats."""
-        grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
+        grad_x, grad_weight = (torch.empty_like(x), torch.zeros_like(weight)) if with_grad else (x, None)
         total, count = x.new_zeros((), dtype=torch.float32), (targets >= 0).sum().clamp(min=1)
         for xs, ys, grad_xs in zip(x.split(chunk), targets.split(chunk), grad_x.split(chunk)):
             counts = (ys >= 0).unsqueeze(1)  # (n, 1)
@@ -217,6 +219,8 @@ class ChunkedLoss(torch.autograd.Function):
             p = F.linear(xs, weight).float()  # (n, V), logits
             log_sum = p.logsumexp(dim=1, keepdim=True)  # (n, 1)
             total += ((log_sum - p.gather(1, ys)) * counts).sum()
+            if not with_grad:
+                continue
             p.sub_(log_sum).exp_().scatter_add_(1, ys, -torch.ones_like(log_sum)).mul_(counts)  # its gradient: p - onehot
             p = p.to(xs.dtype)
             grad_xs.copy_(p @ weight)
@@ -225,9 +229,9 @@ class ChunkedLoss(torch.autograd.Function):
         return total / count
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None, None]:
         grad_x, grad_weight, count = ctx.saved_tensors
-        return grad_x * (grad / count), grad_weight * (grad / count), None, None
+        return grad_x * (grad / count), grad_weight * (grad / count), None, None, None
 
 
 def sample_token(logits: torch.Tensor, temperature: float, top_k: int, generator: torch.Generator | None) -> torch.Tensor:
