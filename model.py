@@ -2,6 +2,7 @@
 A GPT in one file that needs torch and nothing else: copy it next to your own script and it works.
 
 arch 'gpt2': learned positions, LayerNorm, tanh-GELU, tied head; bit-compatible with OpenAI's weights.
+arch 'qwen3': rotary positions, RMSNorm (of queries and keys too), SwiGLU, no biases; compatible with Qwen3ForCausalLM.
 """
 import math
 import time
@@ -15,70 +16,117 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass
 class GPTConfig:
-    arch: str = "gpt2"
+    arch: str = "gpt2"  # or 'qwen3'
     block_size: int = 1024  # longest context in tokens
     vocab_size: int = 50257
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
-    bias: bool = True  # in Linear and LayerNorm, as GPT-2 has them
+    bias: bool = True  # in Linear and LayerNorm, as GPT-2 has them; qwen3 has none
     gelu: str = "tanh"  # GPT-2's own approximation; 'none' is the exact one that nanoGPT's checkpoints were trained with
+    # qwen3 only
+    n_kv_head: int = 0  # heads of keys and values, each shared by n_head / n_kv_head queries; 0: n_head
+    head_dim: int = 0  # 0: n_embd / n_head
+    n_inner: int = 0  # width of the SwiGLU; 0: 8/3 n_embd, with which it has as many weights as GPT-2's MLP
+    rope_theta: float = 10000.0  # base of the rotary wavelengths
+    tied: bool = True  # whether the head is the token table, as it always is in gpt2
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.arch != "gpt2":
-            raise ValueError(f"arch must be 'gpt2', got {self.arch!r}")
-        if self.n_embd % self.n_head:
+        if self.arch not in ("gpt2", "qwen3"):
+            raise ValueError(f"arch must be gpt2 or qwen3, got {self.arch!r}")
+        for name in ("n_kv_head", "head_dim", "n_inner"):
+            if getattr(self, name) < 0 or self.arch == "gpt2" and getattr(self, name):
+                raise ValueError(f"{name} must be {'0 with arch gpt2' if self.arch == 'gpt2' else 'at least 0'}, "
+                                 f"got {getattr(self, name)}")
+        if self.arch == "gpt2" and not self.tied:
+            raise ValueError("tied must be True with arch gpt2")
+        if self.n_embd % self.n_head and not self.head_dim:
             raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
+        if self.n_head % (self.n_kv_head or self.n_head):
+            raise ValueError(f"n_head ({self.n_head}) must be a multiple of n_kv_head ({self.n_kv_head})")
+        if self.arch == "qwen3" and (self.head_dim or self.n_embd // self.n_head) % 2:
+            raise ValueError(f"n_embd / n_head must be even for rotary positions, got {self.n_embd} / {self.n_head}")
+        if not self.rope_theta > 0:
+            raise ValueError(f"rope_theta must be above 0, got {self.rope_theta}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout}")
+
+
+def make_norm(config: GPTConfig, width: int) -> nn.Module:
+    return nn.LayerNorm(width, bias=config.bias) if config.arch == "gpt2" else nn.RMSNorm(width, eps=1e-6)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn (B, nh, T, hs), as pairs of its halves, by the angles of their positions; cos and sin are (T, hs / 2)."""
+    a, b = x.chunk(2, dim=-1)  # (B, nh, T, hs / 2)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
+        bias = config.bias and config.arch == "gpt2"
         self.n_head = config.n_head
+        self.n_kv_head = config.n_kv_head or config.n_head
+        self.head_dim = config.head_dim or config.n_embd // config.n_head
         self.dropout = config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # query, key, value of all heads
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.rows = [self.head_dim * n for n in (self.n_head, self.n_kv_head, self.n_kv_head)]  # of query, key, value
+        self.c_attn = nn.Linear(config.n_embd, sum(self.rows), bias=bias)
+        self.c_proj = nn.Linear(self.rows[0], config.n_embd, bias=bias)
+        if config.arch == "qwen3":
+            self.q_norm = make_norm(config, self.head_dim)
+            self.k_norm = make_norm(config, self.head_dim)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
         B, T, C = x.shape
         q, k, v = (
-            part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, T, C) -> (B, nh, T, hs)
-            for part in self.c_attn(x).split(C, dim=2)
+            part.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, T, nh * hs) -> (B, nh, T, hs)
+            for part in self.c_attn(x).split(self.rows, dim=2)
         )
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True)
-        y = y.transpose(1, 2).contiguous().view(B, T, C)  # (B, nh, T, hs) -> (B, T, C)
+        if rope is not None:
+            q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True,
+                                           enable_gqa=self.n_kv_head < self.n_head)
+        y = y.transpose(1, 2).contiguous().view(B, T, -1)  # (B, nh, T, hs) -> (B, T, nh * hs)
         return self.resid_dropout(self.c_proj(y))
 
 
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.gelu = config.gelu
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.gelu = config.gelu if config.arch == "gpt2" else ""  # '': SwiGLU, https://arxiv.org/abs/2002.05202
+        bias = config.bias and config.arch == "gpt2"
+        n_inner = 4 * config.n_embd if self.gelu else config.n_inner or math.ceil(config.n_embd / 24) * 64
+        self.rows = [n_inner] if self.gelu else [n_inner, n_inner]  # of gate, up
+        self.c_fc = nn.Linear(config.n_embd, sum(self.rows), bias=bias)
+        self.c_proj = nn.Linear(n_inner, config.n_embd, bias=bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate=self.gelu)))
+        x = self.c_fc(x)
+        if self.gelu:
+            x = F.gelu(x, approximate=self.gelu)
+        else:
+            gate, up = x.chunk(2, dim=-1)  # (B, T, n_inner)
+            x = F.silu(gate) * up
+        return self.dropout(self.c_proj(x))
 
 
 class Block(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = make_norm(config, config.n_embd)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_2 = make_norm(config, config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+        x = x + self.attn(self.ln_1(x), rope)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -91,13 +139,19 @@ class GPT(nn.Module):
         self.loss_chunk = 0  # tokens whose logits exist at a time where a loss is asked for; 0: those of the whole batch
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
-            wpe=nn.Embedding(config.block_size, config.n_embd),
+            **(dict(wpe=nn.Embedding(config.block_size, config.n_embd)) if config.arch == "gpt2" else {}),
             drop=nn.Dropout(config.dropout),
             h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-            ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
+            ln_f=make_norm(config, config.n_embd),
         ))
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.weight = self.transformer.wte.weight  # tied, https://arxiv.org/abs/1608.05859
+        if config.tied:
+            self.lm_head.weight = self.transformer.wte.weight  # https://arxiv.org/abs/1608.05859
+        if config.arch == "qwen3":  # https://arxiv.org/abs/2104.09864
+            half = self.transformer.h[0].attn.head_dim // 2
+            angles = torch.arange(config.block_size)[:, None] * config.rope_theta ** (-torch.arange(half) / half)
+            self.register_buffer("cos", angles.cos(), persistent=False)  # (block_size, hs / 2)
+            self.register_buffer("sin", angles.sin(), persistent=False)
         self.init_weights()
 
     @torch.no_grad()
@@ -105,18 +159,22 @@ class GPT(nn.Module):
         """
         GPT-2's initialisation: N(0, 0.02), projections into the residual stream scaled by its depth, biases zero. 0.02 fits
         a width of 768; the hidden matrices of a narrower model get more, by the square root, or attention is slow to wake.
+        In qwen3 the projections into the residual stream and an untied head begin at zero: the first guess is uniform,
+        and no block disturbs the stream before it has learned something.
         """
         std = 0.02 * math.sqrt(768 / self.config.n_embd)
         for name, p in self.named_parameters():
             if name.startswith(("transformer.wte", "transformer.wpe")):
-                p.normal_(std=0.02)  # not scaled: it is the head too, and the first guess should be uniform
+                p.normal_(std=0.02)  # not scaled: it may be the head too, and the first guess should be uniform
+            elif self.config.arch == "qwen3" and name.endswith(("c_proj.weight", "lm_head.weight")):
+                p.zero_()
             elif name.endswith("c_proj.weight"):
                 p.normal_(std=std / math.sqrt(2 * self.config.n_layer))
             elif p.dim() == 2:
                 p.normal_(std=std)
             elif name.endswith("bias"):
                 p.zero_()
-            else:  # LayerNorm gain
+            else:  # gain of a norm
                 p.fill_(1.0)
 
     def hidden(self, idx: torch.Tensor) -> torch.Tensor:
@@ -124,10 +182,14 @@ class GPT(nn.Module):
         B, T = idx.shape
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens are more than block_size ({self.config.block_size})")
-        pos = torch.arange(T, device=idx.device)  # (T,)
-        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(pos))  # (B, T, C)
+        x, rope = self.transformer.wte(idx), None  # (B, T, C)
+        if self.config.arch == "gpt2":
+            x = x + self.transformer.wpe(torch.arange(T, device=idx.device))
+        else:
+            rope = self.cos[:T], self.sin[:T]
+        x = self.transformer.drop(x)
         for block in self.transformer.h:
-            x = checkpoint(block, x, use_reentrant=False) if self.remat and self.training else block(x)
+            x = checkpoint(block, x, rope, use_reentrant=False) if self.remat and self.training else block(x, rope)
         return self.transformer.ln_f(x)
 
     def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -173,31 +235,106 @@ class GPT(nn.Module):
         return idx
 
     def num_params(self, non_embedding: bool = False) -> int:
-        """Parameters, each counted once; non_embedding leaves out the token and position tables (the tied head too)."""
-        n = sum(p.numel() for p in self.parameters())
-        if non_embedding:
-            n -= self.transformer.wte.weight.numel() + self.transformer.wpe.weight.numel()
-        return n
+        """Parameters, each counted once; non_embedding leaves out the token and position tables and the head."""
+        tables = ("transformer.wte", "transformer.wpe", "lm_head")
+        return sum(p.numel() for name, p in self.named_parameters() if not (non_embedding and name.startswith(tables)))
 
     def flops_per_token(self, T: int | None = None) -> int:
         """
         FLOPs of forward and backward per token at context length T (default block_size): 6 per weight of a matrix
-        product, the head included and the tables not, and 12 * n_layer * C * T for attention, as in the appendix of
-        PaLM (https://arxiv.org/abs/2204.02311). The causal half of attention that is never used counts as used.
+        product, the head included and the tables not, and 12 * n_layer * n_head * hs * T for attention, as in the
+        appendix of PaLM (https://arxiv.org/abs/2204.02311). The causal half of attention that is never used counts too.
         """
         T = T or self.config.block_size
         matmul = self.num_params(non_embedding=True) + self.lm_head.weight.numel()
-        return 6 * matmul + 12 * self.config.n_layer * self.config.n_embd * T
+        return 6 * matmul + 12 * self.config.n_layer * self.transformer.h[0].attn.rows[0] * T
 
     def configure_optimizers(self, weight_decay: float, learning_rate: float, betas: tuple[float, float],
-                             device_type: str) -> torch.optim.Optimizer:
-        """AdamW; matrices and tables decay, gains and biases do not."""
-        params = [p for p in self.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+                             device_type: str, optimizer: str = "adamw") -> list[torch.optim.Optimizer]:
+        """
+        'adamw': one AdamW, in which matrices and tables decay, gains and biases do not. 'muon': Muon for the matrices of
+        the blocks, AdamW for the rest: tables, head, gains and biases.
+        """
+        if optimizer not in ("adamw", "muon"):
+            raise ValueError(f"optimizer must be adamw or muon, got {optimizer!r}")
+        blocks = self.transformer.h if optimizer == "muon" else []
+        hidden = [
+            {"params": [block.attn.c_attn.weight for block in blocks], "rows": self.transformer.h[0].attn.rows},
+            {"params": [block.attn.c_proj.weight for block in blocks]},
+            {"params": [block.mlp.c_fc.weight for block in blocks], "rows": self.transformer.h[0].mlp.rows},
+            {"params": [block.mlp.c_proj.weight for block in blocks]},
         ]
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=device_type in ("cuda", "cpu"))
+        taken = {p for group in hidden for p in group["params"]}
+        rest = [p for p in self.parameters() if p.requires_grad and p not in taken]
+        groups = [
+            {"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+        return [adamw] + ([Muon(hidden, learning_rate, weight_decay)] if blocks else [])
+
+
+class Muon(torch.optim.Optimizer):
+    """
+    Momentum whose update is made orthogonal, so that it moves every direction of a matrix equally far
+    (https://kellerjordan.github.io/posts/muon/). All matrices of one shape are orthogonalised in one batch. The update of
+    an (r, c) matrix has the spectral norm 10 * lr * sqrt(max(1, r / c)): with the 10, one learning rate serves AdamW beside
+    it, and with the rest, models of any width (https://arxiv.org/abs/2310.17813).
+    """
+
+    def __init__(self, params, lr: float, weight_decay: float = 0.0, momentum: float = 0.95):
+        """A group's `rows` names the heights of the matrices that its parameters are stacked from."""
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, rows=None))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """As in torch's fused optimizers, nothing changes where the tensor self.found_inf is 1."""
+        go = 1 - getattr(self, "found_inf", torch.zeros((), device=self.param_groups[0]["params"][0].device))
+        updates = {}  # shape -> [(update, matrix, group)]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if "momentum" not in self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                grad, momentum = p.grad.where(go > 0, 0.0), self.state[p]["momentum"]
+                momentum.lerp_(grad, (1 - group["momentum"]) * go)
+                update = grad.lerp(momentum, group["momentum"])  # Nesterov
+                rows = group["rows"] or [p.size(0)]
+                for u, matrix in zip(update.split(rows), p.split(rows)):
+                    updates.setdefault(u.shape, []).append((u, matrix, group))
+        for (r, c), items in updates.items():
+            us = orthogonalize(torch.stack([u for u, _, _ in items]))  # (n, r, c)
+            for u, (_, matrix, group) in zip(us, items):
+                matrix.mul_(1 - group["lr"] * group["weight_decay"] * go)
+                matrix.sub_(u * (10 * group["lr"] * math.sqrt(max(1, r / c)) * go))
+
+
+def orthogonalize(g: torch.Tensor) -> torch.Tensor:
+    """
+    Matrices (n, r, c) to about U V^T of their singular value decompositions, with singular values between 0.7 and 1.2, by
+    five Newton-Schulz steps: as quick as matrix products are.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = g.bfloat16() if g.is_cuda else g  # few CPUs are fast in bfloat16
+    tall = x.size(1) > x.size(2)
+    x = x.mT if tall else x
+    x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
+    for _ in range(5):
+        square = x @ x.mT  # (n, r, r)
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).to(g.dtype)
+
+
+def schedule_factor(schedule: str, progress: float) -> float:
+    """What is left of the learning rate at a progress from 0 to 1: 1 at first, 0 at the end."""
+    if schedule == "cosine":
+        return (1 + math.cos(math.pi * progress)) / 2
+    if schedule == "linear":
+        return 1 - progress
+    if schedule == "trapezoid":  # constant, and linear in the last 40 %
+        return min(1.0, (1 - progress) / 0.4)
+    raise ValueError(f"schedule must be cosine, linear or trapezoid, got {schedule!r}")
 
 
 class ChunkedLoss(torch.autograd.Function):
@@ -243,6 +380,63 @@ def sample_token(logits: torch.Tensor, temperature: float, top_k: int, generator
         kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
         logits = logits.masked_fill(logits < kth, -math.inf)
     return torch.multinomial(logits.softmax(dim=-1), num_samples=1, generator=generator)
+
+
+# -----------------------------------------------------------------------------
+# Hugging Face's names: GPT2LMHeadModel has ours, but keeps the matrices of its blocks transposed; Qwen3ForCausalLM
+# keeps separate what is stacked here
+
+QWEN3_BLOCK = {
+    "ln_1.weight": ["input_layernorm.weight"],
+    "attn.c_attn.weight": ["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"],
+    "attn.q_norm.weight": ["self_attn.q_norm.weight"],
+    "attn.k_norm.weight": ["self_attn.k_norm.weight"],
+    "attn.c_proj.weight": ["self_attn.o_proj.weight"],
+    "ln_2.weight": ["post_attention_layernorm.weight"],
+    "mlp.c_fc.weight": ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
+    "mlp.c_proj.weight": ["mlp.down_proj.weight"],
+}
+
+
+def hf_names(config: GPTConfig) -> dict[str, list[str]]:
+    """Each name in our state dict with theirs, whose tensors, stacked by rows, it holds."""
+    if config.arch == "gpt2":
+        with torch.device("meta"):
+            return {name: [name] for name in GPT(config).state_dict()}
+    names = {"transformer.wte.weight": ["model.embed_tokens.weight"], "transformer.ln_f.weight": ["model.norm.weight"],
+             "lm_head.weight": ["lm_head.weight"]}
+    for i in range(config.n_layer):
+        for ours, theirs in QWEN3_BLOCK.items():
+            names[f"transformer.h.{i}.{ours}"] = [f"model.layers.{i}.{name}" for name in theirs]
+    return names
+
+
+def to_hf(model: GPT) -> dict[str, torch.Tensor]:
+    """The weights as GPT2LMHeadModel or Qwen3ForCausalLM names and shapes them."""
+    weights = {}
+    for ours, theirs in hf_names(model.config).items():
+        w = model.state_dict()[ours]
+        if ours.endswith("c_attn.weight") and model.config.arch == "qwen3":
+            parts = w.split(model.transformer.h[0].attn.rows)
+        else:
+            parts = w.chunk(len(theirs))
+        weights |= {name: (part.t() if is_transposed(name) else part).contiguous() for name, part in zip(theirs, parts)}
+    return weights
+
+
+def from_hf(weights: dict[str, torch.Tensor], config: GPTConfig) -> dict[str, torch.Tensor]:
+    """A state dict of ours from theirs; ValueError names what is missing."""
+    names = hf_names(config)
+    if config.tied:
+        weights = weights | {"lm_head.weight": weights.get(names["transformer.wte.weight"][0])}
+    if missing := [name for theirs in names.values() for name in theirs if weights.get(name) is None]:
+        raise ValueError(f"the weights lack {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
+    return {ours: torch.cat([weights[name].t() if is_transposed(name) else weights[name] for name in theirs])
+            for ours, theirs in names.items()}
+
+
+def is_transposed(name: str) -> bool:
+    return name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
 
 
 # -----------------------------------------------------------------------------

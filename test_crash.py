@@ -1,7 +1,7 @@
 """
 Accidents of every kind: whatever happens to a run, going on with it ends in the same weights, log and best checkpoint.
 
-    python test_crash.py --kills=100 --rank_kills=10 --inputs=8000
+    python test_crash.py --kills=100 --rank_kills=10 --inputs=10000
 
 kills runs and ranks at random instants, feeds damaged files and settings to the scripts, and prints a table; the suite
 does the same with fewer.

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import GPT, GPTConfig, median_seconds, peak_flops, resolve_device, resolve_dtype, sample_token
+from model import (GPT, GPTConfig, Muon, from_hf, median_seconds, orthogonalize, peak_flops, resolve_device, resolve_dtype,
+                   sample_token, schedule_factor, to_hf)
 
 
 def tiny(**changes) -> GPT:
@@ -34,16 +35,46 @@ def test_same_logits_and_greedy_ids_as_hugging_face(gelu, theirs):
     c = model.config
     hf = GPT2LMHeadModel(GPT2Config(vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
                                     n_head=c.n_head, activation_function=theirs, bos_token_id=None, eos_token_id=None)).eval()
-    weights = {name: weight.t() if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else weight
-               for name, weight in model.state_dict().items()}  # theirs stores matrices transposed
-    hf.load_state_dict(weights)
-    idx = torch.randint(c.vocab_size, (3, 17))
+    hf.load_state_dict(to_hf(model))
+    assert_same_as_hugging_face(model, hf)
+
+
+@pytest.mark.parametrize("changes", [
+    dict(tied=True), dict(tied=False), dict(n_kv_head=2, n_inner=48), dict(n_kv_head=1, head_dim=6, tied=False),
+])
+def test_qwen3_is_that_of_hugging_face(changes):
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    model = tiny(arch="qwen3", **changes)
+    randomize(model)
+    c, attn, mlp = model.config, model.transformer.h[0].attn, model.transformer.h[0].mlp
+    hf = Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=mlp.rows[0], num_hidden_layers=c.n_layer,
+        num_attention_heads=c.n_head, num_key_value_heads=attn.n_kv_head, head_dim=attn.head_dim,
+        max_position_embeddings=c.block_size, rope_theta=c.rope_theta, tie_word_embeddings=c.tied, bos_token_id=None,
+        eos_token_id=None, pad_token_id=None)).eval()
+    hf.load_state_dict(to_hf(model))
+    assert_same_as_hugging_face(model, hf)
+    randomize(hf)  # and the other way
+    model.load_state_dict(from_hf(hf.state_dict(), c))
+    assert_same_as_hugging_face(model, hf)
+
+
+def assert_same_as_hugging_face(model: GPT, hf) -> None:
+    idx = torch.randint(model.config.vocab_size, (3, 17))
     logits, loss = model(idx, idx)
     with torch.no_grad():
         assert (logits - hf(idx).logits).abs().max() < 1e-5
         assert loss.item() == pytest.approx(F.cross_entropy(hf(idx).logits.flatten(0, 1), idx.flatten()).item(), abs=1e-5)
         greedy = hf.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=12, do_sample=False, pad_token_id=0)
     assert model.generate(idx, 12, temperature=0).equal(greedy)
+
+
+def test_missing_weights_are_named():
+    weights = to_hf(tiny(arch="qwen3"))
+    del weights["model.layers.1.mlp.up_proj.weight"], weights["model.norm.weight"]
+    with pytest.raises(ValueError, match=r"lack model.norm.weight and 1 more"):
+        from_hf(weights, tiny(arch="qwen3").config)
 
 
 def test_parameters_of_gpt2():
@@ -69,8 +100,18 @@ def test_initialisation(n_embd, scale):
             assert p.std().item() == pytest.approx(std, rel=0.1), name
 
 
-def test_no_position_sees_a_later_one():
-    model = tiny()
+@pytest.mark.parametrize("tied, loss_above_uniform", [(True, 0.1), (False, 1e-5)])
+def test_initialisation_of_qwen3(tied, loss_above_uniform):
+    model = tiny(arch="qwen3", tied=tied, vocab_size=1000)
+    _, loss = model(torch.randint(1000, (8, 32)), torch.randint(1000, (8, 32)))
+    assert loss.item() == pytest.approx(math.log(1000), abs=loss_above_uniform)
+    for name, p in model.named_parameters():
+        assert p.any() == (not name.endswith("c_proj.weight") and (tied or "lm_head" not in name)), name
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
+def test_no_position_sees_a_later_one(arch):
+    model = tiny(arch=arch)
     randomize(model)
     idx = torch.randint(61, (1, 20))
     changed = idx.clone()
@@ -87,28 +128,92 @@ def test_masked_targets_do_not_count():
     assert model(idx, targets)[1].item() == pytest.approx(model(idx[:, :4], targets[:, :4])[1].item(), abs=1e-6)
 
 
-def test_overfits_one_batch():
-    model = tiny().train()
+@pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_overfits_one_batch(arch, optimizer):
+    model = tiny(arch=arch).train()
     idx = torch.randint(61, (2, 17))
-    optimizer = model.configure_optimizers(0.0, 3e-3, (0.9, 0.95), "cpu")
+    optimizers = model.configure_optimizers(0.0, 3e-3, (0.9, 0.95), "cpu", optimizer)
     for _ in range(150):
         loss = model(idx[:, :-1], idx[:, 1:])[1]
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        for o in optimizers:
+            o.step()
+        model.zero_grad()
     assert loss.item() < 0.01
 
 
 def test_only_matrices_decay():
     model = tiny()
-    decay, rest = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu").param_groups
+    decay, rest = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")[0].param_groups
     assert (decay["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
     assert {id(p) for p in decay["params"]} == {id(p) for p in model.parameters() if p.dim() == 2}
     assert len(decay["params"]) + len(rest["params"]) == len(list(model.parameters()))
 
 
-def test_flops_per_token():
-    model = tiny(bias=False)
+@pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
+def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest(arch):
+    model = tiny(arch=arch)
+    adamw, muon = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu", "muon")
+    names = {p: name for name, p in model.named_parameters()}
+    matrices = {names[p] for group in muon.param_groups for p in group["params"]}
+    assert matrices == {name for p, name in names.items() if p.dim() == 2 and ".h." in name}
+    assert {names[p] for group in adamw.param_groups for p in group["params"]} == set(names.values()) - matrices
+
+
+def test_muon_is_that_of_torch():
+    """Torch's works matrix by matrix and in bfloat16; the factor 10 is ours."""
+    torch.manual_seed(0)
+    shapes, rows = [(24, 16), (16, 48), (16, 16), (16, 16)], (4, 12, 8)
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    # ours holds the first one as a stack of three matrices
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in (*ours[0].split(rows), *ours[1:])]
+    muon = Muon([{"params": ours[:1], "rows": rows}, {"params": ours[1:]}], lr=0.01, weight_decay=0.5)
+    oracle = torch.optim.Muon(theirs, lr=0.1, weight_decay=0.05)
+    for _ in range(3):
+        before = torch.cat([p.detach().flatten() for p in ours])
+        for p in ours:
+            p.grad = torch.randn_like(p)
+        for p, grad in zip(theirs, (*ours[0].grad.split(rows), *(p.grad for p in ours[1:]))):
+            p.grad = grad.clone()
+        muon.step()
+        oracle.step()
+        after, expected = torch.cat([p.detach().flatten() for p in ours]), torch.cat([p.detach().flatten() for p in theirs])
+        assert (after - expected).norm() < 0.03 * (expected - before).norm()
+
+
+def test_a_bad_step_leaves_muon_as_it_was():
+    p = torch.nn.Parameter(torch.randn(4, 6))
+    muon = Muon([p], lr=0.1, weight_decay=0.1)
+    for grad, found_inf in ((1.0, 0.0), (math.nan, 1.0)):
+        before, momentum = p.detach().clone(), muon.state[p].get("momentum", torch.zeros(4, 6)).clone()
+        p.grad = torch.full_like(p, grad)
+        muon.found_inf = torch.tensor(found_inf)
+        muon.step()
+        assert p.equal(before) == muon.state[p]["momentum"].equal(momentum) == bool(found_inf)
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 10, 40), (2, 40, 10)])
+def test_orthogonalize_levels_the_singular_values(shape):
+    torch.manual_seed(0)
+    g = torch.randn(shape)
+    u, _, v = torch.linalg.svd(g, full_matrices=False)
+    values = torch.diagonal(u.mT @ orthogonalize(g) @ v.mT, dim1=-2, dim2=-1)
+    assert values.min() > 0.3 and values.max() < 1.3  # the smallest of a square matrix may need a step more
+    assert ((u * values[:, None]) @ v - orthogonalize(g)).abs().max() < 1e-4  # and nothing but the values has changed
+
+
+def test_schedules():
+    assert [schedule_factor("linear", p) for p in (0, 0.25, 1)] == [1, 0.75, 0]
+    assert [schedule_factor("trapezoid", p) for p in (0, 0.6, 0.8, 1)] == pytest.approx([1, 1, 0.5, 0])
+    assert [schedule_factor("cosine", p) for p in (0, 1 / 3, 1)] == pytest.approx([1, 0.75, 0])
+    with pytest.raises(ValueError, match="warp"):
+        schedule_factor("warp", 0)
+
+
+@pytest.mark.parametrize("changes", [dict(bias=False), dict(arch="qwen3", n_kv_head=2, tied=False)])
+def test_flops_per_token(changes):
+    model = tiny(**changes)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it cannot look into fused attention
         model(torch.zeros(1, 32, dtype=torch.long))
     gains = sum(p.numel() for p in model.parameters() if p.dim() == 1)  # ours counts the few of them, torch does not
@@ -198,10 +303,11 @@ def test_chunked_loss_and_remat_change_memory_only(dtype, tolerance):
 
 
 @pytest.mark.parametrize("changes", [
-    dict(n_head=3), dict(n_layer=0), dict(vocab_size=-1), dict(dropout=1.0), dict(arch="bert"),
+    dict(n_head=3), dict(n_layer=0), dict(vocab_size=-1), dict(dropout=1.0), dict(arch="bert"), dict(tied=False),
+    dict(n_kv_head=2), dict(arch="qwen3", n_kv_head=3), dict(arch="qwen3", n_inner=-1), dict(arch="qwen3", rope_theta=0),
 ])
 def test_impossible_configurations_are_named(changes):
-    with pytest.raises(ValueError, match=next(iter(changes))):
+    with pytest.raises(ValueError, match=list(changes)[-1]):
         tiny(**changes)
 
 

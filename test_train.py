@@ -31,12 +31,12 @@ def assert_same(a, b, where="checkpoint"):
         assert a.equal(b) if isinstance(a, torch.Tensor) else a == b, where
 
 
-@pytest.mark.parametrize("batching", ["windows", "by_length"])
-def test_stopped_and_resumed_equals_undisturbed(tmp_path, fables_data, batching):
+@pytest.mark.parametrize("how", [[], ["--batching=by_length"], ["--arch=qwen3", "--n_kv_head=1", "--optimizer=muon"]])
+def test_stopped_and_resumed_equals_undisturbed(tmp_path, fables_data, how):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train(fables_data, whole, f"--batching={batching}")
-    train(fables_data, parts, f"--batching={batching}", "--max_iters=3")
-    resumed = train(fables_data, parts, f"--batching={batching}", "--init_from=resume")
+    train(fables_data, whole, *how)
+    train(fables_data, parts, *how, "--max_iters=3")
+    resumed = train(fables_data, parts, *how, "--init_from=resume")
     assert "resuming" in resumed.stdout and "max_iters 3 -> 6" in resumed.stdout
     for name in ("last.pt", "best.pt"):
         a, b = read_checkpoint(whole / name), read_checkpoint(parts / name)
@@ -107,7 +107,7 @@ def test_mixed_precision_stays_close_to_float32(tmp_path, fables_data, trained, 
     train(fables_data, tmp_path / "out", f"--dtype={dtype}")
     low, full = read_log(tmp_path / "out")[-1], read_log(trained)[-1]
     assert low["step"] == full["step"] == 6 and low["val_loss"] == pytest.approx(full["val_loss"], rel=0.01)
-    assert (read_checkpoint(tmp_path / "out/last.pt")["scaler"]["scale"] > 1) == (dtype == "float16")
+    assert (read_checkpoint(tmp_path / "out/last.pt")["scaler"].get("scale", 1) > 1) == (dtype == "float16")
 
 
 def test_compiled_equals_eager(tmp_path, fables_data, trained):
@@ -260,12 +260,14 @@ def train_spoiled(factor: str, first: int, last: int, data: Path, out_dir: Path,
 
 @pytest.mark.parametrize("factor", ["nan", "inf"])
 def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, fables_data, factor):
-    train(fables_data, tmp_path / "two", "--max_iters=2")
-    done = train_spoiled(factor, 5, 5, fables_data, tmp_path / "three", "--max_iters=3")  # half of the third step
+    how = ["--optimizer=muon"]  # and AdamW for the rest
+    train(fables_data, tmp_path / "two", *how, "--max_iters=2")
+    done = train_spoiled(factor, 5, 5, fables_data, tmp_path / "three", *how, "--max_iters=3")  # half of the third step
     assert done.returncode == 0, done.stderr
     two, three = read_checkpoint(tmp_path / "two/last.pt"), read_checkpoint(tmp_path / "three/last.pt")
     assert_same(two["model"], three["model"])
-    assert_same(two["optimizer"]["state"], three["optimizer"]["state"])
+    for a, b in zip(two["optimizer"], three["optimizer"]):
+        assert_same(a["state"], b["state"])
     records = [r for r in read_log(tmp_path / "three") if "loss" in r]
     assert [r["bad_steps"] for r in records] == [0, 0, 1] and records[2]["loss"] is None
 

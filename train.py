@@ -15,6 +15,7 @@ import signal
 import statistics
 import sys
 import time
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from tqdm import tqdm
 from checkpoint import find_resumable, lock_run, save_checkpoint, write_atomically
 from configurator import configure, fail, user_errors
 from dataset import TokenStream, TrainBatches, eval_batches, load_meta, prefetch
-from model import GPT, GPTConfig, peak_flops, resolve_device, resolve_dtype
+from model import GPT, GPTConfig, peak_flops, resolve_device, resolve_dtype, schedule_factor
 
 # -----------------------------------------------------------------------------
 # The defaults are those of config/train_small.py: 30M parameters on TinyStories.
@@ -50,13 +51,16 @@ gradient_accumulation_steps = 2  # micro-batches a step, shared out among the ra
 batch_size = 32  # rows of a micro-batch
 block_size = 128  # longest context in tokens
 # model
-arch = "gpt2"  # 'gpt2'
+arch = "gpt2"  # or 'qwen3', which learns faster
 n_layer = 6
 n_head = 6
+n_kv_head = 0  # qwen3: heads of keys and values, shared by the queries; 0: n_head
 n_embd = 384
 dropout = 0.1  # 0 is good when no token is seen twice
-bias = True  # in Linear and LayerNorm, as GPT-2 has them
+bias = True  # in Linear and LayerNorm, as GPT-2 has them; qwen3 has none
+tied = True  # the head is the token table, as in GPT-2; False, with qwen3: it has its own weights
 # optimizer
+optimizer = "adamw"  # or 'muon': Muon for the matrices of the blocks, AdamW for the rest
 learning_rate = 1e-3  # highest learning rate
 max_iters = 20000  # steps
 max_minutes = 0.0  # of training, if that is less: the schedule ends with them; 0: only max_iters counts
@@ -65,8 +69,9 @@ beta1 = 0.9
 beta2 = 0.99  # longer memory than GPT-2's 0.95, for small batches
 grad_clip = 1.0  # largest gradient norm; 0: off
 decay_lr = True  # False: constant after the warm-up
+schedule = "cosine"  # of the decay to min_lr; or 'linear', or 'trapezoid': constant, and linear in the last 40 %
 warmup_iters = 200  # steps of linear warm-up
-lr_decay_iters = 0  # steps until the cosine reaches min_lr; 0: max_iters
+lr_decay_iters = 0  # steps until min_lr is reached; 0: max_iters
 min_lr = 1e-4  # a tenth of learning_rate is a good choice
 # system
 backend = "auto"  # of torch.distributed: nccl on CUDA, gloo elsewhere
@@ -90,6 +95,9 @@ def check_settings() -> None:
     for name in ("beta1", "beta2"):
         if not 0 <= config[name] < 1:
             raise ValueError(f"{name} must be at least 0 and below 1, got {config[name]}")
+    schedule_factor(schedule, 0.0)
+    if optimizer not in ("adamw", "muon"):
+        raise ValueError(f"optimizer must be adamw or muon, got {optimizer!r}")
     if init_from not in ("scratch", "resume", "auto"):
         raise ValueError(f"init_from must be scratch, resume or auto, got {init_from!r}")
     if logger not in ("", "wandb", "tensorboard", "trackio"):
@@ -179,9 +187,8 @@ same_on_all_ranks("the data", [meta["splits"].get(split, {}).get("sha256", len(s
 torch.manual_seed(seed)
 torch.set_float32_matmul_precision("high")  # TF32 on CUDA
 with errors_of_any_rank():
-    model_args = dict(arch=arch, block_size=block_size, vocab_size=meta["vocab_size"], n_layer=n_layer, n_head=n_head,
-                      n_embd=n_embd, dropout=dropout, bias=bias)
-    raw_model = GPT(GPTConfig(**model_args))
+    raw_model = GPT(GPTConfig(arch=arch, block_size=block_size, vocab_size=meta["vocab_size"], n_layer=n_layer,
+                              n_head=n_head, n_kv_head=n_kv_head, n_embd=n_embd, dropout=dropout, bias=bias, tied=tied))
     raw_model.remat, raw_model.loss_chunk = remat, loss_chunk
     choices = [resolve_dtype(dtype, device, n_embd)]
 
@@ -197,8 +204,8 @@ with errors_of_any_rank():
 with errors_of_any_rank():
     checkpoint = find_resumable(out_dir) if init_from in ("resume", "auto") else None
     if checkpoint:
-        theirs = checkpoint["model_args"]
-        if wrong := [f"{k}={theirs.get(k)}" for k, v in model_args.items() if k != "dropout" and v != theirs.get(k)]:
+        mine, theirs = asdict(raw_model.config), asdict(GPTConfig(**checkpoint["model_args"]))
+        if wrong := [f"{k}={theirs[k]}" for k in mine if k != "dropout" and mine[k] != theirs[k]]:
             raise ValueError(f"the run in {out_dir} has {', '.join(wrong)}: give the same settings to resume it")
         if checkpoint["meta"].get("tokenizer") != meta["tokenizer"]:
             raise ValueError(f"the run in {out_dir} was made with another tokenizer than {dataset}: give its own --dataset")
@@ -209,9 +216,8 @@ if distributed:
     dist.broadcast_object_list(choices)  # ranks that share a CPU would measure differently
 dtype = choices[0]
 raw_model.to(device)
-optimizer = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
-# for float16 a real one; else its scale is 1, and all it does is to skip steps whose gradient is not finite, on the device
-scaler = torch.amp.GradScaler(device_type, init_scale=65536.0 if dtype == "float16" else 1.0)
+optimizers = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type, optimizer)
+scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
 autocast = contextlib.nullcontext() if dtype == "float32" else torch.autocast(device_type, getattr(torch, dtype))
 step, best_val_loss, stale, seconds, lr_scale = 0, math.inf, 0, 0.0, 1.0  # stale: evaluations since the best one
 watch = torch.zeros(3, device=device)  # bad steps in a row, bad steps in all, largest gradient norm since the last log line
@@ -233,12 +239,13 @@ def restore(checkpoint: dict) -> None:
     global step, best_val_loss, stale, seconds, lr_scale
     try:
         raw_model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        for mine, theirs in zip(optimizers, checkpoint["optimizer"], strict=True):
+            mine.load_state_dict(theirs)
         scaler.load_state_dict(checkpoint["scaler"])
         watch.copy_(checkpoint["watch"])
         step, best_val_loss, stale = checkpoint["step"], checkpoint["best_val_loss"], checkpoint["stale"]
         seconds, lr_scale = checkpoint["seconds"], checkpoint["lr_scale"]
-    except (KeyError, RuntimeError, TypeError, AttributeError) as error:
+    except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(f"the checkpoint in {out_dir} is not one to go on from ({type(error).__name__}: {error})") from None
     if master and not eval_only:
         kept = [json.dumps(record) + "\n" for record in read_log() if record["step"] <= step]
@@ -285,7 +292,7 @@ def train_batches(step: int):
 
 
 def get_lr(step: int) -> float:
-    """Linear warm-up, then a cosine to min_lr, by steps or by minutes, whichever are further on."""
+    """Linear warm-up, then the schedule down to min_lr, by steps or by minutes, whichever are further on."""
     if step < warmup_iters:
         return lr_scale * learning_rate * (step + 1) / warmup_iters
     if not decay_lr:
@@ -293,7 +300,7 @@ def get_lr(step: int) -> float:
     end = lr_decay_iters or max_iters
     by_time = seconds / (60 * max_minutes) if max_minutes else 0.0
     progress = min(1.0, max(by_time, (step - warmup_iters) / max(1, end - warmup_iters)))
-    return lr_scale * (min_lr + (learning_rate - min_lr) * (1 + math.cos(math.pi * progress)) / 2)
+    return lr_scale * (min_lr + (learning_rate - min_lr) * schedule_factor(schedule, progress))
 
 
 @torch.no_grad()
@@ -375,10 +382,10 @@ def save(name: str) -> None:
     if not all(p.isfinite().all() for p in raw_model.parameters()):
         say(f"step {step}: the model is not finite and was not saved")
         return
-    state = {"model": raw_model.state_dict(), "model_args": model_args, "step": step, "best_val_loss": best_val_loss,
+    state = {"model": raw_model.state_dict(), "model_args": asdict(raw_model.config), "step": step, "best_val_loss": best_val_loss,
              "config": config, "meta": meta}
     if name == "last.pt":
-        state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "watch": watch.cpu(), "stale": stale,
+        state |= {"optimizer": [o.state_dict() for o in optimizers], "scaler": scaler.state_dict(), "watch": watch.cpu(), "stale": stale,
                   "seconds": seconds, "lr_scale": lr_scale}
     with user_errors():
         save_checkpoint(out_dir, name, state)
@@ -455,7 +462,7 @@ while True:
 
     # one step
     lr = get_lr(step)
-    for group in optimizer.param_groups:
+    for group in (group for o in optimizers for group in o.param_groups):
         group["lr"] = lr
     loss_sum = torch.zeros((), device=device)
     micro_steps = gradient_accumulation_steps // world_size
@@ -469,12 +476,15 @@ while True:
             scaler.scale(loss / micro_steps).backward()
         loss_sum += loss.detach() / micro_steps
         timed_tokens += x.numel()
-    scaler.unscale_(optimizer)
+    for o in optimizers:
+        scaler.unscale_(o)
     grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
-    scaler.step(optimizer)  # does nothing where a gradient is not finite
-    scaler.update(None if dtype == "float16" else 1.0)
-    optimizer.zero_grad(set_to_none=True)
     bad = ~grad_norm.isfinite()
+    for o in optimizers:
+        o.grad_scale, o.found_inf = None, bad.float()  # a bad step changes nothing: decided on the device, without waiting
+        o.step()
+    scaler.update()
+    raw_model.zero_grad(set_to_none=True)
     watch = torch.stack([(watch[0] + 1) * bad, watch[1] + bad, torch.fmax(watch[2], grad_norm)])
     step += 1
     bar.update()
