@@ -1,97 +1,161 @@
 """
-Measure training speed, on random tokens: no data set needed.
+Measure: training speed, on random tokens; the speed of the batches; or the time and the tokens to a loss.
 
-    python bench.py
-    python bench.py config/train_fables.py --against=/path/to/nanoGPT/model.py
+    python bench.py config/train_fables.py
+    python bench.py --against=/path/to/nanoGPT/model.py
+    python bench.py --mode=data config/train_fables.py
+    python bench.py --mode=loss config/train_fables.py --max_iters=300 --eval_interval=100 --seeds=3
 
-The last line of output is one JSON object; the ratio in it is ours over theirs.
+`--against` measures a peer in turns with us, at the faster of its eager and its compiled form and in nanoGPT's own data
+type: bfloat16 on CUDA, float32 elsewhere. The last line of output is one JSON object; ratios in it are ours over theirs.
 """
 import contextlib
 import importlib.util
 import json
+import math
 import statistics
 import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import torch
 from tqdm import tqdm
 
 import model as ours
-from configurator import configure, user_errors
+from configurator import coerce, configure, read_config_file, user_errors
+from dataset import TokenStream, TrainBatches, eval_batches, load_meta, prefetch
 
 # -----------------------------------------------------------------------------
-against = ""  # a nanoGPT-style model.py with GPT and GPTConfig, measured in turns with ours
-rounds = 5  # timed rounds; the figures are their medians
-steps = 5  # training steps of a round
+mode = "train"  # 'train': tokens per second; 'data': those of the batches alone; 'loss': time and tokens to a loss
+against = ""  # a nanoGPT-style model.py with GPT and GPTConfig; or 'hf', the GPT2LMHeadModel of transformers
+rounds = 5  # modes train and data: timed rounds; the figures are their medians
+steps = 5  # modes train and data: steps of a round
+their_config = ""  # mode loss: the config file of the peer's training; '': it gets our settings
+target_loss = 0.0  # mode loss: nats per token on the whole validation split; 0: what the peer, or we, end with
+seeds = 1  # mode loss: runs of each side
+# data
+dataset = "fables"  # modes data and loss
+batching = "windows"  # or 'by_length'
+gradient_accumulation_steps = 1  # mode loss
 batch_size = 32  # rows of a micro-batch
 block_size = 128  # context in tokens
-vocab_size = 50257
+vocab_size = 50257  # mode train
+# model
 arch = "gpt2"
 n_layer = 6
 n_head = 6
+n_kv_head = 0
 n_embd = 384
 dropout = 0.1
 bias = True
+tied = True
+# optimizer
+optimizer = "adamw"
+learning_rate = 1e-3
+max_iters = 1000
+weight_decay = 0.1
+beta1 = 0.9
+beta2 = 0.99
+grad_clip = 1.0
+schedule = "cosine"
+warmup_iters = 200
+min_lr = 1e-4
+eval_interval = 250  # mode loss: steps between evaluations; the clock stands still meanwhile
+# system
 device = "auto"  # cuda, else mps, else cpu; or 'cpu', 'cuda:1', ...
 dtype = "auto"  # fastest safe type on the device; or 'float32', 'bfloat16', 'float16'
 compile = True  # torch.compile, where it works
+loss_chunk = 0
 seed = 1337
-configure(globals(), skip_settings_of="train.py")
+config = configure(globals(), skip_settings_of="train.py")
 # -----------------------------------------------------------------------------
 
 
 class Side:
-    """One of the two programs: its model, its own optimizer, and training steps on the common batches."""
+    """One of the two programs: its model, its optimizers, its settings, and training steps with them."""
 
-    def __init__(self, module: ModuleType, name: str, **extra):
-        self.name = name
+    def __init__(self, module: ModuleType, name: str, config: dict, seed: int):
+        self.name, self.config = name, SimpleNamespace(**config)
         self.times: list[float] = []  # seconds of the rounds
+        c = self.config
         torch.manual_seed(seed)
-        shape = dict(block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd,
-                     dropout=dropout, bias=bias)
-        self.raw_model = module.GPT(module.GPTConfig(**shape, **extra)).to(device).train()
-        self.optimizer = self.raw_model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), device_type)
-        self.scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
-        self.model = torch.compile(self.raw_model) if compile else self.raw_model
+        shape = dict(block_size=c.block_size, vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd,
+                     dropout=c.dropout, bias=c.bias)
+        betas = (c.beta1, c.beta2)
+        if module is ours:
+            self.raw_model = ours.GPT(ours.GPTConfig(**shape, arch=c.arch, n_kv_head=c.n_kv_head, tied=c.tied)).to(device)
+            self.raw_model.loss_chunk = c.loss_chunk
+            self.optimizers = self.raw_model.configure_optimizers(c.weight_decay, c.learning_rate, betas, device_type,
+                                                                  c.optimizer)
+            self.dtype = ours.resolve_dtype(c.dtype, device, self.raw_model)
+        else:
+            self.raw_model = module.GPT(module.GPTConfig(**shape)).to(device)
+            self.optimizers = [self.raw_model.configure_optimizers(c.weight_decay, c.learning_rate, betas, device_type)]
+            self.dtype = "bfloat16" if device_type == "cuda" else "float32"
+        self.raw_model.train()
+        self.scaler = torch.amp.GradScaler(device_type, enabled=self.dtype == "float16")
+        self.autocast = (contextlib.nullcontext() if self.dtype == "float32" else
+                         torch.autocast(device_type, getattr(torch, self.dtype)))
+        self.model = torch.compile(self.raw_model) if c.compile else self.raw_model
+
+    def compile_or_not(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Try the compiled model on one batch; where that fails, go on with the model itself and say so."""
         try:
-            self.step(*batch)
+            with self.autocast:
+                self.model(x, y)[1].backward()
         except Exception as error:
-            if not compile:
+            if not self.config.compile:
                 raise
-            print(f"{name}: torch.compile does not work here ({type(error).__name__}); measured in eager mode")
+            print(f"{self.name}: torch.compile does not work here ({type(error).__name__}); measured in eager mode")
             self.model = self.raw_model
-            self.step(*batch)
+        self.raw_model.zero_grad(set_to_none=True)
 
-    def step(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        with autocast:
-            _, loss = self.model(x, y)
-        self.scaler.scale(loss).backward()
-        self.scaler.unscale_(self.optimizer)
-        torch.nn.utils.clip_grad_norm_(self.raw_model.parameters(), 1.0)
-        self.scaler.step(self.optimizer)
+    def step(self, micro_batches: list[tuple[torch.Tensor, torch.Tensor]], lr: float) -> None:
+        for o in self.optimizers:
+            for group in o.param_groups:
+                group["lr"] = lr
+        for x, y in micro_batches:
+            with self.autocast:
+                _, loss = self.model(x, y)
+            self.scaler.scale(loss / len(micro_batches)).backward()
+        for o in self.optimizers:
+            self.scaler.unscale_(o)
+        if self.config.grad_clip:
+            torch.nn.utils.clip_grad_norm_(self.raw_model.parameters(), self.config.grad_clip)
+        for o in self.optimizers:
+            self.scaler.step(o)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def measure(self) -> None:
-        synchronize()
-        start = time.perf_counter()
-        for _ in range(steps):
-            self.step(*batch)
-        synchronize()
-        self.times.append(time.perf_counter() - start)
+        self.raw_model.zero_grad(set_to_none=True)
 
     def tokens_per_second(self) -> float:
         return steps * batch_size * block_size / statistics.median(self.times)
 
-    def spread(self) -> float:
-        """Slowest over fastest round, minus one."""
-        return max(self.times) / min(self.times) - 1
+    @torch.no_grad()
+    def evaluate(self, batches) -> float:
+        """Mean loss in nats per token."""
+        self.raw_model.eval()
+        total, count = 0.0, 0
+        for x, y in batches:
+            with self.autocast:
+                loss = self.raw_model(x, y)[1].item()
+            total, count = total + loss * int((y >= 0).sum()), count + int((y >= 0).sum())
+        self.raw_model.train()
+        return total / count
 
 
-def synchronize() -> None:
+def timed(times: list[float], f) -> None:
     if device_type == "cuda":
         torch.cuda.synchronize()
+    start = time.perf_counter()
+    f()
+    if device_type == "cuda":
+        torch.cuda.synchronize()
+    times.append(time.perf_counter() - start)
+
+
+def spread(times: list[float]) -> float:
+    """Slowest over fastest, minus one."""
+    return max(times) / min(times) - 1
 
 
 def load_peer(path: str) -> ModuleType:
@@ -107,42 +171,160 @@ def load_peer(path: str) -> ModuleType:
     return module
 
 
+def hugging_face() -> SimpleNamespace:
+    """transformers' GPT-2 with the manners of a nanoGPT-style model.py; it has biases whatever `bias` says."""
+    try:
+        from transformers import GPT2Config, GPT2LMHeadModel
+    except ImportError:
+        raise ValueError("--against=hf needs a package: pip install transformers") from None
+
+    class GPT(GPT2LMHeadModel):
+        def __init__(self, c: SimpleNamespace):
+            super().__init__(GPT2Config(vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
+                                        n_head=c.n_head, resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout))
+
+        def forward(self, idx: torch.Tensor, targets: torch.Tensor):
+            logits = super().forward(idx, use_cache=False).logits
+            return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+        def configure_optimizers(self, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str):
+            return torch.optim.AdamW(self.parameters(), learning_rate, betas, weight_decay=weight_decay, fused=True)
+
+    return SimpleNamespace(GPT=GPT, GPTConfig=SimpleNamespace)
+
+
+def bench_train() -> dict:
+    torch.manual_seed(seed)
+    tokens = torch.randint(vocab_size, (batch_size, block_size + 1), device=device)
+    batch = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    sides = [Side(ours, "this model", config, seed)]
+    if peer:
+        sides += [Side(peer, against, config | {"compile": c}, seed) for c in ((True, False) if compile else (False,))]
+    for side in sides:
+        side.compile_or_not(*batch)
+        side.step([batch], 1e-4)
+    for _ in tqdm(range(rounds), desc="rounds"):
+        for side in sides:  # in turns, so that a busy or throttled machine slows all
+            timed(side.times, lambda: [side.step([batch], 1e-4) for _ in range(steps)])
+    mine = sides[0]
+    peak, peak_source = ours.peak_flops(device, mine.dtype)
+    mfu = mine.tokens_per_second() * mine.raw_model.flops_per_token() / peak
+    print(f"{mine.raw_model.num_params():,} parameters, batch {batch_size} x {block_size}, {device}, torch "
+          f"{torch.__version__}; medians of {rounds} rounds of {steps} steps")
+    for side in sides:
+        print(f"{side.tokens_per_second():12,.0f} tok/s (spread {spread(side.times):.0%})  {side.dtype}, "
+              f"{'eager' if side.model is side.raw_model else 'compiled'}  {side.name}")
+    print(f"{mfu:12.1%} MFU of this model, against {peak / 1e12:.3g} TFLOP/s ({peak_source})")
+    result = dict(parameters=mine.raw_model.num_params(), dtype=mine.dtype, compiled=mine.model is not mine.raw_model,
+                  tokens_per_second=mine.tokens_per_second(), spread=spread(mine.times), mfu=mfu)
+    if peer:
+        theirs = max(side.tokens_per_second() for side in sides[1:])
+        result |= dict(against=against, their_tokens_per_second=theirs, ratio=mine.tokens_per_second() / theirs)
+        print(f"{result['ratio']:12.2f} times as fast")
+    return result
+
+
+def bench_data() -> dict:
+    """How fast batches are made, and how much of them is padding."""
+    stream = prefetch(map(batches.batch, range(steps * (rounds + 1))), device)
+    times, tokens, padding = [], [], []
+
+    def one_round() -> None:
+        shapes = [next(stream)[1] for _ in range(steps)]
+        tokens.append(sum(y.numel() for y in shapes))
+        padding.append(sum(int((y < 0).sum()) for y in shapes) / tokens[-1])
+
+    for _ in range(rounds + 1):
+        timed(times, one_round)
+    speed = statistics.median(n / t for n, t in zip(tokens[1:], times[1:]))  # the first one warms up
+    print(f"{speed:12,.0f} tok/s of batches of {batch_size} {batching} from {dataset}, {statistics.mean(padding):.1%} of them "
+          f"padding; spread {spread(times[1:]):.0%}")
+    return dict(dataset=dataset, batching=batching, tokens_per_second=speed, padding=statistics.mean(padding))
+
+
+def train_once(module: ModuleType, name: str, config: dict, seed: int) -> list[tuple[float, int, float]]:
+    """One training; (seconds, tokens, loss on the whole validation split) at its evaluations."""
+    c = SimpleNamespace(**config)
+    batches = TrainBatches(streams["train"], c.block_size, c.batch_size, seed, c.batching, meta["eot"])
+    stream = prefetch(map(batches.batch, range(c.max_iters * c.gradient_accumulation_steps)), device)
+    started, paused, tokens, points = time.perf_counter(), 0.0, 0, []
+    side = Side(module, name, config, seed)
+    side.compile_or_not(*(t.to(device) for t in batches.batch(0)))
+    for step in tqdm(range(1, c.max_iters + 1), desc=f"{name}, seed {seed}"):
+        progress = max(0.0, (step - 1 - c.warmup_iters) / max(1, c.max_iters - c.warmup_iters))
+        lr = c.min_lr + (c.learning_rate - c.min_lr) * ours.schedule_factor(c.schedule, progress)
+        lr = lr if step > c.warmup_iters else c.learning_rate * step / c.warmup_iters
+        micro_batches = [next(stream) for _ in range(c.gradient_accumulation_steps)]
+        side.step(micro_batches, lr)
+        tokens += sum(y.numel() for _, y in micro_batches)
+        if step % c.eval_interval == 0 or step == c.max_iters:
+            if device_type == "cuda":
+                torch.cuda.synchronize()
+            pause = time.perf_counter()
+            loss = side.evaluate(eval_batches(streams["val"], c.block_size, c.batch_size, c.batching, meta["eot"]))
+            points.append((pause - started - paused, tokens, loss))
+            paused += time.perf_counter() - pause
+    return points
+
+
+def bench_loss() -> dict:
+    sides = {"this model": (ours, config)} | ({against: (peer, config | their_settings)} if peer else {})
+    runs = {name: [train_once(module, name, settings, seed + i) for i in range(seeds)]
+            for name, (module, settings) in sides.items()}
+    reference = against if peer else "this model"
+    target = target_loss or statistics.mean(points[-1][2] for points in runs[reference])
+    result, seconds_to_target = dict(dataset=dataset, seeds=seeds, target_loss=target), {}
+    for name in sides:
+        reached = [next((point for point in points if point[2] <= target), None) for points in runs[name]]
+        if name == reference and not target_loss:
+            reached = [points[-1] for points in runs[name]]  # the target is the mean of its ends
+        hits = [point for point in reached if point]
+        row = dict(final_loss=mean_and_deviation([points[-1][2] for points in runs[name]]),
+                   final_seconds=mean_and_deviation([points[-1][0] for points in runs[name]]), reached=len(hits))
+        print(f"{name}: loss {row['final_loss'][0]:.4f} +- {row['final_loss'][1]:.4f} after {row['final_seconds'][0]:.1f} +- "
+              f"{row['final_seconds'][1]:.1f} s, {runs[name][0][-1][1]:,} tokens")
+        if hits:
+            row |= dict(seconds=mean_and_deviation([point[0] for point in hits]),
+                        tokens=mean_and_deviation([point[1] for point in hits]))
+            print(f"    {target:.4f} reached by {len(hits)} of {seeds} after {row['seconds'][0]:.1f} +- {row['seconds'][1]:.1f} s, "
+                  f"{row['tokens'][0]:,.0f} +- {row['tokens'][1]:,.0f} tokens")
+            seconds_to_target[name] = row["seconds"][0]
+        result["theirs" if name == against else "ours"] = row
+    if len(seconds_to_target) == 2:
+        result |= dict(against=against, ratio=seconds_to_target["this model"] / seconds_to_target[against])
+        print(f"{result['ratio']:12.3f} of their time")
+    return result
+
+
+def mean_and_deviation(values: list[float]) -> tuple[float, float]:
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
 with user_errors():
-    for name, least in (("rounds", 1), ("steps", 1), ("batch_size", 1), ("seed", 0)):
-        if globals()[name] < least:
-            raise ValueError(f"{name} must be at least {least}, got {globals()[name]}")
-    peer = load_peer(against) if against else None
-    ours.GPTConfig(arch, block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias)
+    for name, least in (("rounds", 1), ("steps", 1), ("batch_size", 1), ("gradient_accumulation_steps", 1), ("seeds", 1),
+                        ("max_iters", 1), ("eval_interval", 1), ("warmup_iters", 0), ("learning_rate", 0), ("min_lr", 0),
+                        ("weight_decay", 0), ("grad_clip", 0), ("seed", 0), ("target_loss", 0), ("loss_chunk", 0)):
+        if config[name] < least:
+            raise ValueError(f"{name} must be at least {least}, got {config[name]}")
+    if mode not in ("train", "data", "loss"):
+        raise ValueError(f"mode must be train, data or loss, got {mode!r}")
+    if optimizer not in ("adamw", "muon"):
+        raise ValueError(f"optimizer must be adamw or muon, got {optimizer!r}")
+    ours.schedule_factor(schedule, 0.0)
+    peer = hugging_face() if against == "hf" else load_peer(against) if against else None
+    their_settings = {name: coerce(name, value, config[name]) for name, value in read_config_file(their_config).items()
+                      if name in config} if their_config else {}
     device = ours.resolve_device(device)
-    dtype = ours.resolve_dtype(dtype, device, n_embd)
+    if mode != "train":
+        meta = load_meta(Path("data") / dataset)
+        streams = {split: TokenStream(Path("data") / dataset, split, meta) for split in ("train", "val")}
+        batches = TrainBatches(streams["train"], block_size, batch_size, seed, batching, meta["eot"])
+        config["vocab_size"] = meta["vocab_size"]
+    ours.GPTConfig(arch, block_size, config["vocab_size"], n_layer, n_head, n_embd, dropout, bias, n_kv_head=n_kv_head,
+                   tied=tied)
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
 device_type = device.split(":")[0]
-autocast = contextlib.nullcontext() if dtype == "float32" else torch.autocast(device_type, getattr(torch, dtype))
 torch.set_float32_matmul_precision("high")
-torch.manual_seed(seed)
-tokens = torch.randint(vocab_size, (batch_size, block_size + 1), device=device)
-batch = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-peak, peak_source = ours.peak_flops(device, dtype)
-
-sides = [Side(ours, "this model", arch=arch)] + ([Side(peer, against)] if peer else [])
-for side in sides:
-    side.step(*batch)
-for _ in tqdm(range(rounds), desc="rounds"):
-    for side in sides:  # in turns, so that a busy or throttled machine slows both
-        side.measure()
-
-mine = sides[0]
-mfu = mine.tokens_per_second() * mine.raw_model.flops_per_token() / peak
-print(f"{mine.raw_model.num_params():,} parameters, batch {batch_size} x {block_size}, {device}, {dtype}, "
-      f"torch {torch.__version__}; medians of {rounds} rounds of {steps} steps")
-for side in sides:
-    print(f"{side.tokens_per_second():12,.0f} tok/s (spread {side.spread():.0%})  "
-          f"{'eager' if side.model is side.raw_model else 'compiled'}  {side.name}")
-print(f"{mfu:12.1%} MFU of this model, against {peak / 1e12:.3g} TFLOP/s ({peak_source})")
-result = dict(mode="train", parameters=mine.raw_model.num_params(), device=device, dtype=dtype,
-              compiled=mine.model is not mine.raw_model, tokens_per_second=mine.tokens_per_second(), spread=mine.spread(),
-              mfu=mfu)
-if peer:
-    result |= dict(against=against, their_tokens_per_second=sides[1].tokens_per_second(),
-                   ratio=mine.tokens_per_second() / sides[1].tokens_per_second())
-    print(f"{result['ratio']:12.2f} times as fast")
-print(json.dumps(result))
+result = {"train": bench_train, "data": bench_data, "loss": bench_loss}[mode]()
+print(json.dumps({"mode": mode, "device": device, "torch": torch.__version__} | result))

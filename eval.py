@@ -74,7 +74,7 @@ with user_errors():
         raise ValueError("eval_iters, valid_samples and seed must not be negative, and batch_size at least 1")
     device = resolve_device(device)
     model, checkpoint = load_model(out_dir, device)
-    dtype = resolve_dtype(dtype, device, model.config.n_embd)
+    dtype = resolve_dtype(dtype, device, model)
     folder = Path("data") / (dataset or checkpoint["config"]["dataset"])
     meta = load_meta(folder)
     if meta["tokenizer"] != checkpoint["meta"]["tokenizer"]:

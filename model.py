@@ -5,8 +5,9 @@ arch 'gpt2': learned positions, LayerNorm, tanh-GELU, tied head; bit-compatible 
 arch 'qwen3': rotary positions, RMSNorm (of queries and keys too), SwiGLU, no biases; compatible with Qwen3ForCausalLM.
 """
 import math
+import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn as nn
@@ -33,6 +34,10 @@ class GPTConfig:
     tied: bool = True  # whether the head is the token table, as it always is in gpt2
 
     def __post_init__(self):
+        for field in fields(self):
+            value, kind = getattr(self, field.name), type(field.default)
+            if type(value) is not kind and not (kind is float and type(value) is int):
+                raise ValueError(f"{field.name} takes {kind.__name__}, not {value!r}")
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -444,7 +449,9 @@ def is_transposed(name: str) -> bool:
 
 PEAK_FLOPS = {  # datasheets: dense matrix products in 16 bits with float32 accumulation, FLOP/s
     "T4": 65e12, "V100": 125e12, "A10": 125e12, "L4": 121e12, "A100": 312e12, "H100": 989e12, "H200": 989e12,
-    "B200": 2250e12, "MI300X": 1307e12, "RTX 3090": 71e12, "RTX 4090": 165e12, "RTX 5090": 210e12,
+    "B200": 2250e12, "MI300X": 1307e12, "RTX 3060": 25e12, "RTX 3070": 41e12, "RTX 3080": 60e12, "RTX 3090": 71e12,
+    "RTX 4060": 30e12, "RTX 4070": 58e12, "RTX 4080": 97e12, "RTX 4090": 165e12, "RTX 5060": 38e12, "RTX 5070": 62e12,
+    "RTX 5080": 113e12, "RTX 5090": 210e12,
 }
 
 
@@ -459,10 +466,10 @@ def resolve_device(device: str) -> str:
     return device
 
 
-def resolve_dtype(dtype: str, device: str, n_embd: int = 384) -> str:
+def resolve_dtype(dtype: str, device: str, model: GPT) -> str:
     """
     'auto' becomes the fastest type that trains safely: on CUDA bfloat16 where the chip has it, else float16; on a CPU
-    whichever of float32 and bfloat16 is faster at an MLP of width n_embd, casts included (CPUs differ a hundredfold).
+    whichever of float32 and bfloat16 takes this very model forward and backward faster (CPUs differ a hundredfold).
     """
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
@@ -472,22 +479,24 @@ def resolve_dtype(dtype: str, device: str, n_embd: int = 384) -> str:
         return "bfloat16" if torch.cuda.get_device_capability()[0] >= 8 else "float16"
     if device != "cpu":
         return "float32"
-    x = torch.randn(128, n_embd)
-    w = torch.randn(4 * n_embd, n_embd)
+    T = min(128, model.config.block_size)
+    idx = torch.zeros(256 // T, T, dtype=torch.long)  # (B, T), enough for the products to be what takes the time
 
-    def bfloat16_linear():
-        return F.linear(x.bfloat16(), w.bfloat16()).float()
+    def step(bfloat16: bool) -> None:
+        with torch.enable_grad(), torch.random.fork_rng([]), torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            model(idx, idx)[1].backward()
+        model.zero_grad(set_to_none=True)
 
-    # the margin keeps float32 where the difference is noise
-    return "bfloat16" if 1.3 * median_seconds(bfloat16_linear) < median_seconds(lambda: F.linear(x, w)) else "float32"
+    seconds = {bfloat16: median_seconds(lambda: step(bfloat16), repeats=3) for bfloat16 in (False, True)}
+    return "bfloat16" if 1.2 * seconds[True] < seconds[False] else "float32"  # the margin: float32 where it is noise
 
 
 def peak_flops(device: str, dtype: str) -> tuple[float, str]:
     """FLOP/s that the device can reach in dtype, and where the figure is from: a datasheet, or a matrix product timed now."""
     if device.startswith("cuda") and dtype != "float32":
         name = torch.cuda.get_device_name()
-        for chip in sorted(PEAK_FLOPS, key=len, reverse=True):  # 'A100' before 'A10'
-            if chip in name:
+        for chip in PEAK_FLOPS:
+            if re.search(rf"\b{chip}\b(?! Ti| SUPER| D| Laptop)", name):  # those are other chips: measured
                 return PEAK_FLOPS[chip], f"{chip} datasheet"
     n = 4096 if device.startswith("cuda") else 1024
     a = torch.randn(n, n, device=device, dtype=getattr(torch, dtype))

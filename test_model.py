@@ -328,11 +328,11 @@ def test_model_file_works_alone(tmp_path):
 
 
 def test_device_and_dtype():
-    assert resolve_dtype("float32", "cpu") == "float32"
-    assert resolve_dtype("auto", "cpu", 64) in ("float32", "bfloat16")
+    assert resolve_dtype("float32", "cpu", tiny()) == "float32"
+    assert resolve_dtype("auto", "cpu", tiny()) in ("float32", "bfloat16")
     assert resolve_device("cpu") == "cpu"
     with pytest.raises(ValueError, match="float64"):
-        resolve_dtype("float64", "cpu")
+        resolve_dtype("float64", "cpu", tiny())
     with pytest.raises(ValueError, match="toaster"):
         resolve_device("toaster")
     flops, source = peak_flops("cpu", "float32")

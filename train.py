@@ -190,7 +190,7 @@ with errors_of_any_rank():
     raw_model = GPT(GPTConfig(arch=arch, block_size=block_size, vocab_size=meta["vocab_size"], n_layer=n_layer,
                               n_head=n_head, n_kv_head=n_kv_head, n_embd=n_embd, dropout=dropout, bias=bias, tied=tied))
     raw_model.remat, raw_model.loss_chunk = remat, loss_chunk
-    choices = [resolve_dtype(dtype, device, n_embd)]
+    choices = [resolve_dtype(dtype, device, raw_model)]
 
 # the run: a new one, or the one to go on with
 with errors_of_any_rank():
@@ -204,8 +204,8 @@ with errors_of_any_rank():
 with errors_of_any_rank():
     checkpoint = find_resumable(out_dir) if init_from in ("resume", "auto") else None
     if checkpoint:
-        mine, theirs = asdict(raw_model.config), asdict(GPTConfig(**checkpoint["model_args"]))
-        if wrong := [f"{k}={theirs[k]}" for k in mine if k != "dropout" and mine[k] != theirs[k]]:
+        mine, theirs = asdict(raw_model.config), asdict(GPTConfig()) | checkpoint["model_args"]
+        if wrong := [f"{k}={theirs[k]}" for k in mine if k != "dropout" and theirs[k] != mine[k]]:
             raise ValueError(f"the run in {out_dir} has {', '.join(wrong)}: give the same settings to resume it")
         if checkpoint["meta"].get("tokenizer") != meta["tokenizer"]:
             raise ValueError(f"the run in {out_dir} was made with another tokenizer than {dataset}: give its own --dataset")
