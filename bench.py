@@ -65,7 +65,7 @@ eval_interval = 250  # mode loss: steps between evaluations; the clock stands st
 device = "auto"  # cuda, else mps, else cpu; or 'cpu', 'cuda:1', ...
 dtype = "auto"  # fastest safe type on the device; or 'float32', 'bfloat16', 'float16'
 compile = True  # torch.compile, where it works
-loss_chunk = 0
+loss_chunk = -1  # as in train.py
 seed = 1337
 config = configure(globals(), skip_settings_of="train.py")
 # -----------------------------------------------------------------------------
@@ -84,7 +84,7 @@ class Side:
         betas = (c.beta1, c.beta2)
         if module is ours:
             self.raw_model = ours.GPT(ours.GPTConfig(**shape, arch=c.arch, n_kv_head=c.n_kv_head, tied=c.tied)).to(device)
-            self.raw_model.loss_chunk = c.loss_chunk
+            self.raw_model.loss_chunk = ours.resolve_loss_chunk(c.loss_chunk, device, c.vocab_size)
             self.optimizers = self.raw_model.configure_optimizers(c.weight_decay, c.learning_rate, betas, device_type,
                                                                   c.optimizer)
             self.dtype = ours.resolve_dtype(c.dtype, device, self.raw_model)
@@ -303,7 +303,7 @@ def mean_and_deviation(values: list[float]) -> tuple[float, float]:
 with user_errors():
     for name, least in (("rounds", 1), ("steps", 1), ("batch_size", 1), ("gradient_accumulation_steps", 1), ("seeds", 1),
                         ("max_iters", 1), ("eval_interval", 1), ("warmup_iters", 0), ("learning_rate", 0), ("min_lr", 0),
-                        ("weight_decay", 0), ("grad_clip", 0), ("seed", 0), ("target_loss", 0), ("loss_chunk", 0)):
+                        ("weight_decay", 0), ("grad_clip", 0), ("seed", 0), ("target_loss", 0), ("loss_chunk", -1)):
         if config[name] < least:
             raise ValueError(f"{name} must be at least {least}, got {config[name]}")
     if mode not in ("train", "data", "loss"):
@@ -325,6 +325,7 @@ with user_errors():
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
 device_type = device.split(":")[0]
+ours.keep_freed_memory()  # for both sides
 torch.set_float32_matmul_precision("high")
 result = {"train": bench_train, "data": bench_data, "loss": bench_loss}[mode]()
 print(json.dumps({"mode": mode, "device": device, "torch": torch.__version__} | result))

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from checkpoint import find_resumable, lock_run, save_checkpoint, write_atomically
 from configurator import configure, fail, user_errors
 from dataset import TokenStream, TrainBatches, eval_batches, load_meta, prefetch
-from model import GPT, GPTConfig, peak_flops, resolve_device, resolve_dtype, schedule_factor
+from model import GPT, GPTConfig, keep_freed_memory, peak_flops, resolve_device, resolve_dtype, resolve_loss_chunk, schedule_factor
 
 # -----------------------------------------------------------------------------
 # The defaults are those of config/train_small.py: 30M parameters on TinyStories.
@@ -79,7 +79,7 @@ device = "auto"  # cuda, else mps, else cpu; or 'cpu', 'cuda:1', ...
 dtype = "auto"  # fastest safe type on the device; or 'float32', 'bfloat16', 'float16' (with loss scaling)
 compile = True  # torch.compile, where it works; eager elsewhere
 remat = False  # recompute activations in the backward pass: less memory, about a third more time
-loss_chunk = 0  # tokens whose logits exist at a time, say 256: less memory, a little more time; 0: all of a micro-batch
+loss_chunk = -1  # tokens whose logits exist at a time: less memory; 0: all of a micro-batch; -1: 256 where that is faster
 config = configure(globals())
 # -----------------------------------------------------------------------------
 
@@ -89,9 +89,11 @@ def check_settings() -> None:
         if config[name] < 1:
             raise ValueError(f"{name} must be at least 1, got {config[name]}")
     for name in ("eval_iters", "max_iters", "warmup_iters", "lr_decay_iters", "learning_rate", "min_lr", "grad_clip",
-                 "weight_decay", "seed", "patience", "max_minutes", "loss_chunk"):
+                 "weight_decay", "seed", "patience", "max_minutes"):
         if config[name] < 0:
             raise ValueError(f"{name} must not be negative, got {config[name]}")
+    if loss_chunk < -1:
+        raise ValueError(f"loss_chunk must be at least -1, got {loss_chunk}")
     for name in ("beta1", "beta2"):
         if not 0 <= config[name] < 1:
             raise ValueError(f"{name} must be at least 0 and below 1, got {config[name]}")
@@ -184,12 +186,13 @@ with errors_of_any_rank():
 same_on_all_ranks("the data", [meta["splits"].get(split, {}).get("sha256", len(streams[split])) for split in streams])
 
 # model
+keep_freed_memory()
 torch.manual_seed(seed)
 torch.set_float32_matmul_precision("high")  # TF32 on CUDA
 with errors_of_any_rank():
     raw_model = GPT(GPTConfig(arch=arch, block_size=block_size, vocab_size=meta["vocab_size"], n_layer=n_layer,
                               n_head=n_head, n_kv_head=n_kv_head, n_embd=n_embd, dropout=dropout, bias=bias, tied=tied))
-    raw_model.remat, raw_model.loss_chunk = remat, loss_chunk
+    raw_model.remat, raw_model.loss_chunk = remat, resolve_loss_chunk(loss_chunk, device, meta["vocab_size"])
     choices = [resolve_dtype(dtype, device, raw_model)]
 
 # the run: a new one, or the one to go on with
