@@ -96,7 +96,7 @@ class CausalSelfAttention(nn.Module):
             for part in self.c_attn(x).split(self.rows, dim=2)
         )
         if rope is not None:
-            q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
+            q, k = rotate(self.q_norm(q.float()), *rope), rotate(self.k_norm(k.float()), *rope)  # float: if autocast
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True,
                                            enable_gqa=self.n_kv_head < self.n_head)
         y = y.transpose(1, 2).contiguous().view(B, T, -1)  # (B, nh, T, hs) -> (B, T, nh * hs)
@@ -172,7 +172,8 @@ class GPT(nn.Module):
         std = 0.02 * math.sqrt(768 / self.config.n_embd)
         for name, p in self.named_parameters():
             if name.startswith(("transformer.wte", "transformer.wpe")):
-                p.normal_(std=0.02)  # not scaled: it may be the head too, and the first guess should be uniform
+                # small where it is the head too: the first guess should be uniform
+                p.normal_(std=0.02 if self.config.tied else 0.3)
             elif self.config.arch == "qwen3" and name.endswith(("c_proj.weight", "lm_head.weight")):
                 p.zero_()
             elif name.endswith("c_proj.weight"):
@@ -277,18 +278,18 @@ class GPT(nn.Module):
             {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
         ]
         adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
-        return [adamw] + ([Muon(hidden, learning_rate, weight_decay)] if blocks else [])
+        return [adamw] + ([Muon(hidden, learning_rate, weight_decay, momentum=betas[0])] if blocks else [])
 
 
 class Muon(torch.optim.Optimizer):
     """
     Momentum whose update is made orthogonal, so that it moves every direction of a matrix equally far
     (https://kellerjordan.github.io/posts/muon/). All matrices of one shape are orthogonalised in one batch. The update of
-    an (r, c) matrix has the spectral norm 10 * lr * sqrt(max(1, r / c)): with the 10, one learning rate serves AdamW beside
+    an (r, c) matrix has the spectral norm 4 * lr * sqrt(max(1, r / c)): with the 4, one learning rate serves AdamW beside
     it, and with the rest, models of any width (https://arxiv.org/abs/2310.17813).
     """
 
-    def __init__(self, params, lr: float, weight_decay: float = 0.0, momentum: float = 0.95):
+    def __init__(self, params, lr: float, weight_decay: float = 0.0, momentum: float = 0.9):
         """A group's `rows` names the heights of the matrices that its parameters are stacked from."""
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, rows=None))
 
@@ -313,7 +314,7 @@ class Muon(torch.optim.Optimizer):
             us = orthogonalize(torch.stack([u for u, _, _ in items]))  # (n, r, c)
             for u, (_, matrix, group) in zip(us, items):
                 matrix.mul_(1 - group["lr"] * group["weight_decay"] * go)
-                matrix.sub_(u * (10 * group["lr"] * math.sqrt(max(1, r / c)) * go))
+                matrix.sub_(u * (4 * group["lr"] * math.sqrt(max(1, r / c)) * go))
 
 
 def orthogonalize(g: torch.Tensor) -> torch.Tensor:
