@@ -34,9 +34,9 @@ their_config = ""  # mode loss: the config file of the peer's training; '': it g
 target_loss = 0.0  # mode loss: nats per token on the whole validation split; 0: what the peer, or we, end with
 seeds = 1  # mode loss: runs of each side
 # data
-dataset = "fables"  # modes data and loss
+dataset = "tinystories"  # modes data and loss
 batching = "windows"  # or 'by_length'
-gradient_accumulation_steps = 1  # mode loss
+gradient_accumulation_steps = 2  # mode loss
 batch_size = 32  # rows of a micro-batch
 block_size = 128  # context in tokens
 vocab_size = 50257  # mode train
@@ -52,7 +52,7 @@ tied = True
 # optimizer
 optimizer = "adamw"
 learning_rate = 1e-3
-max_iters = 1000
+max_iters = 20000
 weight_decay = 0.1
 beta1 = 0.9
 beta2 = 0.99
@@ -90,7 +90,8 @@ class Side:
             self.dtype = ours.resolve_dtype(c.dtype, device, self.raw_model)
         else:
             self.raw_model = module.GPT(module.GPTConfig(**shape)).to(device)
-            self.optimizers = [self.raw_model.configure_optimizers(c.weight_decay, c.learning_rate, betas, device_type)]
+            made = self.raw_model.configure_optimizers(c.weight_decay, c.learning_rate, betas, device_type)
+            self.optimizers = made if isinstance(made, list) else [made]
             self.dtype = "bfloat16" if device_type == "cuda" else "float32"
         self.raw_model.train()
         self.scaler = torch.amp.GradScaler(device_type, enabled=self.dtype == "float16")

@@ -173,7 +173,7 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             if name.startswith(("transformer.wte", "transformer.wpe")):
                 # small where it is the head too: the first guess should be uniform
-                p.normal_(std=0.02 if self.config.tied else 0.3)
+                p.normal_(std=0.02 if self.config.tied else 0.5)
             elif self.config.arch == "qwen3" and name.endswith(("c_proj.weight", "lm_head.weight")):
                 p.zero_()
             elif name.endswith("c_proj.weight"):

@@ -273,6 +273,37 @@ def test_bench_beside_another_model(tmp_path):
     assert "ratio" not in json.loads(run("bench.py", *BENCH).stdout.strip().splitlines()[-1])
 
 
+def test_bench_beside_transformers():
+    done = run("bench.py", *BENCH, "--against=hf")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.strip().splitlines()[-1])["their_tokens_per_second"] > 0
+
+
+def test_bench_of_batches(fables_data):
+    for batching, some in (("windows", False), ("by_length", True)):
+        done = run("bench.py", *BENCH, "--mode=data", f"--dataset={fables_data}", f"--batching={batching}")
+        assert done.returncode == 0, done.stderr
+        result = json.loads(done.stdout.strip().splitlines()[-1])
+        assert result["tokens_per_second"] > 0 and (0 < result["padding"] < 0.5) == some
+
+
+def test_bench_of_the_way_to_a_loss(tmp_path, fables_data):
+    """The peer is our own model with a rate of zero: it stays where it began, and we reach that at the first evaluation."""
+    (tmp_path / "model.py").write_text((HERE / "model.py").read_text())
+    (tmp_path / "theirs.py").write_text("learning_rate = min_lr = 0.0\nmax_iters = 6\n")
+    done = run("bench.py", *BENCH, "--mode=loss", f"--dataset={fables_data}", f"--against={tmp_path}/model.py", "--seeds=2",
+               f"--their_config={tmp_path}/theirs.py", "--max_iters=4", "--eval_interval=2", "--arch=qwen3", "--tied=False",
+               "--optimizer=muon", "--learning_rate=0.01", "--warmup_iters=0")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.strip().splitlines()[-1])
+    ours, theirs = result["ours"], result["theirs"]
+    assert theirs["final_loss"][0] == result["target_loss"] == pytest.approx(
+        math.log(load_meta(fables_data)["vocab_size"]), abs=0.1)
+    assert ours["reached"] == theirs["reached"] == 2 and ours["final_loss"][0] < theirs["final_loss"][0]
+    assert ours["tokens"][0] == 2 * 2 * 16 and theirs["tokens"] == [6 * 2 * 16, 0]
+    assert result["ratio"] == pytest.approx(ours["seconds"][0] / theirs["seconds"][0])
+
+
 def test_bench_takes_training_configs(tmp_path):
     config = tmp_path / "config.py"
     config.write_text("dataset = 'fables'\nlearning_rate = 1e-3\nn_embd = 8\nmax_iters = 5\n")
@@ -283,8 +314,10 @@ def test_bench_takes_training_configs(tmp_path):
 
 @pytest.mark.parametrize("args, says", [
     (["--against=nowhere.py"], "no file nowhere.py"), (["--against=tokenizer.py"], "not a model.py with GPT"),
-    (["--steps=0"], "steps must"),
-    (["--n_head=3"], "multiple of n_head"), (["--learning_rate=1"], "no setting 'learning_rate'"),
+    (["--steps=0"], "steps must"), (["--mode=speed"], "mode must"), (["--optimizer=sgd"], "optimizer must"),
+    (["--schedule=step"], "schedule must"), (["--dtype=int8"], "dtype must"), (["--mode=data", "--dataset=none"], "none"),
+    (["--n_head=3"], "multiple of n_head"), (["--patience=1"], "no setting 'patience'"),
+    (["--their_config=none.py"], "no such config file"),
 ])
 def test_bench_errors_are_one_line(args, says):
     assert says in one_line_error(run("bench.py", *BENCH, *args))
