@@ -75,14 +75,15 @@ class Side:
     """One of the two programs: its model, its optimizers, its settings, and training steps with them."""
 
     def __init__(self, module: ModuleType, name: str, config: dict, seed: int):
-        self.name, self.config = name, SimpleNamespace(**config)
+        self.name, self.config, self.is_ours = name, SimpleNamespace(**config), module is ours
+        self.take_turn()
         self.times: list[float] = []  # seconds of the rounds
         c = self.config
         torch.manual_seed(seed)
         shape = dict(block_size=c.block_size, vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd,
                      dropout=c.dropout, bias=c.bias)
         betas = (c.beta1, c.beta2)
-        if module is ours:
+        if self.is_ours:
             self.raw_model = ours.GPT(ours.GPTConfig(**shape, arch=c.arch, n_kv_head=c.n_kv_head, tied=c.tied)).to(device)
             self.raw_model.loss_chunk = ours.resolve_loss_chunk(c.loss_chunk, device, c.vocab_size)
             self.optimizers = self.raw_model.configure_optimizers(c.weight_decay, c.learning_rate, betas, device_type,
@@ -110,6 +111,9 @@ class Side:
             print(f"{self.name}: torch.compile does not work here ({type(error).__name__}); measured in eager mode")
             self.model = self.raw_model
         self.raw_model.zero_grad(set_to_none=True)
+
+    def take_turn(self) -> None:
+        ours.keep_freed_memory(self.is_ours)  # a setting of the whole process, and of our train.py alone
 
     def step(self, micro_batches: list[tuple[torch.Tensor, torch.Tensor]], lr: float) -> None:
         for o in self.optimizers:
@@ -206,6 +210,7 @@ def bench_train() -> dict:
         side.step([batch], 1e-4)
     for _ in tqdm(range(rounds), desc="rounds"):
         for side in sides:  # in turns, so that a busy or throttled machine slows all
+            side.take_turn()
             timed(side.times, lambda: [side.step([batch], 1e-4) for _ in range(steps)])
     mine = sides[0]
     peak, peak_source = ours.peak_flops(device, mine.dtype)
@@ -326,7 +331,6 @@ with user_errors():
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
 device_type = device.split(":")[0]
-ours.keep_freed_memory()  # for both sides
 torch.set_float32_matmul_precision("high")
 result = {"train": bench_train, "data": bench_data, "loss": bench_loss}[mode]()
 print(json.dumps({"mode": mode, "device": device, "torch": torch.__version__} | result))

@@ -281,7 +281,8 @@ def test_bench_beside_transformers():
 
 def test_bench_of_batches(fables_data):
     for batching, some in (("windows", False), ("by_length", True)):
-        done = run("bench.py", *BENCH, "--mode=data", f"--dataset={fables_data}", f"--batching={batching}")
+        done = run("bench.py", *BENCH, "--block_size=192", "--mode=data", f"--dataset={fables_data}",
+                   f"--batching={batching}")
         assert done.returncode == 0, done.stderr
         result = json.loads(done.stdout.strip().splitlines()[-1])
         assert result["tokens_per_second"] > 0 and (0 < result["padding"] < 0.5) == some
@@ -293,7 +294,7 @@ def test_bench_of_the_way_to_a_loss(tmp_path, fables_data):
     (tmp_path / "theirs.py").write_text("learning_rate = min_lr = 0.0\nmax_iters = 6\n")
     done = run("bench.py", *BENCH, "--mode=loss", f"--dataset={fables_data}", f"--against={tmp_path}/model.py", "--seeds=2",
                f"--their_config={tmp_path}/theirs.py", "--max_iters=4", "--eval_interval=2", "--arch=qwen3", "--tied=False",
-               "--optimizer=muon", "--learning_rate=0.01", "--warmup_iters=0")
+               "--optimizer=muon", "--learning_rate=0.01", "--warmup_iters=0", "--gradient_accumulation_steps=1")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.strip().splitlines()[-1])
     ours, theirs = result["ours"], result["theirs"]
