@@ -292,8 +292,8 @@ def bench_loss() -> dict:
         if hits:
             row |= dict(seconds=mean_and_deviation([point[0] for point in hits]),
                         tokens=mean_and_deviation([point[1] for point in hits]))
-            print(f"    {target:.4f} reached by {len(hits)} of {seeds} after {row['seconds'][0]:.1f} +- {row['seconds'][1]:.1f} s, "
-                  f"{row['tokens'][0]:,.0f} +- {row['tokens'][1]:,.0f} tokens")
+            print(f"    {target:.4f} reached by {len(hits)} of {seeds} after {row['seconds'][0]:.1f} +- "
+                  f"{row['seconds'][1]:.1f} s, {row['tokens'][0]:,.0f} +- {row['tokens'][1]:,.0f} tokens")
             seconds_to_target[name] = row["seconds"][0]
         result["theirs" if name == against else "ours"] = row
     if len(seconds_to_target) == 2:

@@ -96,7 +96,9 @@ class CausalSelfAttention(nn.Module):
             for part in self.c_attn(x).split(self.rows, dim=2)
         )
         if rope is not None:
-            q, k = rotate(self.q_norm(q.float()), *rope), rotate(self.k_norm(k.float()), *rope)  # float: if autocast
+            # in float32, like the gains, also where autocast made q and k shorter
+            q = rotate(self.q_norm(q.float()), *rope).type_as(v)
+            k = rotate(self.k_norm(k.float()), *rope).type_as(v)
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True,
                                            enable_gqa=self.n_kv_head < self.n_head)
         y = y.transpose(1, 2).contiguous().view(B, T, -1)  # (B, nh, T, hs) -> (B, T, nh * hs)
@@ -207,7 +209,10 @@ class GPT(nn.Module):
         """
         x = self.hidden(idx)  # (B, T, C)
         if targets is not None and self.loss_chunk:
-            return None, chunked_loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), self.loss_chunk)
+            # traced, its chunks would only make a long graph: the products rule
+            apply = torch.compiler.disable(ChunkedLoss.apply) if torch.compiler.is_compiling() else ChunkedLoss.apply
+            return None, apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), self.loss_chunk,
+                                           torch.is_grad_enabled())
         logits = self.lm_head(x)
         if targets is None:
             return logits, None
@@ -381,11 +386,6 @@ class ChunkedLoss(torch.autograd.Function):
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None, None]:
         grad_x, grad_weight, count = ctx.saved_tensors
         return grad_x * (grad / count), grad_weight * (grad / count), None, None, None
-
-
-@torch.compiler.disable  # traced, it would be one long graph of its chunks and no faster: the products rule
-def chunked_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk: int) -> torch.Tensor:
-    return ChunkedLoss.apply(x, weight, targets, chunk, torch.is_grad_enabled())
 
 
 def sample_token(logits: torch.Tensor, temperature: float, top_k: int, generator: torch.Generator | None) -> torch.Tensor:

@@ -220,9 +220,10 @@ def test_flops_per_token(changes):
     assert model.flops_per_token() - 6 * gains == 3 * counter.get_total_flops() / 32
 
 
+@pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_is_close_to_float32(dtype):
-    model = tiny()
+def test_autocast_is_close_to_float32(dtype, arch):
+    model = tiny(arch=arch)
     idx = torch.randint(61, (2, 32))
     with torch.autocast("cpu", dtype):
         low = model(idx, idx)[1]

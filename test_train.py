@@ -113,7 +113,7 @@ def test_mixed_precision_stays_close_to_float32(tmp_path, fables_data, trained, 
 def test_compiled_equals_eager(tmp_path, fables_data, trained):
     if not shutil.which("g++"):
         pytest.skip("no C++ compiler")
-    done = train(fables_data, tmp_path / "out", "--compile=True", "--dropout=0")
+    done = train(fables_data, tmp_path / "out", "--compile=True", "--dropout=0", "--loss_chunk=48")
     train(fables_data, tmp_path / "eager", "--dropout=0")
     assert "compiled;" in done.stdout
     assert read_log(tmp_path / "out")[-1] == pytest.approx(read_log(tmp_path / "eager")[-1], rel=1e-4)

@@ -27,7 +27,8 @@ from tqdm import tqdm
 from checkpoint import find_resumable, lock_run, save_checkpoint, write_atomically
 from configurator import configure, fail, user_errors
 from dataset import TokenStream, TrainBatches, eval_batches, load_meta, prefetch
-from model import GPT, GPTConfig, keep_freed_memory, peak_flops, resolve_device, resolve_dtype, resolve_loss_chunk, schedule_factor
+from model import (GPT, GPTConfig, keep_freed_memory, peak_flops, resolve_device, resolve_dtype, resolve_loss_chunk,
+                   schedule_factor)
 
 # -----------------------------------------------------------------------------
 # The defaults are those of config/train_small.py: 30M parameters on TinyStories.
@@ -385,11 +386,11 @@ def save(name: str) -> None:
     if not all(p.isfinite().all() for p in raw_model.parameters()):
         say(f"step {step}: the model is not finite and was not saved")
         return
-    state = {"model": raw_model.state_dict(), "model_args": asdict(raw_model.config), "step": step, "best_val_loss": best_val_loss,
-             "config": config, "meta": meta}
+    state = {"model": raw_model.state_dict(), "model_args": asdict(raw_model.config), "step": step,
+             "best_val_loss": best_val_loss, "config": config, "meta": meta}
     if name == "last.pt":
-        state |= {"optimizer": [o.state_dict() for o in optimizers], "scaler": scaler.state_dict(), "watch": watch.cpu(), "stale": stale,
-                  "seconds": seconds, "lr_scale": lr_scale}
+        state |= {"optimizer": [o.state_dict() for o in optimizers], "scaler": scaler.state_dict(), "watch": watch.cpu(),
+                  "stale": stale, "seconds": seconds, "lr_scale": lr_scale}
     with user_errors():
         save_checkpoint(out_dir, name, state)
 
