@@ -358,13 +358,12 @@ def log(step: int, **metrics) -> None:
 
 def draw_losses(path: Path) -> None:
     """loss.png from log.jsonl: training and validation loss by step, and the floor where it is known."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     from matplotlib import ticker
+    from matplotlib.figure import Figure  # not pyplot, which is slow to load and would look for a display
 
     records = read_log()
-    fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+    fig = Figure(figsize=(7, 4), layout="constrained")
+    ax = fig.subplots()
     for key, label, style in (("loss", "training batch", "-"), ("val_loss", "validation", "o-")):
         points = [(r["step"], r[key]) for r in records if r.get(key) is not None] or [(math.nan, math.nan)]
         ax.plot(*zip(*points), style, label=label, **(dict(color="0.7", lw=1) if key == "loss" else dict(color="C0", ms=4)))
@@ -378,7 +377,6 @@ def draw_losses(path: Path) -> None:
     ax.legend()
     ax.grid(alpha=0.3)
     fig.savefig(path.with_name("loss.png.tmp"), format="png", dpi=120)
-    plt.close(fig)
     os.replace(path.with_name("loss.png.tmp"), path)
 
 
