@@ -12,7 +12,6 @@ type: bfloat16 on CUDA, float32 elsewhere. The last line of output is one JSON o
 import contextlib
 import importlib.util
 import json
-import math
 import statistics
 import time
 from pathlib import Path

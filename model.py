@@ -212,7 +212,7 @@ class GPT(nn.Module):
             # traced, its chunks would only make a long graph: the products rule
             apply = torch.compiler.disable(ChunkedLoss.apply) if torch.compiler.is_compiling() else ChunkedLoss.apply
             return None, apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), self.loss_chunk,
-                                           torch.is_grad_enabled())
+                               torch.is_grad_enabled())
         logits = self.lm_head(x)
         if targets is None:
             return logits, None
