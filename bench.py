@@ -64,6 +64,7 @@ eval_interval = 250  # mode loss: steps between evaluations; the clock stands st
 device = "auto"  # cuda, else mps, else cpu; or 'cpu', 'cuda:1', ...
 dtype = "auto"  # fastest safe type on the device; or 'float32', 'bfloat16', 'float16'
 compile = True  # torch.compile, where it works
+softmax_words = 0  # as in train.py; a peer has the whole softmax
 loss_chunk = -1  # as in train.py
 seed = 1337
 config = configure(globals(), skip_settings_of="train.py")
@@ -84,10 +85,12 @@ class Side:
         betas = (c.beta1, c.beta2)
         if self.is_ours:
             self.raw_model = ours.GPT(ours.GPTConfig(**shape, arch=c.arch, n_kv_head=c.n_kv_head, tied=c.tied)).to(device)
+            self.raw_model.sample_softmax(c.softmax_words, word_counts)
             self.raw_model.loss_chunk = ours.resolve_loss_chunk(c.loss_chunk, device, c.vocab_size)
             self.optimizers = self.raw_model.configure_optimizers(c.weight_decay, c.learning_rate, betas, device_type,
                                                                   c.optimizer)
-            self.dtype = ours.resolve_dtype(c.dtype, device, self.raw_model)
+            self.dtype = ours.resolve_dtype(c.dtype, device)
+            self.dtype = ours.measured_dtype(self.raw_model) if self.dtype == "auto" else self.dtype
         else:
             self.raw_model = module.GPT(module.GPTConfig(**shape)).to(device)
             made = self.raw_model.configure_optimizers(c.weight_decay, c.learning_rate, betas, device_type)
@@ -256,9 +259,7 @@ def train_once(module: ModuleType, name: str, config: dict, seed: int) -> list[t
     side = Side(module, name, config, seed)
     side.compile_or_not(*(t.to(device) for t in batches.batch(0)))
     for step in tqdm(range(1, c.max_iters + 1), desc=f"{name}, seed {seed}"):
-        progress = max(0.0, (step - 1 - c.warmup_iters) / max(1, c.max_iters - c.warmup_iters))
-        lr = c.min_lr + (c.learning_rate - c.min_lr) * ours.schedule_factor(c.schedule, progress)
-        lr = lr if step > c.warmup_iters else c.learning_rate * step / c.warmup_iters
+        lr = ours.scheduled_lr(step - 1, c.schedule, c.learning_rate, c.min_lr, c.warmup_iters, c.max_iters)
         micro_batches = [next(stream) for _ in range(c.gradient_accumulation_steps)]
         side.step(micro_batches, lr)
         tokens += sum(y.numel() for _, y in micro_batches)
@@ -316,19 +317,25 @@ with user_errors():
     if optimizer not in ("adamw", "muon"):
         raise ValueError(f"optimizer must be adamw or muon, got {optimizer!r}")
     ours.schedule_factor(schedule, 0.0)
+    if softmax_words and softmax_words < batch_size * block_size:
+        raise ValueError(f"softmax_words ({softmax_words}) must not be less than the tokens of a micro-batch "
+                         f"({batch_size} x {block_size})")
     peer = hugging_face() if against == "hf" else load_peer(against) if against else None
     their_settings = {name: coerce(name, value, config[name]) for name, value in read_config_file(their_config).items()
                       if name in config} if their_config else {}
     device = ours.resolve_device(device)
+    ours.resolve_dtype(dtype, device)
+    word_counts = torch.zeros(vocab_size, device=device)
     if mode != "train":
         meta = load_meta(Path("data") / dataset)
         streams = {split: TokenStream(Path("data") / dataset, split, meta) for split in ("train", "val")}
+        for stream in streams.values():
+            stream.check(meta)
         batches = TrainBatches(streams["train"], block_size, batch_size, seed, batching, meta["eot"])
         config["vocab_size"] = meta["vocab_size"]
+        word_counts = streams["train"].word_counts(meta["vocab_size"]).to(device)
     ours.GPTConfig(arch, block_size, config["vocab_size"], n_layer, n_head, n_embd, dropout, bias, n_kv_head=n_kv_head,
                    tied=tied)
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
 device_type = device.split(":")[0]
 torch.set_float32_matmul_precision("high")
 result = {"train": bench_train, "data": bench_data, "loss": bench_loss}[mode]()

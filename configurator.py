@@ -106,8 +106,10 @@ def configure(namespace: dict[str, object], skip_settings_of: str = "") -> dict[
     if skip_settings_of:
         skip |= set(settings_of(Path(script).with_name(skip_settings_of)))
     if "--help" in sys.argv[1:] or "-h" in sys.argv[1:]:
-        print_help(script, str(namespace.get("__doc__") or ""), comments, settings)
-        sys.exit(0)
+        with contextlib.suppress(BrokenPipeError):  # a reader such as head may have enough
+            print_help(script, str(namespace.get("__doc__") or ""), comments, settings)
+            sys.stdout.flush()
+        os._exit(0)
 
     def assign(name: str, value: object, convert) -> None:
         if name not in settings:

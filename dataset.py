@@ -199,6 +199,10 @@ class TokenStream:
         parts = [self.shards[i][max(0, start - self.starts[i]):stop - self.starts[i]] for i in range(first, last + 1)]
         return np.concatenate(parts).astype(np.int64)
 
+    def word_counts(self, vocab_size: int) -> torch.Tensor:
+        """How often each word occurs in the first four million tokens, (vocab_size)."""
+        return torch.from_numpy(np.bincount(self.read(0, min(len(self), 1 << 22)), minlength=vocab_size))
+
     def check(self, meta: dict) -> None:
         """Read all of it once: ValueError where an id is outside the vocabulary or the bytes are not those that meta knows."""
         digest, largest = hashlib.sha256(), 0

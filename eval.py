@@ -17,7 +17,7 @@ from tqdm import tqdm
 from checkpoint import load_model, write_atomically
 from configurator import configure, user_errors
 from dataset import TokenStream, eval_batches, load_meta, prefetch
-from model import GPT, resolve_device, resolve_dtype
+from model import GPT, measured_dtype, resolve_device, resolve_dtype
 from tokenizer import get_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -74,7 +74,8 @@ with user_errors():
         raise ValueError("eval_iters, valid_samples and seed must not be negative, and batch_size at least 1")
     device = resolve_device(device)
     model, checkpoint = load_model(out_dir, device)
-    dtype = resolve_dtype(dtype, device, model)
+    dtype = resolve_dtype(dtype, device)
+    dtype = measured_dtype(model) if dtype == "auto" else dtype
     folder = Path("data") / (dataset or checkpoint["config"]["dataset"])
     meta = load_meta(folder)
     if meta["tokenizer"] != checkpoint["meta"]["tokenizer"]:

@@ -146,6 +146,7 @@ class GPT(nn.Module):
         self.config = config
         self.remat = False  # True: keep only the input of each block and compute the rest again in the backward pass
         self.loss_chunk = 0  # tokens whose logits exist at a time where a loss is asked for; 0: those of the whole batch
+        self.softmax_words = 0  # words in the softmax of a training step, see sample_softmax; 0: all
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             **(dict(wpe=nn.Embedding(config.block_size, config.n_embd)) if config.arch == "gpt2" else {}),
@@ -208,6 +209,9 @@ class GPT(nn.Module):
         given. A target of -1 does not count. With loss_chunk set, a call with targets gets None for the logits.
         """
         x = self.hidden(idx)  # (B, T, C)
+        if targets is not None and self.training and self.softmax_words:
+            return None, sampled_loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), self.word_weights,
+                                      self.softmax_words)
         if targets is not None and self.loss_chunk:
             # traced, its chunks would only make a long graph: the products rule
             apply = torch.compiler.disable(ChunkedLoss.apply) if torch.compiler.is_compiling() else ChunkedLoss.apply
@@ -245,6 +249,14 @@ class GPT(nn.Module):
             if stop_token >= 0 and ended.all():
                 break
         return idx
+
+    def sample_softmax(self, words: int, counts: torch.Tensor) -> None:
+        """
+        Train with a softmax over so many words, those of the micro-batch and others by lot, as sampled_loss says; 0: over
+        all. counts (V) says how often each occurs in the text. A micro-batch must have no more tokens than `words`.
+        """
+        self.softmax_words = words if words < self.config.vocab_size else 0
+        self.word_weights = (counts + 0.2).sqrt()  # near the best: a lot is drawn for words that matter to the sum
 
     def num_params(self, non_embedding: bool = False) -> int:
         """Parameters, each counted once; non_embedding leaves out the token and position tables and the head."""
@@ -338,6 +350,18 @@ def orthogonalize(g: torch.Tensor) -> torch.Tensor:
     return (x.mT if tall else x).to(g.dtype)
 
 
+def scheduled_lr(step: int, schedule: str, learning_rate: float, min_lr: float, warmup_iters: int, end: int,
+                 by_time: float = 0.0) -> float:
+    """
+    Learning rate of a step: linear warm-up to learning_rate, then down the schedule to min_lr, reached at the step `end`, or
+    sooner where by_time, the share of the time that is over, is further on.
+    """
+    if step < warmup_iters:
+        return learning_rate * (step + 1) / warmup_iters
+    progress = min(1.0, max(by_time, (step - warmup_iters) / max(1, end - warmup_iters)))
+    return min_lr + (learning_rate - min_lr) * schedule_factor(schedule, progress)
+
+
 def schedule_factor(schedule: str, progress: float) -> float:
     """What is left of the learning rate at a progress from 0 to 1: 1 at first, 0 at the end."""
     if schedule == "cosine":
@@ -386,6 +410,22 @@ class ChunkedLoss(torch.autograd.Function):
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None, None]:
         grad_x, grad_weight, count = ctx.saved_tensors
         return grad_x * (grad / count), grad_weight * (grad / count), None, None, None
+
+
+def sampled_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, word_weights: torch.Tensor,
+                 words: int) -> torch.Tensor:
+    """
+    Cross entropy of states (N, C), head (V, C) and targets (N), -1 for none, with a softmax over fewer words than V: all
+    that are a target here, and others by priority sampling (https://arxiv.org/abs/cs/0509026) with word_weights (V). Each
+    of these counts as the 1/p words that it stands for, which leaves the expected sum over the vocabulary what it is.
+    """
+    priority = (word_weights / torch.rand_like(word_weights)).index_fill(0, targets.clamp(min=0), math.inf)  # (V)
+    top = priority.topk(words + 1)
+    chosen, first_out = top.indices[:-1], top.values[-1]  # (words)
+    p = torch.where(top.values[:-1].isinf(), 1.0, (word_weights[chosen] / first_out).clamp(max=1))
+    place = torch.empty_like(priority, dtype=torch.long).scatter(0, chosen, torch.arange(words, device=x.device))  # (V)
+    logits = x @ F.embedding(chosen, weight).t() - p.log()  # (N, words)
+    return F.cross_entropy(logits, torch.where(targets < 0, -1, place[targets]), ignore_index=-1)
 
 
 def sample_token(logits: torch.Tensor, temperature: float, top_k: int, generator: torch.Generator | None) -> torch.Tensor:
@@ -491,19 +531,22 @@ def keep_freed_memory(keep: bool = True) -> None:
             libc.malloc_trim(0)
 
 
-def resolve_dtype(dtype: str, device: str, model: GPT) -> str:
+def resolve_dtype(dtype: str, device: str) -> str:
     """
-    'auto' becomes the fastest type that trains safely: on CUDA bfloat16 where the chip has it, else float16; on a CPU
-    whichever of float32 and bfloat16 takes this very model forward and backward faster (CPUs differ a hundredfold).
+    'auto' becomes the fastest type that trains safely: on CUDA bfloat16 where the chip has it, else float16. On a CPU it
+    stays 'auto', for measured_dtype to settle.
     """
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
-    if dtype != "auto":
+    if dtype != "auto" or device == "cpu":
         return dtype
     if device.startswith("cuda"):
         return "bfloat16" if torch.cuda.get_device_capability()[0] >= 8 else "float16"
-    if device != "cpu":
-        return "float32"
+    return "float32"
+
+
+def measured_dtype(model: GPT) -> str:
+    """Whichever of float32 and bfloat16 takes this very model forward and backward faster: CPUs differ a hundredfold."""
     T = min(128, model.config.block_size)
     idx = torch.zeros(256 // T, T, dtype=torch.long)  # (B, T), enough for the products to be what takes the time
 

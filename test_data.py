@@ -18,7 +18,7 @@ import torch
 import dataset
 from data.fables import prepare as fables
 from dataset import TokenStream, TrainBatches, eval_batches, finish_dataset, load_meta, prefetch, shuffled, write_split
-from tokenizer import EOT, GPT2Tokenizer, ListTokenizer, get_tokenizer, train_tokenizer
+from tokenizer import EOT, GPT2Tokenizer, get_tokenizer, train_tokenizer
 
 HERE = Path(__file__).parent
 SPLITS = ("train", "val")

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import (GPT, GPTConfig, Muon, from_hf, median_seconds, orthogonalize, peak_flops, resolve_device, resolve_dtype,
-                   sample_token, schedule_factor, to_hf)
+from model import (GPT, GPTConfig, Muon, from_hf, measured_dtype, median_seconds, orthogonalize, peak_flops, resolve_device,
+                   resolve_dtype, sample_token, sampled_loss, schedule_factor, scheduled_lr, to_hf)
 
 
 def tiny(**changes) -> GPT:
@@ -207,6 +207,9 @@ def test_schedules():
     assert [schedule_factor("linear", p) for p in (0, 0.25, 1)] == [1, 0.75, 0]
     assert [schedule_factor("trapezoid", p) for p in (0, 0.6, 0.8, 1)] == pytest.approx([1, 1, 0.5, 0])
     assert [schedule_factor("cosine", p) for p in (0, 1 / 3, 1)] == pytest.approx([1, 0.75, 0])
+    rates = [scheduled_lr(step, "linear", 8.0, 2.0, warmup_iters=4, end=10) for step in (0, 3, 4, 7, 10, 11)]
+    assert rates == pytest.approx([2, 8, 8, 5, 2, 2])
+    assert scheduled_lr(5, "linear", 8.0, 2.0, warmup_iters=4, end=10, by_time=0.5) == pytest.approx(5)
     with pytest.raises(ValueError, match="warp"):
         schedule_factor("warp", 0)
 
@@ -328,12 +331,42 @@ def test_model_file_works_alone(tmp_path):
     assert "torch.Size([1, 4])" in done.stdout, done.stderr
 
 
+def test_softmax_over_fewer_words():
+    torch.manual_seed(0)
+    model = tiny(vocab_size=60).train()
+    torch.nn.init.normal_(model.lm_head.weight, std=0.1)  # far from uniform
+    counts = torch.arange(60).flip(0) // 3  # some words never
+    idx, targets = torch.randint(60, (2, 8)), torch.randint(60, (2, 8))
+    targets[0, :3] = -1
+    whole = model(idx, targets)[1]
+    states, weight = model.hidden(idx).flatten(0, 1), model.lm_head.weight
+    weights = (counts + 0.2).sqrt()
+    nearly_all = sampled_loss(states, weight, targets.flatten(), weights, 59)
+    assert nearly_all.item() == pytest.approx(whole.item(), rel=0.1) and nearly_all != whole
+
+    # the sum over the vocabulary is right on the average: exp of (loss + logit of the target) for one token
+    x, target = states[5:6].detach(), targets.flatten()[5:6]
+    sums = torch.stack([sampled_loss(x, weight.detach(), target, weights, 12).exp() for _ in range(5_000)])
+    sums *= (x @ weight[target].t()).exp().item()
+    exact = (x @ weight.t()).exp().sum().item()
+    assert abs(sums.mean().item() - exact) < 4 * sums.std().item() / len(sums)**0.5 < 0.2 * exact
+
+    # in training only, and with the words of the batch always among them
+    model.sample_softmax(40, counts)
+    losses = [model(idx, targets)[1].item() for _ in range(2)]
+    assert losses[0] != losses[1] and losses == pytest.approx([whole.item()] * 2, rel=0.1)
+    assert model.eval()(idx, targets)[1].item() == pytest.approx(whole.item())
+    model.train().sample_softmax(60, counts)
+    assert model(idx, targets)[1].item() == pytest.approx(whole.item())
+
+
 def test_device_and_dtype():
-    assert resolve_dtype("float32", "cpu", tiny()) == "float32"
-    assert resolve_dtype("auto", "cpu", tiny()) in ("float32", "bfloat16")
+    assert resolve_dtype("float32", "cpu") == "float32"
+    assert resolve_dtype("auto", "cpu") == "auto"
+    assert measured_dtype(tiny()) in ("float32", "bfloat16")
     assert resolve_device("cpu") == "cpu"
     with pytest.raises(ValueError, match="float64"):
-        resolve_dtype("float64", "cpu", tiny())
+        resolve_dtype("float64", "cpu")
     with pytest.raises(ValueError, match="toaster"):
         resolve_device("toaster")
     flops, source = peak_flops("cpu", "float32")

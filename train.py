@@ -27,8 +27,8 @@ from tqdm import tqdm
 from checkpoint import find_resumable, lock_run, save_checkpoint, write_atomically
 from configurator import configure, fail, user_errors
 from dataset import TokenStream, TrainBatches, eval_batches, load_meta, prefetch
-from model import (GPT, GPTConfig, keep_freed_memory, peak_flops, resolve_device, resolve_dtype, resolve_loss_chunk,
-                   schedule_factor)
+from model import (GPT, GPTConfig, keep_freed_memory, measured_dtype, peak_flops, resolve_device, resolve_dtype,
+                   resolve_loss_chunk, schedule_factor, scheduled_lr)
 
 # -----------------------------------------------------------------------------
 # The defaults are those of config/train_small.py: 30M parameters on TinyStories.
@@ -80,6 +80,7 @@ device = "auto"  # cuda, else mps, else cpu; or 'cpu', 'cuda:1', ...
 dtype = "auto"  # fastest safe type on the device; or 'float32', 'bfloat16', 'float16' (with loss scaling)
 compile = True  # torch.compile, where it works; eager elsewhere
 remat = False  # recompute activations in the backward pass: less memory, about a third more time
+softmax_words = 0  # of a training step: those of its text, and others by lot; 0: all; 4096 of 50257 is twice as fast
 loss_chunk = -1  # tokens whose logits exist at a time: less memory; 0: all of a micro-batch; -1: 256 where that is faster
 config = configure(globals())
 # -----------------------------------------------------------------------------
@@ -95,12 +96,13 @@ def check_settings() -> None:
             raise ValueError(f"{name} must not be negative, got {config[name]}")
     if loss_chunk < -1:
         raise ValueError(f"loss_chunk must be at least -1, got {loss_chunk}")
+    if softmax_words and softmax_words < batch_size * block_size:
+        raise ValueError(f"softmax_words ({softmax_words}) must not be less than the tokens of a micro-batch "
+                         f"({batch_size} x {block_size}), which may be as many words")
     for name in ("beta1", "beta2"):
         if not 0 <= config[name] < 1:
             raise ValueError(f"{name} must be at least 0 and below 1, got {config[name]}")
     schedule_factor(schedule, 0.0)
-    if optimizer not in ("adamw", "muon"):
-        raise ValueError(f"optimizer must be adamw or muon, got {optimizer!r}")
     if init_from not in ("scratch", "resume", "auto"):
         raise ValueError(f"init_from must be scratch, resume or auto, got {init_from!r}")
     if logger not in ("", "wandb", "tensorboard", "trackio"):
@@ -160,6 +162,7 @@ with user_errors():
     check_settings()
     device = resolve_device(device)
     device_type = device.split(":")[0]
+    dtype = resolve_dtype(dtype, device)
 if device == "cuda":
     device = f"cuda:{local_rank}"
     torch.cuda.set_device(device)
@@ -194,7 +197,8 @@ with errors_of_any_rank():
     raw_model = GPT(GPTConfig(arch=arch, block_size=block_size, vocab_size=meta["vocab_size"], n_layer=n_layer,
                               n_head=n_head, n_kv_head=n_kv_head, n_embd=n_embd, dropout=dropout, bias=bias, tied=tied))
     raw_model.remat, raw_model.loss_chunk = remat, resolve_loss_chunk(loss_chunk, device, meta["vocab_size"])
-    choices = [resolve_dtype(dtype, device, raw_model)]
+    raw_model.to(device).sample_softmax(softmax_words, streams["train"].word_counts(meta["vocab_size"]).to(device))
+    optimizers = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type, optimizer)
 
 # the run: a new one, or the one to go on with
 with errors_of_any_rank():
@@ -213,14 +217,13 @@ with errors_of_any_rank():
             raise ValueError(f"the run in {out_dir} has {', '.join(wrong)}: give the same settings to resume it")
         if checkpoint["meta"].get("tokenizer") != meta["tokenizer"]:
             raise ValueError(f"the run in {out_dir} was made with another tokenizer than {dataset}: give its own --dataset")
-    if checkpoint and dtype == "auto" and checkpoint["config"].get("device") == device_type:
-        choices = [checkpoint["config"].get("dtype")]  # what was measured then: another type would not resume exactly
+    if dtype == "auto" and checkpoint and checkpoint["config"].get("device") == device_type:
+        dtype = resolve_dtype(checkpoint["config"].get("dtype"), device)  # as measured then: another would not resume exactly
+    choices = [measured_dtype(raw_model) if dtype == "auto" else dtype]
 same_on_all_ranks(f"in {out_dir} the step", checkpoint["step"] if checkpoint else 0)
 if distributed:
     dist.broadcast_object_list(choices)  # ranks that share a CPU would measure differently
 dtype = choices[0]
-raw_model.to(device)
-optimizers = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type, optimizer)
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
 autocast = contextlib.nullcontext() if dtype == "float32" else torch.autocast(device_type, getattr(torch, dtype))
 step, best_val_loss, stale, seconds, lr_scale = 0, math.inf, 0, 0.0, 1.0  # stale: evaluations since the best one
@@ -296,15 +299,9 @@ def train_batches(step: int):
 
 
 def get_lr(step: int) -> float:
-    """Linear warm-up, then the schedule down to min_lr, by steps or by minutes, whichever are further on."""
-    if step < warmup_iters:
-        return lr_scale * learning_rate * (step + 1) / warmup_iters
-    if not decay_lr:
-        return lr_scale * learning_rate
-    end = lr_decay_iters or max_iters
     by_time = seconds / (60 * max_minutes) if max_minutes else 0.0
-    progress = min(1.0, max(by_time, (step - warmup_iters) / max(1, end - warmup_iters)))
-    return lr_scale * (min_lr + (learning_rate - min_lr) * schedule_factor(schedule, progress))
+    return lr_scale * scheduled_lr(step, schedule, learning_rate, min_lr if decay_lr else learning_rate, warmup_iters,
+                                   lr_decay_iters or max_iters, by_time)
 
 
 @torch.no_grad()
