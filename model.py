@@ -146,7 +146,7 @@ class GPT(nn.Module):
         self.config = config
         self.remat = False  # True: keep only the input of each block and compute the rest again in the backward pass
         self.loss_chunk = 0  # tokens whose logits exist at a time where a loss is asked for; 0: those of the whole batch
-        self.softmax_words = 0  # words in the softmax of a training step, see sample_softmax; 0: all
+        self.softmax_words = 0  # words in the softmax of a training step; 0: all, else sample_softmax set it
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             **(dict(wpe=nn.Embedding(config.block_size, config.n_embd)) if config.arch == "gpt2" else {}),

@@ -81,6 +81,8 @@ def test_later_settings_win_and_nanogpt_configs_work(tmp_path, fables_data):
     (["config"], "no such config file"),
     (["--device=toaster"], "toaster"),
     (["--dtype=float64"], "dtype must be"),
+    (["--optimizer=sgd"], "optimizer must be"),
+    (["--softmax_words=7"], "softmax_words (7) must not be less"),
     (["--init_from=nowhere"], "init_from must be"),
     (["--batch_size=0"], "batch_size must be at least 1"),
     (["--learning_rate=-1"], "learning_rate must not be negative"),

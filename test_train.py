@@ -31,7 +31,8 @@ def assert_same(a, b, where="checkpoint"):
         assert a.equal(b) if isinstance(a, torch.Tensor) else a == b, where
 
 
-@pytest.mark.parametrize("how", [[], ["--batching=by_length"], ["--arch=qwen3", "--n_kv_head=1", "--optimizer=muon"]])
+@pytest.mark.parametrize("how", [[], ["--batching=by_length"], ["--arch=qwen3", "--n_kv_head=1", "--optimizer=muon",
+                                  "--softmax_words=128"]])
 def test_stopped_and_resumed_equals_undisturbed(tmp_path, fables_data, how):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(fables_data, whole, *how)

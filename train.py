@@ -80,7 +80,7 @@ device = "auto"  # cuda, else mps, else cpu; or 'cpu', 'cuda:1', ...
 dtype = "auto"  # fastest safe type on the device; or 'float32', 'bfloat16', 'float16' (with loss scaling)
 compile = True  # torch.compile, where it works; eager elsewhere
 remat = False  # recompute activations in the backward pass: less memory, about a third more time
-softmax_words = 0  # of a training step: those of its text, and others by lot; 0: all; 4096 of 50257 is twice as fast
+softmax_words = 0  # of a training step: those of its text and others by lot, cheaper where there are 50,257; 0: all
 loss_chunk = -1  # tokens whose logits exist at a time: less memory; 0: all of a micro-batch; -1: 256 where that is faster
 config = configure(globals())
 # -----------------------------------------------------------------------------
@@ -197,7 +197,9 @@ with errors_of_any_rank():
     raw_model = GPT(GPTConfig(arch=arch, block_size=block_size, vocab_size=meta["vocab_size"], n_layer=n_layer,
                               n_head=n_head, n_kv_head=n_kv_head, n_embd=n_embd, dropout=dropout, bias=bias, tied=tied))
     raw_model.remat, raw_model.loss_chunk = remat, resolve_loss_chunk(loss_chunk, device, meta["vocab_size"])
-    raw_model.to(device).sample_softmax(softmax_words, streams["train"].word_counts(meta["vocab_size"]).to(device))
+    raw_model.to(device)
+    if softmax_words:
+        raw_model.sample_softmax(softmax_words, streams["train"].word_counts(meta["vocab_size"]).to(device))
     optimizers = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type, optimizer)
 
 # the run: a new one, or the one to go on with
