@@ -14,11 +14,11 @@ TINY = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=32", "--batch_
         "--compile=False", "--device=cpu", "--dtype=float32", "--dropout=0.1"]
 
 
-def run(script: str, *args: str, ranks: int = 0, **env: str) -> subprocess.CompletedProcess:
+def run(script: str, *args: str, ranks: int = 0, stdin: str = "", **env: str) -> subprocess.CompletedProcess:
     """Run a script in the repository's folder, under torchrun if ranks is given."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
     return subprocess.run([sys.executable, *launcher, script, *args], cwd=HERE, capture_output=True, text=True, timeout=300,
-                          env=os.environ | env)
+                          input=stdin, env=os.environ | env)
 
 
 def train(data: Path, out_dir: Path, *args: str, **how) -> subprocess.CompletedProcess:

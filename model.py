@@ -9,6 +9,7 @@ import math
 import re
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 import torch
@@ -89,7 +90,8 @@ class CausalSelfAttention(nn.Module):
             self.k_norm = make_norm(config, self.head_dim)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None, mask: torch.Tensor | None = None,
+                past: tuple[torch.Tensor, torch.Tensor, int] | None = None) -> torch.Tensor:
         B, T, C = x.shape
         q, k, v = (
             part.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, T, nh * hs) -> (B, nh, T, hs)
@@ -99,7 +101,12 @@ class CausalSelfAttention(nn.Module):
             # in float32, like the gains, also where autocast made q and k shorter
             q = rotate(self.q_norm(q.float()), *rope).type_as(v)
             k = rotate(self.k_norm(k.float()), *rope).type_as(v)
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=True,
+        if past is not None:
+            keys, values, begin = past  # (B, nh, block_size, hs), of which the first `begin` positions are filled
+            keys[:, :, begin:begin + T], values[:, :, begin:begin + T] = k, v
+            k, v = keys[:, :, :begin + T], values[:, :, :begin + T]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0,
+                                           is_causal=mask is None and k.size(2) == T,  # a single query sees all keys
                                            enable_gqa=self.n_kv_head < self.n_head)
         y = y.transpose(1, 2).contiguous().view(B, T, -1)  # (B, nh, T, hs) -> (B, T, nh * hs)
         return self.resid_dropout(self.c_proj(y))
@@ -134,10 +141,27 @@ class Block(nn.Module):
         self.ln_2 = make_norm(config, config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
-        x = x + self.attn(self.ln_1(x), rope)
+    def forward(self, x: torch.Tensor, *attn_args) -> torch.Tensor:
+        x = x + self.attn(self.ln_1(x), *attn_args)
         x = x + self.mlp(self.ln_2(x))
         return x
+
+
+class KVCache:
+    """
+    Keys and values of the positions that a model has seen, so that a call computes those of new ones only. The buffers are
+    allocated once, for B rows of block_size positions, and written in place. Where prompts differ in length, `pad` (B) says
+    how many columns at the left of each row are padding: no other token sees them, and positions count from behind them.
+    """
+
+    def __init__(self, model: "GPT", B: int, pad: torch.Tensor | None = None):
+        weight, attn = model.transformer.wte.weight, model.transformer.h[0].attn
+        kind = weight.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        shape = B, attn.n_kv_head, model.config.block_size, attn.head_dim
+        self.layers = [tuple(torch.empty(shape, device=weight.device, dtype=dtype) for _ in "kv") for _ in model.transformer.h]
+        self.length = 0  # positions filled
+        self.pad = pad
 
 
 class GPT(nn.Module):
@@ -188,27 +212,44 @@ class GPT(nn.Module):
             else:  # gain of a norm
                 p.fill_(1.0)
 
-    def hidden(self, idx: torch.Tensor) -> torch.Tensor:
-        """Token ids (B, T) to the states (B, T, C) that the head reads."""
+    def hidden(self, idx: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        """Token ids (B, T), which follow what the cache holds, to the states (B, T, C) that the head reads."""
         B, T = idx.shape
-        if T > self.config.block_size:
-            raise ValueError(f"{T} tokens are more than block_size ({self.config.block_size})")
+        begin = cache.length if cache else 0
+        end = begin + T
+        if end > self.config.block_size:
+            raise ValueError(f"{end} tokens are more than block_size ({self.config.block_size})")
+        positions, keys = (torch.arange(n, end, device=idx.device) for n in (begin, 0))
+        mask = None
+        if cache and cache.pad is not None:
+            queries, pad = positions[:, None], cache.pad[:, None, None]  # (T, 1), (B, 1, 1)
+            mask = (((keys >= pad) & (keys <= queries)) | (keys == queries))[:, None]  # (B, 1, T, end); padding sees itself
+            positions = (positions - cache.pad[:, None]).clamp(min=0)  # (B, T)
+        elif 1 < T < end:
+            mask = keys <= positions[:, None]  # (T, end)
         x, rope = self.transformer.wte(idx), None  # (B, T, C)
         if self.config.arch == "gpt2":
-            x = x + self.transformer.wpe(torch.arange(T, device=idx.device))
+            x = x + self.transformer.wpe(positions)
         else:
-            rope = self.cos[:T], self.sin[:T]
+            rope = tuple(table[positions].unsqueeze(-3) for table in (self.cos, self.sin))  # (1, T, hs / 2) or (B, 1, T, hs / 2)
         x = self.transformer.drop(x)
-        for block in self.transformer.h:
-            x = checkpoint(block, x, rope, use_reentrant=False) if self.remat and self.training else block(x, rope)
+        for i, block in enumerate(self.transformer.h):
+            if self.remat and self.training:
+                x = checkpoint(block, x, rope, use_reentrant=False)
+            else:
+                x = block(x, rope, mask, (*cache.layers[i], begin) if cache else None)
+        if cache:
+            cache.length = end
         return self.transformer.ln_f(x)
 
-    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None,
+                cache: KVCache | None = None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """
         Token ids (B, T) to logits (B, T, vocab_size), and the mean loss in nats per token where targets (B, T) are
-        given. A target of -1 does not count. With loss_chunk set, a call with targets gets None for the logits.
+        given. A target of -1 does not count. With loss_chunk set, a call with targets gets None for the logits. With a
+        cache, idx follows the tokens that are in it: a prompt in one or several pieces, or the newest token.
         """
-        x = self.hidden(idx)  # (B, T, C)
+        x = self.hidden(idx, cache)  # (B, T, C)
         if targets is not None and self.training and self.softmax_words:
             return None, sampled_loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), self.word_weights,
                                       self.softmax_words)
@@ -223,32 +264,87 @@ class GPT(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     @torch.no_grad()
-    def generate(self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0,
-                 stop_token: int = -1, generator: torch.Generator | None = None) -> torch.Tensor:
+    def stream(self, idx: torch.Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+               min_p: float = 0.0, repetition_penalty: float = 1.0, no_repeat_ngram: int = 0, stop_token: int = -1,
+               generator: torch.Generator | None = None, pad: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
         """
-        Continue token ids (B, T) by up to max_new_tokens; returns (B, T + new), the prompt included.
+        Continue token ids (B, T) and yield each new column (B) as soon as it is known, at most max_new_tokens of them.
 
-        temperature 0 takes the most probable token; top_k 0 keeps all. A row that has produced stop_token is filled
-        with it, and generation ends when all rows have. When the context reaches block_size, its newest half is kept.
+        The settings mean what they mean in transformers, and apply in this order: repetition_penalty (1: off) makes the
+        words of the row so far less probable, no_repeat_ngram (0: off) forbids to end a sequence of so many words that was
+        there before; temperature (0: the most probable word); then what is drawn from: the top_k most probable (0: all),
+        the fewest that together have top_p, those with at least min_p of the probability of the first.
+        A row that has produced stop_token goes on with it, and all ends when all rows have. `pad` (B) says how many columns
+        at the left of each row are padding. When the context reaches block_size, its newest half is kept.
         """
-        if idx.size(1) == 0:
+        B, T = idx.shape
+        if T == 0:
             raise ValueError("the prompt is empty: generate needs at least one token")
-        if temperature < 0 or top_k < 0:
-            raise ValueError(f"temperature and top_k must not be negative, got {temperature} and {top_k}")
-        start = max(0, idx.size(1) - self.config.block_size)  # first token of the context
-        ended = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
-        for _ in range(max_new_tokens):
-            if idx.size(1) - start > self.config.block_size:
-                start = idx.size(1) - max(1, self.config.block_size // 2)
-            logits = self.lm_head(self.hidden(idx[:, start:])[:, -1])  # (B, V)
-            idx_next = sample_token(logits.float(), temperature, top_k, generator)  # (B, 1)
+        check_sampling(temperature, top_k, top_p, min_p, repetition_penalty, no_repeat_ngram)
+        text = torch.cat((idx, idx.new_zeros(B, max_new_tokens)), dim=1)  # (B, T + new), written as it goes
+        start, cache = 0, None  # first token of the context, and what is known of it
+        ended = torch.zeros(B, dtype=torch.bool, device=idx.device)
+        for n in range(T, T + max_new_tokens):
+            if cache is None or cache.length == self.config.block_size:
+                if n - start > self.config.block_size:
+                    start = n - (self.config.block_size if cache is None else max(1, self.config.block_size // 2))
+                shorter = None if pad is None else (pad - start).clamp(min=0)
+                cache = KVCache(self, B, shorter if shorter is not None and shorter.any() else None)
+            logits = self.lm_head(self.hidden(text[:, start + cache.length:n], cache)[:, -1]).float()  # (B, V)
+            if repetition_penalty != 1 or no_repeat_ngram:
+                logits = penalize(logits, text[:, :n], pad, repetition_penalty, no_repeat_ngram)
+            new = sample_token(logits, temperature, top_k, top_p, min_p, generator)  # (B)
             if stop_token >= 0:
-                idx_next = idx_next.masked_fill(ended, stop_token)
-                ended |= idx_next == stop_token
-            idx = torch.cat((idx, idx_next), dim=1)
+                new = new.masked_fill(ended, stop_token)
+                ended |= new == stop_token
+            text[:, n] = new
+            yield new
             if stop_token >= 0 and ended.all():
                 break
-        return idx
+
+    def generate(self, idx: torch.Tensor, max_new_tokens: int, *args, **kwargs) -> torch.Tensor:
+        """As `stream`, but all at once: token ids (B, T) to (B, T + new), the prompt included."""
+        return torch.cat([idx, *(new[:, None] for new in self.stream(idx, max_new_tokens, *args, **kwargs))], dim=1)
+
+    @torch.no_grad()
+    def beam_search(self, idx: torch.Tensor, max_new_tokens: int, num_beams: int, length_penalty: float = 1.0,
+                    repetition_penalty: float = 1.0, no_repeat_ngram: int = 0, stop_token: int = -1) -> torch.Tensor:
+        """
+        The most probable continuation of one prompt (1, T) that a search with num_beams beams finds: (1, T + new). Texts
+        that have ended compare by their log-probability over length ** length_penalty, so above 0 favours long ones. As
+        transformers' with early_stopping=False. The whole must fit into block_size.
+        """
+        T, V = idx.size(1), self.config.vocab_size
+        if T == 0 or T + max_new_tokens > self.config.block_size:
+            raise ValueError(f"beam search needs a prompt, and room for it and max_new_tokens in block_size "
+                             f"({self.config.block_size}), got {T} and {max_new_tokens} tokens")
+        if num_beams < 1:
+            raise ValueError(f"num_beams must be at least 1, got {num_beams}")
+        check_sampling(repetition_penalty=repetition_penalty, no_repeat_ngram=no_repeat_ngram)
+        text, cache = idx.expand(num_beams, T), KVCache(self, num_beams)
+        scores = torch.zeros(num_beams, device=idx.device)  # log-probabilities of the beams
+        scores[1:] = -1e9  # they are all the same as yet
+        ended: list[tuple[float, torch.Tensor]] = []  # the num_beams best of them
+        for n in range(1, max_new_tokens + 1):
+            log_p = self.lm_head(self.hidden(text[:, cache.length:], cache)[:, -1]).float().log_softmax(dim=-1)  # (beams, V)
+            log_p = penalize(log_p, text, None, repetition_penalty, no_repeat_ngram)
+            # at most half of these end now, for each beam can end in one way only
+            best = (scores[:, None] + log_p).flatten().topk(min(2 * num_beams, num_beams * V))
+            parents, words = best.indices // V, best.indices % V
+            ends = (words == stop_token) | (n == max_new_tokens)
+            for i in ends[:num_beams].nonzero()[:, 0].tolist():
+                ended.append((best.values[i].item() / n**length_penalty, torch.cat((text[parents[i]], words[i:i + 1]))))
+            ended = sorted(ended, key=lambda pair: -pair[0])[:num_beams]
+            go_on = (~ends).nonzero()[:num_beams, 0]
+            if len(go_on) == 0:
+                break
+            scores, parents = best.values[go_on], parents[go_on]
+            if len(ended) == num_beams and scores[0].item() / n**length_penalty <= ended[-1][0]:
+                break
+            text = torch.cat((text[parents], words[go_on, None]), dim=1)
+            for buffer in (buffer for pair in cache.layers for buffer in pair):
+                buffer[:, :, :cache.length] = buffer[parents, :, :cache.length]
+        return ended[0][1][None] if ended else idx
 
     def sample_softmax(self, words: int, counts: torch.Tensor) -> None:
         """
@@ -428,15 +524,61 @@ def sampled_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, w
     return F.cross_entropy(logits, torch.where(targets < 0, -1, place[targets]), ignore_index=-1)
 
 
-def sample_token(logits: torch.Tensor, temperature: float, top_k: int, generator: torch.Generator | None) -> torch.Tensor:
-    """Logits (B, V) to token ids (B, 1), a pure function of its arguments."""
+def check_sampling(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0,
+                   repetition_penalty: float = 1.0, no_repeat_ngram: int = 0) -> None:
+    """ValueError for settings of stream that have no meaning."""
+    for name, value in (("temperature", temperature), ("top_k", top_k), ("no_repeat_ngram", no_repeat_ngram)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} must not be negative, got {value}")
+    if not 0 < top_p <= 1 or not 0 <= min_p <= 1:
+        raise ValueError(f"top_p must be above 0 and min_p at least 0, both at most 1, got {top_p} and {min_p}")
+    if not 0 < repetition_penalty < math.inf:
+        raise ValueError(f"repetition_penalty must be above 0, got {repetition_penalty}")
+
+
+def penalize(logits: torch.Tensor, text: torch.Tensor, pad: torch.Tensor | None, repetition_penalty: float,
+             no_repeat_ngram: int) -> torch.Tensor:
+    """Logits (B, V) after the words text (B, T), its left padding aside, as stream's settings say."""
+    T = text.size(1)
+    real = torch.arange(T, device=text.device) >= (0 if pad is None else pad[:, None])  # (T) or (B, T)
+    real = real.expand_as(text)
+    if repetition_penalty != 1:
+        seen = torch.zeros_like(logits).scatter_reduce(1, text, real.to(logits), "amax") > 0  # (B, V)
+        logits = torch.where(seen, torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty), logits)
+    if 0 < no_repeat_ngram <= T:
+        grams = text.unfold(1, no_repeat_ngram, 1)  # (B, T - n + 1, n)
+        again = (grams[..., :-1] == text[:, None, T - no_repeat_ngram + 1:]).all(dim=-1) & real[:, :grams.size(1)]
+        banned = torch.zeros_like(logits).scatter_reduce(1, grams[..., -1], again.to(logits), "amax") > 0  # (B, V)
+        logits = logits.masked_fill(banned, -math.inf)
+    return logits
+
+
+def sample_token(logits: torch.Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0,
+                 generator: torch.Generator | None = None) -> torch.Tensor:
+    """Logits (B, V) to token ids (B), a pure function of its arguments; they mean what stream says."""
     if temperature == 0:
-        return logits.argmax(dim=-1, keepdim=True)
-    logits = logits / temperature
-    if top_k:
-        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
-        logits = logits.masked_fill(logits < kth, -math.inf)
-    return torch.multinomial(logits.softmax(dim=-1), num_samples=1, generator=generator)
+        return logits.argmax(dim=-1)
+    logits, words = candidates(logits / temperature, top_k, top_p, min_p)
+    drawn = torch.multinomial(logits.softmax(dim=-1), num_samples=1, generator=generator)  # (B, 1)
+    return (drawn if words is None else words.gather(1, drawn))[:, 0]
+
+
+def candidates(logits: torch.Tensor, top_k: int, top_p: float, min_p: float) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    The logits of the words to draw from and their ids, both (B, k), the most probable first, -inf for those that top_p or
+    min_p leaves out; ids None: all words, in their own order. Sorting k words, not all, makes top_k the cheapest filter.
+    """
+    words = None
+    if 0 < top_k < logits.size(-1):
+        logits, words = logits.topk(top_k)
+    elif top_p < 1:
+        logits, words = logits.sort(dim=-1, descending=True)
+    if top_p < 1:
+        p = logits.softmax(dim=-1)
+        logits = logits.masked_fill(p.cumsum(dim=-1) - p >= top_p, -math.inf)  # the first one always stays
+    if min_p > 0:
+        logits = logits.masked_fill(logits < logits.amax(dim=-1, keepdim=True) + math.log(min_p), -math.inf)
+    return logits, words
 
 
 # -----------------------------------------------------------------------------

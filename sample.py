@@ -3,45 +3,177 @@ Continue a text with a trained model.
 
     python sample.py --start="Once upon a time"
     python sample.py --out_dir=out-fables --num_samples=5
+    python sample.py --interactive=True
+    python sample.py --start="Once upon a" --next_token=5
+
+In a program:
+
+    from sample import generate_text
+    print(generate_text("Once upon a time", max_length=100, temperature=0.8, top_k=50, top_p=0.95))
 """
+import functools
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from checkpoint import load_model
-from configurator import configure, user_errors
-from model import resolve_device
+from configurator import configure, fail, user_errors
+from model import GPT, check_sampling, resolve_device
 from tokenizer import get_tokenizer
 
 # -----------------------------------------------------------------------------
 out_dir = "out"  # the run to sample from: its best.pt, else last.pt
-start = ""  # the prompt, or FILE:path of a text file that holds it; '' starts a new document
+start = ""  # the prompt; FILE:path of a text file that holds it; '-': standard input; '': begin a new document
+interactive = False  # ask for one prompt after the other
+next_token = 0  # only print the so many most probable next tokens after the prompt
 num_samples = 3
 max_new_tokens = 300  # of each sample, which ends before at the end of its document
+stop = ""  # a text that ends a sample where it appears, and is not printed
 temperature = 0.8  # 1: the model's own distribution; below: safer; 0: always the most probable token
 top_k = 0  # draw from the k most probable tokens only; 0: from all
+top_p = 1.0  # draw from the fewest tokens that together have this probability
+min_p = 0.0  # draw from tokens with at least this share of the probability of the first
+repetition_penalty = 1.0  # above 1: tokens that are already in the text become less probable
+no_repeat_ngram = 0  # no sequence of so many tokens appears twice; 0: off
+num_beams = 0  # search for the most probable text with so many beams, as far as the context reaches; 0: draw
+length_penalty = 1.0  # of the beam search: above 0 favours long texts, below short ones
 seed = 1337
 device = "auto"  # cuda, else mps, else cpu; or 'cpu', 'cuda:1', ...
-configure(globals(), skip_settings_of="train.py")
 # -----------------------------------------------------------------------------
 
-with user_errors():
-    for name, least in (("num_samples", 1), ("max_new_tokens", 1), ("temperature", 0), ("top_k", 0), ("seed", 0)):
-        if globals()[name] < least:
-            raise ValueError(f"{name} must be at least {least}, got {globals()[name]}")
-    device = resolve_device(device)
-    prompt = Path(start[5:]).read_text(encoding="utf-8") if start.startswith("FILE:") else start
-    model, checkpoint = load_model(out_dir, device)
-    tokenizer = get_tokenizer(checkpoint["meta"])
-    ids = tokenizer.encode(prompt)
-    if tokenizer.eot >= 0:
-        ids = [tokenizer.eot] + ids  # as in training, where every document follows the end of another
-    if not ids:
-        raise ValueError("this model has no end-of-text token to begin from: give it a prompt with --start=TEXT")
 
-torch.manual_seed(seed)
-idx = torch.tensor([ids] * num_samples, device=device)  # (B, T)
-for row in model.generate(idx, max_new_tokens, temperature, top_k, stop_token=tokenizer.eot).tolist():
-    row = row[tokenizer.eot >= 0:]
-    text = tokenizer.decode(row[:row.index(tokenizer.eot)] if tokenizer.eot in row else row)
-    print(text, "-" * 80, sep="\n")
+def encode_prompts(prompts: list[str], tokenizer, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts to token ids (B, T), padded at the left, and the lengths (B) of the padding."""
+    # where it can, a prompt begins as in training, where every document follows the end of another
+    rows = [[tokenizer.eot] * (tokenizer.eot >= 0) + tokenizer.encode(prompt) for prompt in prompts]
+    if not all(rows):
+        raise ValueError("this model has no end-of-text token to begin from: give it a prompt")
+    T = max(map(len, rows))
+    idx = torch.tensor([[0] * (T - len(row)) + row for row in rows], device=device)
+    return idx, torch.tensor([T - len(row) for row in rows], device=device)
+
+
+def stream_text(model: GPT, tokenizer, prompts: list[str], max_new_tokens: int, stop: str = "",
+                **sampling) -> Iterator[list[tuple[str, bool]]]:
+    """
+    After every token, for each prompt, its continuation so far and whether that has ended. What is in it stays: half a
+    character, or what may become the stop text, is held back. `sampling` is that of GPT.stream.
+    """
+    idx, pad = encode_prompts(prompts, tokenizer, model.lm_head.weight.device)
+    ids: list[list[int]] = [[] for _ in prompts]
+    ended, texts = [False] * len(prompts), [""] * len(prompts)
+    for n, new in enumerate(model.stream(idx, max_new_tokens, stop_token=tokenizer.eot, pad=pad, **sampling), 1):
+        for row, token in enumerate(new.tolist()):
+            if ended[row]:
+                continue
+            ended[row] = token == tokenizer.eot or n == max_new_tokens
+            ids[row] += [token] * (token != tokenizer.eot)
+            text = tokenizer.decode(ids[row])
+            if stop and stop in text:
+                text, ended[row] = text[:text.index(stop)], True
+            elif not ended[row]:
+                text = text.rstrip("\ufffd")
+                text = text[:len(text) - max((i for i in range(len(stop)) if text.endswith(stop[:i])), default=0)]
+            texts[row] = text
+        yield list(zip(texts, ended))
+        if all(ended):
+            return
+
+
+@functools.lru_cache(maxsize=1)
+def load(out_dir: str, device: str) -> tuple[GPT, object]:
+    model, checkpoint = load_model(out_dir, resolve_device(device))
+    return model, get_tokenizer(checkpoint["meta"])
+
+
+def generate_text(prompt: str = "", max_length: int = 100, temperature: float = 0.8, top_k: int = 0, top_p: float = 1.0,
+                  out_dir: str = "out", device: str = "auto", seed: int | None = None, **sampling) -> str:
+    """The prompt with up to max_length tokens after it; ValueError for bad input. The model is loaded once."""
+    model, tokenizer = load(out_dir, device)
+    generator = torch.Generator(model.lm_head.weight.device)
+    generator.seed() if seed is None else generator.manual_seed(seed)
+    steps = stream_text(model, tokenizer, [prompt], max_length, temperature=temperature, top_k=top_k, top_p=top_p,
+                        generator=generator, **sampling)
+    return prompt + [rows[0][0] for rows in steps][-1]
+
+
+def print_samples(model: GPT, tokenizer, prompt: str, generator: torch.Generator) -> None:
+    """All samples at once, each streamed when those before it have ended."""
+    sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
+                    no_repeat_ngram=no_repeat_ngram, generator=generator)
+    began, tokens, row, shown = time.time(), 0, 0, 0
+    for texts in stream_text(model, tokenizer, [prompt] * num_samples, max_new_tokens, stop, **sampling):
+        tokens += sum(not ended for _, ended in texts)
+        while row < num_samples:
+            text, ended = prompt + texts[row][0], texts[row][1]
+            print(text[shown:], end="", flush=True)
+            shown = len(text)
+            if not ended:
+                break
+            row, shown = row + 1, 0
+            print("\n" + "-" * 80)
+    seconds = time.time() - began
+    print(f"{tokens / seconds:,.0f} tokens/s", file=sys.stderr)
+
+
+def print_best(model: GPT, tokenizer, prompt: str) -> None:
+    idx, _ = encode_prompts([prompt], tokenizer, model.lm_head.weight.device)
+    room = min(max_new_tokens, max(1, model.config.block_size - idx.size(1)))
+    new = model.beam_search(idx, room, num_beams, length_penalty, repetition_penalty, no_repeat_ngram, tokenizer.eot)
+    text = tokenizer.decode(token for token in new[0, idx.size(1):].tolist() if token != tokenizer.eot)
+    print(prompt + (text.partition(stop)[0] if stop else text))
+
+
+def print_next_tokens(model: GPT, tokenizer, prompt: str) -> None:
+    idx, _ = encode_prompts([prompt], tokenizer, model.lm_head.weight.device)
+    with torch.no_grad():
+        p = model(idx[:, -model.config.block_size:])[0][0, -1].float().softmax(dim=-1)
+    for share, token in zip(*(x.tolist() for x in p.topk(min(next_token, len(p))))):
+        print(f"{share:7.2%}  {tokenizer.decode([token])!r}" + "  (end of text)" * (token == tokenizer.eot))
+
+
+def read_prompt() -> str:
+    try:
+        if start == "-":
+            return sys.stdin.buffer.read().decode("utf-8")
+        return Path(start[5:]).read_text(encoding="utf-8") if start.startswith("FILE:") else start
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the prompt is not UTF-8 text: {error}") from None
+
+
+if __name__ == "__main__":
+    configure(globals(), skip_settings_of="train.py")
+    with user_errors():
+        for name, least in (("num_samples", 1), ("max_new_tokens", 1), ("next_token", 0), ("num_beams", 0), ("seed", 0)):
+            if globals()[name] < least:
+                raise ValueError(f"{name} must be at least {least}, got {globals()[name]}")
+        check_sampling(temperature, top_k, top_p, min_p, repetition_penalty, no_repeat_ngram)
+        prompt = read_prompt()
+        model, tokenizer = load(out_dir, device)
+    generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
+    sys.stdin.reconfigure(errors="replace")
+    while True:
+        if interactive:
+            try:
+                prompt = input("prompt> ")
+            except (EOFError, KeyboardInterrupt):
+                print()
+                break
+        try:
+            if next_token:
+                print_next_tokens(model, tokenizer, prompt)
+            elif num_beams:
+                print_best(model, tokenizer, prompt)
+            else:
+                print_samples(model, tokenizer, prompt, generator)
+        except ValueError as error:  # a prompt with what the tokenizer lacks, or too long for the beams
+            if not interactive:
+                fail(error)
+            print(f"error: {error}", file=sys.stderr)
+        except KeyboardInterrupt:  # enough of this text
+            print()
+        if not interactive:
+            break

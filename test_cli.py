@@ -157,9 +157,15 @@ def test_missing_things_name_the_command_that_makes_them(tmp_path, trained):
 @pytest.mark.parametrize("args, says", [
     (["--start=Qwertyuiop"], "lacks the words 'Qwertyuiop'"),
     (["--start=FILE:nowhere.txt"], "nowhere.txt"),
-    (["--temperature=-1"], "temperature must be at least 0"),
+    (["--temperature=-1"], "temperature must not be negative"),
     (["--num_samples=0"], "num_samples must be at least 1"),
-    (["--top_k=-1"], "top_k must be at least 0"),
+    (["--top_k=-1"], "top_k must not be negative"),
+    (["--top_p=0"], "top_p must be above 0"),
+    (["--min_p=2"], "min_p at least 0"),
+    (["--repetition_penalty=0"], "repetition_penalty must be above 0"),
+    (["--no_repeat_ngram=-2"], "no_repeat_ngram must not be negative"),
+    (["--num_beams=-1"], "num_beams must be at least 0"),
+    (["--num_beams=3", "--start=Once" + " upon a time" * 40], "room for it"),
 ])
 def test_bad_prompts_are_one_line(trained, args, says):
     assert says in one_line_error(run("sample.py", f"--out_dir={trained}", *args))
@@ -167,7 +173,7 @@ def test_bad_prompts_are_one_line(trained, args, says):
 
 def test_prompt_that_is_not_text(tmp_path, trained):
     (tmp_path / "prompt").write_bytes(b"\xff\xfe\x00")
-    assert "utf-8" in one_line_error(run("sample.py", f"--out_dir={trained}", f"--start=FILE:{tmp_path}/prompt"))
+    assert "not UTF-8" in one_line_error(run("sample.py", f"--out_dir={trained}", f"--start=FILE:{tmp_path}/prompt"))
 
 
 # -----------------------------------------------------------------------------
@@ -183,6 +189,20 @@ def test_samples_begin_with_the_prompt_and_repeat(trained, tmp_path):
     assert len(samples) == 3 and all(sample.startswith(prompt) for sample in samples[:2]) and samples[0] != samples[1]
     assert run("sample.py", *args, f"--start=FILE:{tmp_path}/prompt.txt").stdout == first.stdout
     assert run("sample.py", *args, f"--start={prompt}", "--seed=2").stdout != first.stdout
+
+
+def test_prompts_typed_in_or_piped_and_next_tokens(trained):
+    sample = [f"--out_dir={trained}", "--num_samples=1", "--max_new_tokens=4", "--temperature=0"]
+    told = run("sample.py", *sample, "--start=Once upon").stdout
+    assert run("sample.py", *sample, "--start=-", stdin="Once upon").stdout == told
+    asked = run("sample.py", *sample, "--interactive=True", stdin="Once upon\nQwertyuiop\nOnce upon\n")
+    assert asked.stdout.replace("prompt> ", "") == told + told + "\n" and "lacks the words 'Qwertyuiop'" in asked.stderr
+    best = run("sample.py", *sample, "--start=Once upon", "--num_beams=1").stdout
+    assert best == told.splitlines(keepends=True)[0]
+    rows = run("sample.py", *sample, "--start=Once upon", "--next_token=5000").stdout.splitlines()
+    shares = [float(row.split("%")[0]) for row in rows]
+    assert shares == sorted(shares, reverse=True) and sum(shares) == pytest.approx(100, abs=0.01 * len(rows))
+    assert told.startswith("Once upon" + ast.literal_eval(rows[0].split("%", 1)[1].strip()))
 
 
 @pytest.mark.parametrize("batching", ["windows", "by_length"])

@@ -3,6 +3,7 @@ import math
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +11,11 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import (GPT, GPTConfig, Muon, from_hf, measured_dtype, median_seconds, orthogonalize, peak_flops, resolve_device,
-                   resolve_dtype, sample_token, sampled_loss, schedule_factor, scheduled_lr, to_hf)
+from model import (GPT, GPTConfig, KVCache, Muon, candidates, from_hf, measured_dtype, median_seconds, orthogonalize,
+                   peak_flops, penalize, resolve_device, resolve_dtype, sample_token, sampled_loss, schedule_factor,
+                   scheduled_lr, to_hf)
+from sample import stream_text
+from tokenizer import EOT, GPT2Tokenizer, ListTokenizer
 
 
 def tiny(**changes) -> GPT:
@@ -67,7 +71,20 @@ def assert_same_as_hugging_face(model: GPT, hf) -> None:
         assert (logits - hf(idx).logits).abs().max() < 1e-5
         assert loss.item() == pytest.approx(F.cross_entropy(hf(idx).logits.flatten(0, 1), idx.flatten()).item(), abs=1e-5)
         greedy = hf.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=12, do_sample=False, pad_token_id=0)
-    assert model.generate(idx, 12, temperature=0).equal(greedy)
+        assert model.generate(idx, 12, temperature=0).equal(greedy)
+        pad = torch.tensor([0, 4, 1])
+        shown = (torch.arange(17) >= pad[:, None]).long()
+        greedy = hf.generate(idx, attention_mask=shown, max_new_tokens=12, do_sample=False, pad_token_id=0)
+        assert model.generate(idx, 12, temperature=0, pad=pad).equal(greedy)
+        greedy = hf.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=12, do_sample=False, pad_token_id=0,
+                             repetition_penalty=1.4, no_repeat_ngram_size=2)
+        assert model.generate(idx, 12, temperature=0, repetition_penalty=1.4, no_repeat_ngram=2).equal(greedy)
+        for row, stop in ((idx[:1], -1), (idx[1:2], int(greedy[1, 20])), (idx[2:], int(idx[2, 3]))):
+            for length_penalty in (-1.0, 0.0, 2.0):
+                best = hf.generate(row, attention_mask=torch.ones_like(row), max_new_tokens=12, do_sample=False, num_beams=4,
+                                   length_penalty=length_penalty, eos_token_id=stop if stop >= 0 else None, pad_token_id=0)
+                ours = model.beam_search(row, 12, 4, length_penalty, stop_token=stop)
+                assert ours.equal(best[:, :ours.size(1)]) and not best[:, ours.size(1):].any()
 
 
 def test_missing_weights_are_named():
@@ -236,7 +253,7 @@ def test_autocast_is_close_to_float32(dtype, arch):
 def test_sampled_frequencies_are_the_probabilities():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, -9.0]])
     generator = torch.Generator().manual_seed(0)
-    draws = torch.cat([sample_token(logits.expand(1000, -1), 0.7, 3, generator) for _ in range(20)]).flatten()
+    draws = torch.cat([sample_token(logits.expand(1000, -1), 0.7, top_k=3, generator=generator) for _ in range(20)])
     kept = (logits[0, :3] / 0.7).exp()
     expected = torch.cat([kept / kept.sum(), torch.zeros(2)])
     frequencies = torch.bincount(draws, minlength=5) / len(draws)
@@ -245,9 +262,39 @@ def test_sampled_frequencies_are_the_probabilities():
 
 def test_temperature_zero_and_top_k_one_are_argmax():
     logits = torch.randn(50, 61)
-    best = logits.argmax(-1, keepdim=True)
-    assert sample_token(logits, 0.0, 0, None).equal(best)
-    assert sample_token(logits, 5.0, 1, None).equal(best)
+    best = logits.argmax(-1)
+    for how in (dict(temperature=0.0), dict(temperature=5.0, top_k=1), dict(top_p=1e-6), dict(min_p=1.0)):
+        assert sample_token(logits, **how).equal(best)
+
+
+@pytest.mark.parametrize("how", [
+    dict(top_k=5), dict(top_p=0.7), dict(min_p=0.2), dict(top_k=20, top_p=0.8), dict(top_p=0.9, min_p=0.05),
+    dict(top_k=30, top_p=0.9, min_p=0.02), dict(top_k=500), dict(top_p=1e-3),
+])
+def test_what_is_drawn_from_is_what_transformers_leaves(how):
+    from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    torch.manual_seed(0)
+    logits = 2 * torch.randn(40, 61)
+    expected = TemperatureLogitsWarper(0.7)(None, logits)
+    for name, warper in (("top_k", TopKLogitsWarper), ("top_p", TopPLogitsWarper), ("min_p", MinPLogitsWarper)):
+        expected = warper(how[name])(None, expected) if name in how else expected
+    left, words = candidates(logits / 0.7, **(dict(top_k=0, top_p=1.0, min_p=0.0) | how))
+    ours = left if words is None else torch.full_like(logits, -math.inf).scatter(1, words, left)
+    torch.testing.assert_close(ours.softmax(-1), expected.softmax(-1))
+
+
+@pytest.mark.parametrize("penalty, ngram", [(1.7, 0), (0.5, 0), (1.0, 1), (1.0, 2), (1.3, 3)])
+def test_penalties_are_those_of_transformers(penalty, ngram):
+    from transformers import NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
+
+    torch.manual_seed(0)
+    logits, text = torch.randn(6, 9), torch.randint(9, (6, 14))
+    expected = RepetitionPenaltyLogitsProcessor(penalty)(text, logits.clone())
+    expected = NoRepeatNGramLogitsProcessor(ngram)(text, expected) if ngram else expected
+    assert penalize(logits, text, None, penalty, ngram).equal(expected)
+    padded = torch.cat((torch.zeros(6, 3, dtype=torch.long), text), dim=1)
+    assert penalize(logits, padded, torch.full((6,), 3), penalty, ngram).equal(expected)
 
 
 def test_generation_repeats_with_the_seed_and_stops():
@@ -267,18 +314,76 @@ def test_generation_repeats_with_the_seed_and_stops():
     assert ended[0, :6].tolist() == free[0, :6].tolist()
 
 
-def test_generation_past_block_size_keeps_the_newest_half():
-    model = tiny(block_size=8)
+@pytest.mark.parametrize("changes", [{}, dict(arch="qwen3"), dict(arch="qwen3", n_kv_head=2, tied=False)])
+@pytest.mark.parametrize("pieces", [[12], [1] * 12, [7, 1, 4], [3, 9]])
+def test_the_cache_changes_no_logit(changes, pieces):
+    model = tiny(**changes)
     randomize(model)
-    idx, start = torch.randint(61, (1, 8)), 0
-    expected = idx
-    for _ in range(20):
-        if expected.size(1) - start > 8:
-            start = expected.size(1) - 4
-        expected = torch.cat([expected, model(expected[:, start:])[0][:, -1].argmax(-1, keepdim=True)], dim=1)
-    assert model.generate(idx, 20, temperature=0).equal(expected)
-    long_prompt = torch.randint(61, (1, 30))
-    assert model.generate(long_prompt, 1, temperature=0)[0, -1] == model(long_prompt[:, -8:])[0][0, -1].argmax()
+    idx = torch.randint(61, (3, 12))
+    cache = KVCache(model, 3)
+    with torch.no_grad():
+        logits = torch.cat([model(piece, cache=cache)[0] for piece in idx.split(pieces, dim=1)], dim=1)
+        torch.testing.assert_close(logits, model(idx)[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, dict(arch="qwen3", n_kv_head=1)])
+@pytest.mark.parametrize("pieces", [[9], [8, 1], [4, 5], [1] * 9])
+def test_padding_at_the_left_changes_no_logit(changes, pieces):
+    model = tiny(**changes)
+    randomize(model)
+    idx, pad = torch.randint(61, (3, 9)), torch.tensor([0, 5, 2])
+    cache = KVCache(model, 3, pad)
+    with torch.no_grad():
+        logits = torch.cat([model(piece, cache=cache)[0] for piece in idx.split(pieces, dim=1)], dim=1)
+        for row, n in enumerate(pad.tolist()):
+            alone = model(idx[row:row + 1, n:])[0][0]
+            torch.testing.assert_close(logits[row, n:], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
+def test_generation_past_block_size_keeps_the_newest_half(arch):
+    model = tiny(block_size=8, arch=arch)
+    randomize(model)
+    idx, pad = torch.randint(61, (2, 5)), torch.tensor([0, 2])
+    out = model.generate(idx, 20, temperature=0, pad=pad)
+    for row, n in enumerate(pad.tolist()):
+        text, start = idx[row:row + 1], 0
+        for _ in range(20):  # without a cache; the padding counts as part of the window
+            if text.size(1) - start > 8:
+                start = text.size(1) - 4
+            text = torch.cat((text, model(text[:, max(start, n):])[0][:, -1].argmax(-1, keepdim=True)), dim=1)
+        assert out[row].tolist() == text[0].tolist()
+    long = torch.randint(61, (1, 30))  # of a prompt longer than the context, the end counts
+    assert model.generate(long, 1, temperature=0)[0, -1] == model(long[:, -8:])[0][0, -1].argmax()
+
+
+def say_by_heart(tokenizer, texts: list[str]):
+    """A stand-in for a model that continues row by row with these texts, whatever it is asked, and ends each."""
+    rows = [tokenizer.encode(text) + [tokenizer.eot] for text in texts]
+
+    def stream(idx, max_new_tokens, **how):
+        for n in range(min(max_new_tokens, max(map(len, rows)))):
+            yield torch.tensor([(row + [tokenizer.eot] * max_new_tokens)[n] for row in rows])
+
+    return SimpleNamespace(lm_head=SimpleNamespace(weight=torch.zeros(1)), stream=stream)
+
+
+def test_streamed_text_grows_by_whole_characters():
+    tokenizer = GPT2Tokenizer()
+    texts = ["h\u00e9llo \U0001f642 w\u00f6rld \u4f60\u597d", "short"]
+    steps = list(stream_text(say_by_heart(tokenizer, texts), tokenizer, ["a", "b c d"], 100))
+    assert [text for text, _ in steps[-1]] == texts and all(ended for _, ended in steps[-1])
+    for (before, ended), (after, _) in zip((step[0] for step in steps), (step[0] for step in steps[1:])):
+        assert after.startswith(before) and "\ufffd" not in before and not ended
+    cut = list(stream_text(say_by_heart(tokenizer, texts), tokenizer, ["a", "b"], 3))[-1]
+    assert cut[0][1] and cut[1] == ("short", True)
+
+
+@pytest.mark.parametrize("stop, left", [("lo w", "hel"), ("o", "hell"), ("xyz", "hello worlds"), ("hello", ""), ("lds", "hello wor")])
+def test_stop_texts_are_not_shown(stop, left):
+    tokenizer = ListTokenizer("char", [EOT, *"abcdefghijklmnopqrstuvwxyz "])
+    steps = [step[0][0] for step in stream_text(say_by_heart(tokenizer, ["hello worlds"]), tokenizer, ["a"], 100, stop)]
+    assert steps[-1] == left and all(left.startswith(text) for text in steps)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
