@@ -231,7 +231,7 @@ class GPT(nn.Module):
         if self.config.arch == "gpt2":
             x = x + self.transformer.wpe(positions)
         else:
-            rope = tuple(table[positions].unsqueeze(-3) for table in (self.cos, self.sin))  # (1, T, hs / 2) or (B, 1, T, hs / 2)
+            rope = tuple(table[positions].unsqueeze(-3) for table in (self.cos, self.sin))  # ([B,] 1, T, hs / 2)
         x = self.transformer.drop(x)
         for i, block in enumerate(self.transformer.h):
             if self.remat and self.training:

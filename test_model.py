@@ -379,7 +379,9 @@ def test_streamed_text_grows_by_whole_characters():
     assert cut[0][1] and cut[1] == ("short", True)
 
 
-@pytest.mark.parametrize("stop, left", [("lo w", "hel"), ("o", "hell"), ("xyz", "hello worlds"), ("hello", ""), ("lds", "hello wor")])
+@pytest.mark.parametrize("stop, left", [
+    ("lo w", "hel"), ("o", "hell"), ("xyz", "hello worlds"), ("hello", ""), ("lds", "hello wor"),
+])
 def test_stop_texts_are_not_shown(stop, left):
     tokenizer = ListTokenizer("char", [EOT, *"abcdefghijklmnopqrstuvwxyz "])
     steps = [step[0][0] for step in stream_text(say_by_heart(tokenizer, ["hello worlds"]), tokenizer, ["a"], 100, stop)]
