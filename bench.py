@@ -1,10 +1,12 @@
 """
-Measure: training speed, on random tokens; the speed of the batches; or the time and the tokens to a loss.
+Measure: training speed, on random tokens; the speed of the batches; the time and the tokens to a loss; or the speed of
+generation.
 
     python bench.py config/train_fables.py
     python bench.py --against=/path/to/nanoGPT/model.py
     python bench.py --mode=data config/train_fables.py
     python bench.py --mode=loss config/train_fables.py --max_iters=300 --eval_interval=100 --seeds=3
+    python bench.py --mode=generate --against=hf
 
 `--against` measures a peer in turns with us, at the faster of its eager and its compiled form and in nanoGPT's own data
 type: bfloat16 on CUDA, float32 elsewhere. The last line of output is one JSON object; ratios in it are ours over theirs.
@@ -25,13 +27,14 @@ from configurator import coerce, configure, read_config_file, user_errors
 from dataset import TokenStream, TrainBatches, eval_batches, load_meta, prefetch
 
 # -----------------------------------------------------------------------------
-mode = "train"  # 'train': tokens per second; 'data': those of the batches alone; 'loss': time and tokens to a loss
+mode = "train"  # tokens per second; 'data': of the batches alone; 'generate': of texts; 'loss': time and tokens to a loss
 against = ""  # a nanoGPT-style model.py with GPT and GPTConfig; or 'hf', the GPT2LMHeadModel of transformers
-rounds = 5  # modes train and data: timed rounds; the figures are their medians
+rounds = 5  # modes train, data and generate: timed rounds; the figures are their medians
 steps = 5  # modes train and data: steps of a round
 their_config = ""  # mode loss: the config file of the peer's training; '': it gets our settings
 target_loss = 0.0  # mode loss: nats per token on the whole validation split; 0: what the peer, or we, end with
 seeds = 1  # mode loss: runs of each side
+max_new_tokens = 64  # mode generate: after a prompt of a quarter of block_size, with top_k 40
 # data
 dataset = "tinystories"  # modes data and loss
 batching = "windows"  # or 'by_length'
@@ -185,14 +188,20 @@ def hugging_face() -> SimpleNamespace:
     except ImportError:
         raise ValueError("--against=hf needs a package: pip install transformers") from None
 
-    class GPT(GPT2LMHeadModel):
+    class GPT(torch.nn.Module):
         def __init__(self, c: SimpleNamespace):
-            super().__init__(GPT2Config(vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
-                                        n_head=c.n_head, resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout))
+            super().__init__()
+            self.hf = GPT2LMHeadModel(GPT2Config(
+                vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
+                resid_pdrop=c.dropout, embd_pdrop=c.dropout, attn_pdrop=c.dropout, bos_token_id=None, eos_token_id=None))
 
         def forward(self, idx: torch.Tensor, targets: torch.Tensor):
-            logits = super().forward(idx, use_cache=False).logits
+            logits = self.hf(idx, use_cache=False).logits
             return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+        def generate(self, idx: torch.Tensor, max_new_tokens: int, temperature: float, top_k: int):
+            return self.hf.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=max_new_tokens, do_sample=True,
+                                    temperature=temperature, top_k=top_k, pad_token_id=0)
 
         def configure_optimizers(self, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str):
             return torch.optim.AdamW(self.parameters(), learning_rate, betas, weight_decay=weight_decay, fused=True)
@@ -302,18 +311,56 @@ def bench_loss() -> dict:
     return result
 
 
+def bench_generate() -> dict:
+    """Texts after random prompts; what the first token takes is subtracted from the whole to get the rate of the others."""
+    sides = [Side(ours, "this model", config | {"compile": False}, seed)]
+    sides += [Side(peer, against, config | {"compile": False}, seed)] if peer else []
+    prompt = max(1, block_size // 4)  # tokens
+    numbers = torch.randn(64 << 20, device=device)  # 256 MB, which no cache holds
+    bandwidth = 4 * numbers.numel() / ours.median_seconds(numbers.sum, synchronize=device)
+    print(f"{sides[0].raw_model.num_params():,} parameters, {prompt} + {max_new_tokens} tokens, {device}, torch "
+          f"{torch.__version__}; medians of {rounds} rounds; memory is read at {bandwidth / 1e9:.1f} GB/s")
+    result = dict(parameters=sides[0].raw_model.num_params(), bandwidth=bandwidth)
+    for B in (1, 8, 64):
+        idx = torch.randint(vocab_size, (B, prompt), device=device)
+        first, whole = ({side.name: [] for side in sides} for _ in range(2))
+        for _ in tqdm(range(rounds + 1), desc=f"{B} texts"):  # the first round warms up
+            for side in sides:
+                side.take_turn()
+                side.raw_model.eval()
+                with torch.no_grad(), side.autocast:
+                    timed(first[side.name], lambda: side.raw_model.generate(idx, 1, 0.8, 40))
+                    timed(whole[side.name], lambda: side.raw_model.generate(idx, 1 + max_new_tokens, 0.8, 40))
+        speeds = []
+        for side in sides:
+            to_first = statistics.median(first[side.name][1:])
+            speeds.append(B * max_new_tokens / (statistics.median(whole[side.name][1:]) - to_first))
+            print(f"{B:3} texts: first token after {1000 * to_first:7.1f} ms, then {speeds[-1]:10,.0f} tokens/s  {side.name}")
+        weights = sides[0].raw_model.num_params() * sides[0].raw_model.lm_head.weight.element_size()
+        row = dict(tokens_per_second=speeds[0], first_token_ms=1000 * statistics.median(first["this model"][1:]),
+                   weights_read_per_second=weights * speeds[0] / B)
+        result[f"batch_{B}"] = row | (dict(their_tokens_per_second=speeds[1], ratio=speeds[0] / speeds[1]) if peer else {})
+        print(f"           weights are read at {row['weights_read_per_second'] / 1e9:.1f} GB/s"
+              + (f"; {speeds[0] / speeds[1]:.2f} times as fast" if peer else ""))
+    return result
+
+
 def mean_and_deviation(values: list[float]) -> tuple[float, float]:
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 with user_errors():
     for name, least in (("rounds", 1), ("steps", 1), ("batch_size", 1), ("gradient_accumulation_steps", 1), ("seeds", 1),
-                        ("max_iters", 1), ("eval_interval", 1), ("warmup_iters", 0), ("learning_rate", 0), ("min_lr", 0),
-                        ("weight_decay", 0), ("grad_clip", 0), ("seed", 0), ("target_loss", 0), ("loss_chunk", -1)):
+                        ("max_iters", 1), ("max_new_tokens", 1), ("eval_interval", 1), ("warmup_iters", 0),
+                        ("learning_rate", 0), ("min_lr", 0), ("weight_decay", 0), ("grad_clip", 0), ("seed", 0),
+                        ("target_loss", 0), ("loss_chunk", -1)):
         if config[name] < least:
             raise ValueError(f"{name} must be at least {least}, got {config[name]}")
-    if mode not in ("train", "data", "loss"):
-        raise ValueError(f"mode must be train, data or loss, got {mode!r}")
+    if mode not in ("train", "data", "loss", "generate"):
+        raise ValueError(f"mode must be train, data, loss or generate, got {mode!r}")
+    if mode == "generate" and max(1, block_size // 4) + 1 + max_new_tokens > block_size:
+        raise ValueError(f"max_new_tokens ({max_new_tokens}) must fit behind a prompt of a quarter of block_size "
+                         f"({block_size})")
     if optimizer not in ("adamw", "muon"):
         raise ValueError(f"optimizer must be adamw or muon, got {optimizer!r}")
     ours.schedule_factor(schedule, 0.0)
@@ -326,7 +373,7 @@ with user_errors():
     device = ours.resolve_device(device)
     ours.resolve_dtype(dtype, device)
     word_counts = torch.zeros(vocab_size, device=device)
-    if mode != "train":
+    if mode in ("data", "loss"):
         meta = load_meta(Path("data") / dataset)
         streams = {split: TokenStream(Path("data") / dataset, split, meta) for split in ("train", "val")}
         for stream in streams.values():
@@ -338,5 +385,5 @@ with user_errors():
                    tied=tied)
 device_type = device.split(":")[0]
 torch.set_float32_matmul_precision("high")
-result = {"train": bench_train, "data": bench_data, "loss": bench_loss}[mode]()
+result = {"train": bench_train, "data": bench_data, "loss": bench_loss, "generate": bench_generate}[mode]()
 print(json.dumps({"mode": mode, "device": device, "torch": torch.__version__} | result))

@@ -327,6 +327,18 @@ def test_bench_of_the_way_to_a_loss(tmp_path, fables_data):
     assert result["ratio"] == pytest.approx(ours["seconds"][0] / theirs["seconds"][0])
 
 
+def test_bench_of_generation(tmp_path):
+    (tmp_path / "model.py").write_text((HERE / "model.py").read_text())
+    for against in (f"{tmp_path}/model.py", "hf"):
+        done = run("bench.py", *BENCH, "--mode=generate", f"--against={against}", "--rounds=1", "--max_new_tokens=11")
+        assert done.returncode == 0, done.stderr
+        result = json.loads(done.stdout.strip().splitlines()[-1])
+        for texts in (1, 8, 64):
+            row = result[f"batch_{texts}"]
+            assert row["ratio"] == pytest.approx(row["tokens_per_second"] / row["their_tokens_per_second"])
+            assert row["weights_read_per_second"] == pytest.approx(4 * result["parameters"] * row["tokens_per_second"] / texts)
+
+
 def test_bench_takes_training_configs(tmp_path):
     config = tmp_path / "config.py"
     config.write_text("dataset = 'fables'\nlearning_rate = 1e-3\nn_embd = 8\nmax_iters = 5\n")
@@ -340,7 +352,7 @@ def test_bench_takes_training_configs(tmp_path):
     (["--steps=0"], "steps must"), (["--mode=speed"], "mode must"), (["--optimizer=sgd"], "optimizer must"),
     (["--schedule=step"], "schedule must"), (["--dtype=int8"], "dtype must"), (["--mode=data", "--dataset=none"], "none"),
     (["--n_head=3"], "multiple of n_head"), (["--patience=1"], "no setting 'patience'"),
-    (["--their_config=none.py"], "no such config file"),
+    (["--their_config=none.py"], "no such config file"), (["--mode=generate", "--max_new_tokens=12"], "must fit behind"),
 ])
 def test_bench_errors_are_one_line(args, says):
     assert says in one_line_error(run("bench.py", *BENCH, *args))

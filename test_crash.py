@@ -295,29 +295,6 @@ def test_the_slurm_example_is_one_that_a_shell_can_parse():
 # -----------------------------------------------------------------------------
 # Bad input by the thousand: one line, status 2, and nothing in out_dir changes
 
-# imports everything once and then forks for every job, so that a script starts in milliseconds
-FORK_SERVER = """
-import json, os, runpy, signal, sys, traceback
-import checkpoint, configurator, dataset, model, tokenizer, tqdm
-for line in sys.stdin:
-    args, output = json.loads(line)
-    pid = os.fork()
-    if pid == 0:
-        signal.alarm(120)
-        fd = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-        os.dup2(fd, 1), os.dup2(fd, 2)
-        sys.argv, status = args, 0
-        try:
-            runpy.run_path(args[0], run_name="__main__")
-        except SystemExit as error:
-            status = error.code or 0
-        except BaseException:
-            traceback.print_exc()
-            status = 1
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(status)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
 NUMBERS = {"n_layer", "n_head", "n_embd", "batch_size", "block_size", "max_iters", "learning_rate", "dropout", "patience",
            "num_samples", "max_new_tokens", "temperature", "top_k", "seed", "steps", "rounds", "eval_iters", "valid_samples",
            "train_stories", "val_stories"}
@@ -329,8 +306,6 @@ class Victims:
     def __init__(self, root: Path, data: Path, trained: Path):
         self.root, self.good_data, self.good_run = root, data, trained
         self.data, self.out_dir = root / "data", root / "out"
-        self.server = subprocess.Popen([sys.executable, "-c", FORK_SERVER], cwd=HERE, stdin=subprocess.PIPE,
-                                       stdout=subprocess.PIPE, text=True)
         self.count = 0
 
     def fresh(self) -> None:
@@ -345,10 +320,8 @@ class Victims:
     def refuse(self, *args: str) -> None:
         """The script says one line, leaves with status 2, and leaves out_dir as it was."""
         before = self.contents()
-        self.server.stdin.write(json.dumps([args, str(self.root / "output")]) + "\n")
-        self.server.stdin.flush()
-        status = int(self.server.stdout.readline())
-        output = (self.root / "output").read_text(errors="replace")
+        done = run(*args)
+        status, output = done.returncode, done.stdout + done.stderr
         errors = [line for line in output.splitlines() if line.startswith("error: ")]
         assert status == 2 and len(errors) == 1 and "Traceback" not in output, f"{args}: status {status}\n{output}"
         assert self.contents() == before, f"{args} changed {self.out_dir}"
@@ -475,7 +448,6 @@ def test_bad_input_is_refused_with_one_line(tmp_path, fables_data, trained, kind
     victims = Victims(tmp_path, fables_data, trained)
     try_bad_inputs(victims, kind, 100, derandomize=True)
     assert victims.count >= 90
-    victims.server.stdin.close()
 
 
 # -----------------------------------------------------------------------------

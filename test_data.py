@@ -16,17 +16,16 @@ import pytest
 import torch
 
 import dataset
+from conftest import HERE, run
 from data.fables import prepare as fables
 from dataset import TokenStream, TrainBatches, eval_batches, finish_dataset, load_meta, prefetch, shuffled, write_split
 from tokenizer import EOT, GPT2Tokenizer, get_tokenizer, train_tokenizer
 
-HERE = Path(__file__).parent
 SPLITS = ("train", "val")
 
 
 def prepare(name: str, *args: str, **env: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, f"data/{name}/prepare.py", *args], cwd=HERE, capture_output=True, text=True,
-                          env=os.environ | env)
+    return run(f"data/{name}/prepare.py", *args, **env)
 
 
 def bins(folder: Path, **splits: list[int]) -> dict:
