@@ -362,11 +362,11 @@ class GPT(nn.Module):
     def flops_per_token(self, T: int | None = None) -> int:
         """
         FLOPs of forward and backward per token at context length T (default block_size): 6 per weight of a matrix
-        product, the head included and the tables not, and 12 * n_layer * n_head * hs * T for attention, as in the
-        appendix of PaLM (https://arxiv.org/abs/2204.02311). The causal half of attention that is never used counts too.
+        product, of the head those that training uses, of the tables none, and 12 * n_layer * n_head * hs * T for attention,
+        as in the appendix of PaLM (https://arxiv.org/abs/2204.02311). The causal half of attention, never used, counts too.
         """
         T = T or self.config.block_size
-        matmul = self.num_params(non_embedding=True) + self.lm_head.weight.numel()
+        matmul = self.num_params(non_embedding=True) + (self.softmax_words or self.config.vocab_size) * self.config.n_embd
         return 6 * matmul + 12 * self.config.n_layer * self.transformer.h[0].attn.rows[0] * T
 
     def configure_optimizers(self, weight_decay: float, learning_rate: float, betas: tuple[float, float],

@@ -463,6 +463,10 @@ def test_softmax_over_fewer_words():
     losses = [model(idx, targets)[1].item() for _ in range(2)]
     assert losses[0] != losses[1] and losses == pytest.approx([whole.item()] * 2, rel=0.1)
     assert model.eval()(idx, targets)[1].item() == pytest.approx(whole.item())
+    flops = [6 * 40 * 32, 6 * 60 * 32]  # of the head, forward and backward
+    for words, count in ((60, flops[1]), (40, flops[0])):
+        model.sample_softmax(words, counts)
+        assert model.flops_per_token() - count == 6 * model.num_params(non_embedding=True) + 12 * 2 * 32 * 32
     model.train().sample_softmax(60, counts)
     assert model(idx, targets)[1].item() == pytest.approx(whole.item())
 
