@@ -331,13 +331,12 @@ def bench_generate() -> dict:
                 with torch.no_grad(), side.autocast:
                     timed(first[side.name], lambda: side.raw_model.generate(idx, 1, 0.8, 40))
                     timed(whole[side.name], lambda: side.raw_model.generate(idx, 1 + max_new_tokens, 0.8, 40))
-        speeds = []
-        for side in sides:
-            to_first = statistics.median(first[side.name][1:])
-            speeds.append(B * max_new_tokens / (statistics.median(whole[side.name][1:]) - to_first))
-            print(f"{B:3} texts: first token after {1000 * to_first:7.1f} ms, then {speeds[-1]:10,.0f} tokens/s  {side.name}")
+        to_first = [statistics.median(first[side.name][1:]) for side in sides]
+        speeds = [B * max_new_tokens / (statistics.median(whole[side.name][1:]) - t) for side, t in zip(sides, to_first)]
+        for side, t, speed in zip(sides, to_first, speeds):
+            print(f"{B:3} texts: first token after {1000 * t:7.1f} ms, then {speed:10,.0f} tokens/s  {side.name}")
         weights = sides[0].raw_model.num_params() * sides[0].raw_model.lm_head.weight.element_size()
-        row = dict(tokens_per_second=speeds[0], first_token_ms=1000 * statistics.median(first["this model"][1:]),
+        row = dict(tokens_per_second=speeds[0], first_token_ms=1000 * to_first[0],
                    weights_read_per_second=weights * speeds[0] / B)
         result[f"batch_{B}"] = row | (dict(their_tokens_per_second=speeds[1], ratio=speeds[0] / speeds[1]) if peer else {})
         print(f"           weights are read at {row['weights_read_per_second'] / 1e9:.1f} GB/s"

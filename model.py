@@ -246,8 +246,8 @@ class GPT(nn.Module):
                 cache: KVCache | None = None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """
         Token ids (B, T) to logits (B, T, vocab_size), and the mean loss in nats per token where targets (B, T) are
-        given. A target of -1 does not count. With loss_chunk set, a call with targets gets None for the logits. With a
-        cache, idx follows the tokens that are in it: a prompt in one or several pieces, or the newest token.
+        given. A target of -1 does not count. With loss_chunk or softmax_words set, a call with targets gets None for
+        the logits. With a cache, idx follows the tokens that are in it: a prompt in one or several pieces, or the newest.
         """
         x = self.hidden(idx, cache)  # (B, T, C)
         if targets is not None and self.training and self.softmax_words:

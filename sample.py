@@ -95,9 +95,11 @@ def generate_text(prompt: str = "", max_length: int = 100, temperature: float = 
     model, tokenizer = load(out_dir, device)
     generator = torch.Generator(model.lm_head.weight.device)
     generator.seed() if seed is None else generator.manual_seed(seed)
-    steps = stream_text(model, tokenizer, [prompt], max_length, temperature=temperature, top_k=top_k, top_p=top_p,
-                        generator=generator, **sampling)
-    return prompt + [rows[0][0] for rows in steps][-1]
+    text = ""
+    for (text, _), in stream_text(model, tokenizer, [prompt], max_length, temperature=temperature, top_k=top_k, top_p=top_p,
+                                  generator=generator, **sampling):
+        pass
+    return prompt + text
 
 
 def print_samples(model: GPT, tokenizer, prompt: str, generator: torch.Generator) -> None:
@@ -154,7 +156,8 @@ if __name__ == "__main__":
         prompt = read_prompt()
         model, tokenizer = load(out_dir, device)
     generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
-    sys.stdin.reconfigure(errors="replace")
+    if interactive:
+        sys.stdin.reconfigure(errors="replace")
     while True:
         if interactive:
             try:
