@@ -363,9 +363,7 @@ with user_errors():
     if optimizer not in ("adamw", "muon"):
         raise ValueError(f"optimizer must be adamw or muon, got {optimizer!r}")
     ours.schedule_factor(schedule, 0.0)
-    if softmax_words and softmax_words < batch_size * block_size:
-        raise ValueError(f"softmax_words ({softmax_words}) must not be less than the tokens of a micro-batch "
-                         f"({batch_size} x {block_size})")
+    ours.check_softmax_words(softmax_words, batch_size * block_size)
     peer = hugging_face() if against == "hf" else load_peer(against) if against else None
     their_settings = {name: coerce(name, value, config[name]) for name, value in read_config_file(their_config).items()
                       if name in config} if their_config else {}

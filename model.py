@@ -524,6 +524,13 @@ def sampled_loss(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, w
     return F.cross_entropy(logits, torch.where(targets < 0, -1, place[targets]), ignore_index=-1)
 
 
+def check_softmax_words(words: int, tokens: int) -> None:
+    """ValueError where a sampled softmax of so many words may lack one of the targets of a micro-batch of so many tokens."""
+    if words and words < tokens:
+        raise ValueError(f"softmax_words ({words}) must not be less than the tokens of a micro-batch ({tokens}), which may be "
+                         "as many words")
+
+
 def check_sampling(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0,
                    repetition_penalty: float = 1.0, no_repeat_ngram: int = 0) -> None:
     """ValueError for settings of stream that have no meaning."""

@@ -27,8 +27,8 @@ from tqdm import tqdm
 from checkpoint import find_resumable, lock_run, save_checkpoint, write_atomically
 from configurator import configure, fail, user_errors
 from dataset import TokenStream, TrainBatches, eval_batches, load_meta, prefetch
-from model import (GPT, GPTConfig, keep_freed_memory, measured_dtype, peak_flops, resolve_device, resolve_dtype,
-                   resolve_loss_chunk, schedule_factor, scheduled_lr)
+from model import (GPT, GPTConfig, check_softmax_words, keep_freed_memory, measured_dtype, peak_flops, resolve_device,
+                   resolve_dtype, resolve_loss_chunk, schedule_factor, scheduled_lr)
 
 # -----------------------------------------------------------------------------
 # The defaults are those of config/train_small.py: 30M parameters on TinyStories.
@@ -96,9 +96,7 @@ def check_settings() -> None:
             raise ValueError(f"{name} must not be negative, got {config[name]}")
     if loss_chunk < -1:
         raise ValueError(f"loss_chunk must be at least -1, got {loss_chunk}")
-    if softmax_words and softmax_words < batch_size * block_size:
-        raise ValueError(f"softmax_words ({softmax_words}) must not be less than the tokens of a micro-batch "
-                         f"({batch_size} x {block_size}), which may be as many words")
+    check_softmax_words(softmax_words, batch_size * block_size)
     for name in ("beta1", "beta2"):
         if not 0 <= config[name] < 1:
             raise ValueError(f"{name} must be at least 0 and below 1, got {config[name]}")
