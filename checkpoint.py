@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, quantize_int8
 
 VERSION = 1
 
@@ -129,21 +129,29 @@ def find_resumable(out_dir: str | Path) -> dict | None:
     return None
 
 
-def load_model(out_dir: str | Path, device: str) -> tuple[GPT, dict]:
-    """The best model of a run (best.pt, else last.pt, else nanoGPT's ckpt.pt) in eval mode, and its checkpoint."""
+def load_checkpoint(out_dir: str | Path) -> dict:
+    """What a run knows best (best.pt, else last.pt, else nanoGPT's ckpt.pt), without what only training needs, and its path."""
     for name in ("best.pt", "last.pt", "ckpt.pt"):
         if (path := Path(out_dir) / name).exists():
-            checkpoint = read_checkpoint(path) | {"path": str(path)}
-            model = build_model(checkpoint, str(path)).to(device).eval()
-            return model, checkpoint
+            checkpoint = read_checkpoint(path)
+            kept = ("model", "model_args", "step", "best_val_loss", "config", "meta", "version")
+            return {key: checkpoint[key] for key in kept if key in checkpoint} | {"path": str(path)}
     raise ValueError(f"there is no checkpoint in {out_dir}: train one with `python train.py --out_dir={out_dir}`")
 
 
-def build_model(checkpoint: dict, where: str) -> GPT:
-    """The checkpoint's model on the CPU; ValueError names the weights that are missing, left over or misshapen."""
+def load_model(out_dir: str | Path, device: str, quantize: str = "") -> tuple[GPT, dict]:
+    """The best model of a run in eval mode, in int8 where `quantize` says so, and the rest of its checkpoint."""
+    if quantize not in ("", "int8"):
+        raise ValueError(f"quantize must be int8 or empty, got {quantize!r}")
+    checkpoint = load_checkpoint(out_dir)
+    weights = checkpoint.pop("model")  # not to stay in memory beside what the model makes of it
+    weights = quantize_int8(weights) if quantize else weights
+    return build_model(checkpoint | {"model": weights}, checkpoint["path"], device).eval(), checkpoint
+
+
+def build_model(checkpoint: dict, where: str, device: str = "cpu") -> GPT:
+    """The checkpoint's model; ValueError names the weights that are missing, left over or misshapen."""
     try:
-        model = GPT(GPTConfig(**checkpoint["model_args"]))
-        model.load_state_dict(checkpoint["model"])
+        return GPT.from_weights(GPTConfig(**checkpoint["model_args"]), checkpoint["model"], device)
     except (TypeError, RuntimeError) as error:
         raise ValueError(f"{where} does not fit the model: {' '.join(str(error).split())[:300]}") from None
-    return model

@@ -29,6 +29,7 @@ eval_iters = 0  # leading batches; 0: the whole split
 batch_size = 32  # rows of a batch
 valid_samples = 200  # fables only: stories to sample (temperature 1) and parse
 seed = 1337  # of those samples
+quantize = ""  # 'int8': measure the model as it is with weights of a quarter of the size
 device = "auto"  # cuda, else mps, else cpu; or 'cpu', 'cuda:1', ...
 dtype = "auto"  # fastest safe type on the device; or 'float32', 'bfloat16', 'float16'
 configure(globals(), skip_settings_of="train.py")
@@ -73,7 +74,7 @@ with user_errors():
     if eval_iters < 0 or batch_size < 1 or valid_samples < 0 or seed < 0:
         raise ValueError("eval_iters, valid_samples and seed must not be negative, and batch_size at least 1")
     device = resolve_device(device)
-    model, checkpoint = load_model(out_dir, device)
+    model, checkpoint = load_model(out_dir, device, quantize)
     dtype = resolve_dtype(dtype, device)
     dtype = measured_dtype(model) if dtype == "auto" else dtype
     folder = Path("data") / (dataset or checkpoint["config"]["dataset"])

@@ -9,6 +9,7 @@ import math
 import re
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
@@ -74,6 +75,95 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
+def rope_tables(config: GPTConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin (block_size, hs / 2) of the angles at every position, https://arxiv.org/abs/2104.09864."""
+    half = (config.head_dim or config.n_embd // config.n_head) // 2
+    angles = torch.arange(config.block_size)[:, None] * config.rope_theta ** (-torch.arange(half) / half)
+    return angles.cos(), angles.sin()
+
+
+class Linear(nn.Linear):
+    """
+    nn.Linear, which on a CPU reads the weights twice as fast where rows are few, as they are in generation: MKL works at
+    half the speed of the memory unless the product is (N, C) by (C, rows), and for one row also unless it is a batch.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        N, C = self.weight.shape
+        if (torch.is_grad_enabled() or torch.compiler.is_compiling() or not x.device.type == "cpu" or x.numel() > 128 * C
+                or not x.dtype == self.weight.dtype == torch.float32 or not torch.backends.mkl.is_available()):
+            return super().forward(x)
+        columns, n = x.flatten(0, -2).t(), torch.get_num_threads()  # columns: (C, rows)
+        end = N - N % n
+        y = torch.bmm(self.weight[:end].view(n, -1, C), columns.expand(n, -1, -1)).view(end, -1)  # (end, rows)
+        y = (y if end == N else torch.cat((y, self.weight[end:] @ columns))).t().contiguous().view(*x.shape[:-1], N)
+        return y if self.bias is None else y.add_(self.bias)
+
+
+class Int8Linear(nn.Module):
+    """
+    A Linear with int8 weights and one scale for each output. Activations stay float, but where torch has fbgemm, as on any
+    x86, they become integers of 7 bits on the fly: of all int8 products of torch the fastest there from 2 rows on.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.register_buffer("weight", torch.empty_like(linear.weight, dtype=torch.int8))
+        self.register_buffer("weight_scale", torch.empty_like(linear.weight[:, 0]))
+        self.bias = linear.bias
+        self.packed = None  # the weights in fbgemm's order
+
+    def pack(self) -> None:
+        """Hand the weights to fbgemm, where there is one."""
+        if self.weight.device.type != "cpu" or torch.backends.quantized.engine not in ("x86", "fbgemm"):
+            return
+        with warnings.catch_warnings():  # what is deprecated are quantized tensors; they exist for this one line
+            warnings.simplefilter("ignore")
+            zeros = torch.zeros(len(self.weight), dtype=torch.long)
+            w = torch._make_per_channel_quantized_tensor(self.weight, self.weight_scale.double(), zeros, 0)
+        self.packed = torch.ops.quantized.linear_prepack(w, None)
+        self.weight = self.weight.to("meta")  # its shape only
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.packed is None:  # a slice at a time: a wide head is never float as a whole
+            y = torch.cat([F.linear(x, w.to(x.dtype)) for w in self.weight.split(8192)], dim=-1) * self.weight_scale
+        elif x.numel() == x.size(-1):
+            y = torch.ops.quantized.linear_dynamic(x.float(), self.packed, True)  # True: 7 bits, for 8 may overflow
+        else:  # rows of like size, or the largest of a batch would decide how the others are rounded
+            size = x.float().abs().amax(dim=-1, keepdim=True).clamp(min=1e-12)
+            y = torch.ops.quantized.linear_dynamic(x / size, self.packed, True).mul_(size)
+        return y if self.bias is None else y.add_(self.bias)
+
+
+class Int8Embedding(nn.Module):
+    """A table of int8 rows, each with its scale."""
+
+    def __init__(self, embedding: nn.Embedding):
+        super().__init__()
+        self.register_buffer("weight", torch.empty_like(embedding.weight, dtype=torch.int8))
+        self.register_buffer("weight_scale", torch.empty_like(embedding.weight[:, 0]))
+
+    def forward(self, idx: torch.Tensor) -> torch.Tensor:
+        return self.weight[idx] * self.weight_scale[idx][..., None]
+
+
+def quantize_int8(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """
+    A state dict with its matrices and tables in int8: a row w becomes round(w / scale) with scale = max |w| / 127, which
+    stands beside it as NAME_scale. GPT.from_weights makes a model of it.
+    """
+    result, done = {}, {}
+    for name, w in weights.items():
+        if w.dim() < 2 or w.dtype == torch.int8:
+            result[name] = w
+            continue
+        if w.data_ptr() not in done:  # a tied head is the token table
+            scale = w.float().abs().amax(dim=1).clamp(min=1e-12) / 127
+            done[w.data_ptr()] = (w / scale[:, None]).round().to(torch.int8), scale
+        result[name], result[f"{name}_scale"] = done[w.data_ptr()]
+    return result
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -83,8 +173,8 @@ class CausalSelfAttention(nn.Module):
         self.head_dim = config.head_dim or config.n_embd // config.n_head
         self.dropout = config.dropout
         self.rows = [self.head_dim * n for n in (self.n_head, self.n_kv_head, self.n_kv_head)]  # of query, key, value
-        self.c_attn = nn.Linear(config.n_embd, sum(self.rows), bias=bias)
-        self.c_proj = nn.Linear(self.rows[0], config.n_embd, bias=bias)
+        self.c_attn = Linear(config.n_embd, sum(self.rows), bias=bias)
+        self.c_proj = Linear(self.rows[0], config.n_embd, bias=bias)
         if config.arch == "qwen3":
             self.q_norm = make_norm(config, self.head_dim)
             self.k_norm = make_norm(config, self.head_dim)
@@ -119,8 +209,8 @@ class MLP(nn.Module):
         bias = config.bias and config.arch == "gpt2"
         n_inner = 4 * config.n_embd if self.gelu else config.n_inner or math.ceil(config.n_embd / 24) * 64
         self.rows = [n_inner] if self.gelu else [n_inner, n_inner]  # of gate, up
-        self.c_fc = nn.Linear(config.n_embd, sum(self.rows), bias=bias)
-        self.c_proj = nn.Linear(n_inner, config.n_embd, bias=bias)
+        self.c_fc = Linear(config.n_embd, sum(self.rows), bias=bias)
+        self.c_proj = Linear(n_inner, config.n_embd, bias=bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -155,7 +245,7 @@ class KVCache:
     """
 
     def __init__(self, model: "GPT", B: int, pad: torch.Tensor | None = None):
-        weight, attn = model.transformer.wte.weight, model.transformer.h[0].attn
+        weight, attn = model.transformer.ln_f.weight, model.transformer.h[0].attn
         kind = weight.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         shape = B, attn.n_kv_head, model.config.block_size, attn.head_dim
@@ -178,15 +268,38 @@ class GPT(nn.Module):
             h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
             ln_f=make_norm(config, config.n_embd),
         ))
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied:
             self.lm_head.weight = self.transformer.wte.weight  # https://arxiv.org/abs/1608.05859
-        if config.arch == "qwen3":  # https://arxiv.org/abs/2104.09864
-            half = self.transformer.h[0].attn.head_dim // 2
-            angles = torch.arange(config.block_size)[:, None] * config.rope_theta ** (-torch.arange(half) / half)
-            self.register_buffer("cos", angles.cos(), persistent=False)  # (block_size, hs / 2)
-            self.register_buffer("sin", angles.sin(), persistent=False)
+        if config.arch == "qwen3":
+            for name, table in zip(("cos", "sin"), rope_tables(config)):
+                self.register_buffer(name, table, persistent=False)  # (block_size, hs / 2)
         self.init_weights()
+
+    @classmethod
+    def from_weights(cls, config: GPTConfig, weights: dict[str, torch.Tensor], device: str = "cpu") -> "GPT":
+        """
+        A model with the weights of a state dict, which may be one of quantize_int8, on the device where it is to work. No
+        other weights are made first. RuntimeError where they do not fit.
+        """
+        with torch.device("meta"):
+            model = cls(config)
+        for name, module in list(model.named_modules()):
+            if f"{name}.weight_scale" in weights:
+                parent, _, child = name.rpartition(".")
+                int8 = Int8Linear if isinstance(module, nn.Linear) else Int8Embedding
+                setattr(model.get_submodule(parent), child, int8(module))
+        floats = {name: w.float() if w.is_floating_point() else w for name, w in weights.items()}
+        model.load_state_dict(floats, assign=True)
+        if config.tied:
+            model.lm_head.weight = model.transformer.wte.weight
+        if config.arch == "qwen3":
+            model.cos, model.sin = rope_tables(config)
+        model.to(device)
+        for module in model.modules():
+            if isinstance(module, Int8Linear):
+                module.pack()
+        return model
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -357,7 +470,10 @@ class GPT(nn.Module):
     def num_params(self, non_embedding: bool = False) -> int:
         """Parameters, each counted once; non_embedding leaves out the token and position tables and the head."""
         tables = ("transformer.wte", "transformer.wpe", "lm_head")
-        return sum(p.numel() for name, p in self.named_parameters() if not (non_embedding and name.startswith(tables)))
+        weights = dict(self.named_parameters()) | {name: w for name, w in self.named_buffers() if w.dtype == torch.int8}
+        if self.config.tied:
+            weights.pop("lm_head.weight", None)
+        return sum(w.numel() for name, w in weights.items() if not (non_embedding and name.startswith(tables)))
 
     def flops_per_token(self, T: int | None = None) -> int:
         """
@@ -577,7 +693,7 @@ def candidates(logits: torch.Tensor, top_k: int, top_p: float, min_p: float) -> 
     """
     words = None
     if 0 < top_k < logits.size(-1):
-        logits, words = logits.topk(top_k)
+        logits, words = largest(logits, top_k)
     elif top_p < 1:
         logits, words = logits.sort(dim=-1, descending=True)
     if top_p < 1:
@@ -586,6 +702,23 @@ def candidates(logits: torch.Tensor, top_k: int, top_p: float, min_p: float) -> 
     if min_p > 0:
         logits = logits.masked_fill(logits < logits.amax(dim=-1, keepdim=True) + math.log(min_p), -math.inf)
     return logits, words
+
+
+def largest(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    logits.topk(k) of (B, V) in half the time where V is large: the k largest are among the 64 k words of those blocks of 64
+    whose maxima are the k largest.
+    """
+    B, V = logits.shape
+    n = V // 64
+    if k >= n:
+        return logits.topk(k)
+    blocks = logits[:, :64 * n].unflatten(1, (n, 64)).amax(dim=2).topk(k).indices  # (B, k)
+    place = torch.arange(64, device=logits.device)
+    words = (64 * blocks[..., None] + place).flatten(1)  # (B, 64 k)
+    words = torch.cat((words, torch.arange(64 * n, V, device=logits.device).expand(B, -1)), dim=1)
+    values, chosen = logits.gather(1, words).topk(k)
+    return values, words.gather(1, chosen)
 
 
 # -----------------------------------------------------------------------------
@@ -695,7 +828,12 @@ def resolve_dtype(dtype: str, device: str) -> str:
 
 
 def measured_dtype(model: GPT) -> str:
-    """Whichever of float32 and bfloat16 takes this very model forward and backward faster: CPUs differ a hundredfold."""
+    """
+    Whichever of float32 and bfloat16 takes this very model forward and backward faster: CPUs differ a hundredfold. A model
+    in int8 has no backward, and does its sums in integers: float32.
+    """
+    if isinstance(model.lm_head, Int8Linear):
+        return "float32"
     T = min(128, model.config.block_size)
     idx = torch.zeros(256 // T, T, dtype=torch.long)  # (B, T), enough for the products to be what takes the time
 

@@ -21,7 +21,7 @@ import torch
 
 from checkpoint import load_model
 from configurator import configure, fail, user_errors
-from model import GPT, check_sampling, resolve_device
+from model import GPT, check_sampling, keep_freed_memory, resolve_device
 from tokenizer import get_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -31,7 +31,7 @@ interactive = False  # ask for one prompt after the other
 next_token = 0  # only print the so many most probable next tokens after the prompt
 num_samples = 3
 max_new_tokens = 300  # of each sample, which ends before at the end of its document
-stop = ""  # a text that ends a sample where it appears, and is not printed
+stop = ""  # a text that ends a sample where it appears, and is not printed; several: first||second
 temperature = 0.8  # 1: the model's own distribution; below: safer; 0: always the most probable token
 top_k = 0  # draw from the k most probable tokens only; 0: from all
 top_p = 1.0  # draw from the fewest tokens that together have this probability
@@ -41,6 +41,7 @@ no_repeat_ngram = 0  # no sequence of so many tokens appears twice; 0: off
 num_beams = 0  # search for the most probable text with so many beams, as far as the context reaches; 0: draw
 length_penalty = 1.0  # of the beam search: above 0 favours long texts, below short ones
 seed = 1337
+quantize = ""  # 'int8': weights of a quarter of the size, several times as fast on a CPU
 device = "auto"  # cuda, else mps, else cpu; or 'cpu', 'cuda:1', ...
 # -----------------------------------------------------------------------------
 
@@ -60,9 +61,12 @@ def stream_text(model: GPT, tokenizer, prompts: list[str], max_new_tokens: int, 
                 **sampling) -> Iterator[list[tuple[str, bool]]]:
     """
     After every token, for each prompt, its continuation so far and whether that has ended. What is in it stays: half a
-    character, or what may become the stop text, is held back. `sampling` is that of GPT.stream.
+    character, or what may become a stop text, is held back. Several stop texts are joined with ||, and the first to appear
+    ends the text. `sampling` is that of GPT.stream.
     """
-    idx, pad = encode_prompts(prompts, tokenizer, model.lm_head.weight.device)
+    stops = [s for s in stop.split("||") if s]
+    half_stops = {s[:i] for s in stops for i in range(len(s))}  # with '', so that one always fits
+    idx, pad = encode_prompts(prompts, tokenizer, model.transformer.wte.weight.device)
     ids: list[list[int]] = [[] for _ in prompts]
     ended, texts = [False] * len(prompts), [""] * len(prompts)
     for n, new in enumerate(model.stream(idx, max_new_tokens, stop_token=tokenizer.eot, pad=pad, **sampling), 1):
@@ -72,11 +76,11 @@ def stream_text(model: GPT, tokenizer, prompts: list[str], max_new_tokens: int, 
             ended[row] = token == tokenizer.eot or n == max_new_tokens
             ids[row] += [token] * (token != tokenizer.eot)
             text = tokenizer.decode(ids[row])
-            if stop and stop in text:
-                text, ended[row] = text[:text.index(stop)], True
+            if any(s in text for s in stops):
+                text, ended[row] = text[:min(text.index(s) for s in stops if s in text)], True
             elif not ended[row]:
                 text = text.rstrip("\ufffd")
-                text = text[:len(text) - max((i for i in range(len(stop)) if text.endswith(stop[:i])), default=0)]
+                text = text[:len(text) - max((len(s) for s in half_stops if text.endswith(s)), default=0)]
             texts[row] = text
         yield list(zip(texts, ended))
         if all(ended):
@@ -84,16 +88,18 @@ def stream_text(model: GPT, tokenizer, prompts: list[str], max_new_tokens: int, 
 
 
 @functools.lru_cache(maxsize=1)
-def load(out_dir: str, device: str) -> tuple[GPT, object]:
-    model, checkpoint = load_model(out_dir, resolve_device(device))
+def load(out_dir: str, device: str, quantize: str = "") -> tuple[GPT, object]:
+    """The model and the tokenizer of a run."""
+    keep_freed_memory()
+    model, checkpoint = load_model(out_dir, resolve_device(device), quantize)
     return model, get_tokenizer(checkpoint["meta"])
 
 
 def generate_text(prompt: str = "", max_length: int = 100, temperature: float = 0.8, top_k: int = 0, top_p: float = 1.0,
-                  out_dir: str = "out", device: str = "auto", seed: int | None = None, **sampling) -> str:
+                  out_dir: str = "out", device: str = "auto", quantize: str = "", seed: int | None = None, **sampling) -> str:
     """The prompt with up to max_length tokens after it; ValueError for bad input. The model is loaded once."""
-    model, tokenizer = load(out_dir, device)
-    generator = torch.Generator(model.lm_head.weight.device)
+    model, tokenizer = load(out_dir, device, quantize)
+    generator = torch.Generator(model.transformer.wte.weight.device)
     generator.seed() if seed is None else generator.manual_seed(seed)
     text = ""
     for (text, _), in stream_text(model, tokenizer, [prompt], max_length, temperature=temperature, top_k=top_k, top_p=top_p,
@@ -122,15 +128,15 @@ def print_samples(model: GPT, tokenizer, prompt: str, generator: torch.Generator
 
 
 def print_best(model: GPT, tokenizer, prompt: str) -> None:
-    idx, _ = encode_prompts([prompt], tokenizer, model.lm_head.weight.device)
+    idx, _ = encode_prompts([prompt], tokenizer, model.transformer.wte.weight.device)
     room = min(max_new_tokens, max(1, model.config.block_size - idx.size(1)))
     new = model.beam_search(idx, room, num_beams, length_penalty, repetition_penalty, no_repeat_ngram, tokenizer.eot)
     text = tokenizer.decode(token for token in new[0, idx.size(1):].tolist() if token != tokenizer.eot)
-    print(prompt + (text.partition(stop)[0] if stop else text))
+    print(prompt + text[:min((text.index(s) for s in stop.split("||") if s and s in text), default=len(text))])
 
 
 def print_next_tokens(model: GPT, tokenizer, prompt: str) -> None:
-    idx, _ = encode_prompts([prompt], tokenizer, model.lm_head.weight.device)
+    idx, _ = encode_prompts([prompt], tokenizer, model.transformer.wte.weight.device)
     with torch.no_grad():
         p = model(idx[:, -model.config.block_size:])[0][0, -1].float().softmax(dim=-1)
     for share, token in zip(*(x.tolist() for x in p.topk(min(next_token, len(p))))):
@@ -154,8 +160,8 @@ if __name__ == "__main__":
                 raise ValueError(f"{name} must be at least {least}, got {globals()[name]}")
         check_sampling(temperature, top_k, top_p, min_p, repetition_penalty, no_repeat_ngram)
         prompt = read_prompt()
-        model, tokenizer = load(out_dir, device)
-    generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
+        model, tokenizer = load(out_dir, device, quantize)
+    generator = torch.Generator(model.transformer.wte.weight.device).manual_seed(seed)
     if interactive:
         sys.stdin.reconfigure(errors="replace")
     while True:

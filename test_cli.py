@@ -14,7 +14,7 @@ from conftest import HERE, TINY, run, train
 from dataset import TokenStream, load_meta
 from tokenizer import get_tokenizer
 
-SCRIPTS = ["train.py", "sample.py", "eval.py", "bench.py", "data/fables/prepare.py", "data/tinystories/prepare.py",
+SCRIPTS = ["train.py", "sample.py", "eval.py", "bench.py", "export.py", "data/fables/prepare.py", "data/tinystories/prepare.py",
            "data/shakespeare_char/prepare.py"]
 
 
@@ -166,6 +166,11 @@ def test_missing_things_name_the_command_that_makes_them(tmp_path, trained):
     (["--no_repeat_ngram=-2"], "no_repeat_ngram must not be negative"),
     (["--num_beams=-1"], "num_beams must be at least 0"),
     (["--num_beams=3", "--start=Once" + " upon a time" * 40], "room for it"),
+    (["--quantize=int4"], "quantize must be int8"),
+    (["--temperature=nan"], "temperature takes float"),
+    (["--top_p=1.5"], "top_p must be above 0"),
+    (["--max_new_tokens=0"], "max_new_tokens must be at least 1"),
+    (["--next_token=-1"], "next_token must be at least 0"),
 ])
 def test_bad_prompts_are_one_line(trained, args, says):
     assert says in one_line_error(run("sample.py", f"--out_dir={trained}", *args))
@@ -174,6 +179,44 @@ def test_bad_prompts_are_one_line(trained, args, says):
 def test_prompt_that_is_not_text(tmp_path, trained):
     (tmp_path / "prompt").write_bytes(b"\xff\xfe\x00")
     assert "not UTF-8" in one_line_error(run("sample.py", f"--out_dir={trained}", f"--start=FILE:{tmp_path}/prompt"))
+
+
+def test_of_a_prompt_longer_than_the_context_the_end_counts(tmp_path, trained):
+    story, sample = "Once upon a time" + " upon a time" * 900_000, [f"--out_dir={trained}", "--temperature=0"]
+    (tmp_path / "prompt.txt").write_text(story)  # 10 MB
+    told = run("sample.py", *sample, f"--start=FILE:{tmp_path}/prompt.txt", "--num_samples=1", "--max_new_tokens=1")
+    assert told.returncode == 0 and told.stdout.startswith(story), told.stderr[-500:]
+    rows = run("sample.py", *sample, f"--start=FILE:{tmp_path}/prompt.txt", "--next_token=1").stdout
+    assert told.stdout[len(story):].startswith(ast.literal_eval(rows.split("%", 1)[1].strip()))
+    for empty in ([], ["--start="], ["--start=-"]):
+        assert run("sample.py", *sample, *empty, "--num_samples=1", "--max_new_tokens=3").returncode == 0
+
+
+def test_int8(tmp_path, trained):
+    shutil.copytree(trained, tmp_path / "out")
+    done = run("export.py", f"--out_dir={tmp_path}/out")
+    assert done.returncode == 0 and f"{tmp_path}/out-int8/best.pt" in done.stdout, done.stderr
+    weights = [torch.load(tmp_path / name / "best.pt", weights_only=True)["model"] for name in ("out", "out-int8")]
+    sizes = [sum({w.data_ptr(): w.nbytes for w in state.values()}.values()) for state in weights]
+    assert sizes[1] < 0.5 * sizes[0]  # rows of 16 weights; of 384, it is 0.253
+    told = [run("sample.py", "--start=Once upon", *args).stdout for args in (
+        [f"--out_dir={tmp_path}/out", "--quantize=int8"], [f"--out_dir={tmp_path}/out-int8"],
+        [f"--out_dir={tmp_path}/out-int8", "--quantize=int8"])]
+    assert told[0].startswith("Once upon") and told[0] == told[1] == told[2]
+    losses = []
+    for args in ([f"--out_dir={tmp_path}/out"], [f"--out_dir={tmp_path}/out", "--quantize=int8"],
+                 [f"--out_dir={tmp_path}/out-int8"]):
+        done = run("eval.py", *args, "--valid_samples=0")
+        assert done.returncode == 0, done.stderr
+        losses.append(json.loads(Path(args[0].removeprefix("--out_dir="), "metrics_summary.json").read_text()))
+    assert losses[0]["parameters"] == losses[2]["parameters"]
+    assert losses[1]["loss"] == losses[2]["loss"] and abs(losses[1]["loss"] - losses[0]["loss"]) < 0.01
+    before = (tmp_path / "out-int8/best.pt").read_bytes()
+    assert "--overwrite=True" in one_line_error(run("export.py", f"--out_dir={tmp_path}/out"))
+    assert "format must be" in one_line_error(run("export.py", f"--out_dir={tmp_path}/out", "--format=int4"))
+    assert "no checkpoint" in one_line_error(run("export.py", f"--out_dir={tmp_path}/none"))
+    assert "no checkpoint" in one_line_error(run("export.py", f"--out_dir={tmp_path}/out", "--to=x", f"--out_dir={tmp_path}"))
+    assert before == (tmp_path / "out-int8/best.pt").read_bytes() and not (HERE / "x").exists()
 
 
 # -----------------------------------------------------------------------------
