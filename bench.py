@@ -35,6 +35,7 @@ their_config = ""  # mode loss: the config file of the peer's training; '': it g
 target_loss = 0.0  # mode loss: nats per token on the whole validation split; 0: what the peer, or we, end with
 seeds = 1  # mode loss: runs of each side
 max_new_tokens = 64  # mode generate: after a prompt of a quarter of block_size, with top_k 40
+texts = "1,8,64"  # mode generate: texts at a time
 # data
 dataset = "tinystories"  # modes data and loss
 batching = "windows"  # or 'by_length'
@@ -312,16 +313,23 @@ def bench_loss() -> dict:
 
 
 def bench_generate() -> dict:
-    """Texts after random prompts; what the first token takes is subtracted from the whole to get the rate of the others."""
-    sides = [Side(ours, "this model", config | {"compile": False}, seed)]
-    sides += [Side(peer, against, config | {"compile": False}, seed)] if peer else []
+    """
+    Texts after random prompts, in float32 as sample.py makes them, and in int8. What the first token takes is subtracted from
+    the whole to get the rate of the others.
+    """
+    settings = config | {"compile": False, "dtype": "float32"}
+    sides = [Side(ours, name, settings, seed) for name in ("this model", "this model, int8")]
+    float_model = sides[0].raw_model
+    sides[1].raw_model = ours.GPT.from_weights(float_model.config, ours.quantize_int8(float_model.state_dict()), device)
+    weights = [4 * float_model.num_params(), float_model.num_params()]  # bytes, about
+    sides += [Side(peer, against, settings, seed)] if peer else []
     prompt = max(1, block_size // 4)  # tokens
     numbers = torch.randn(64 << 20, device=device)  # 256 MB, which no cache holds
     bandwidth = 4 * numbers.numel() / ours.median_seconds(numbers.sum, synchronize=device)
-    print(f"{sides[0].raw_model.num_params():,} parameters, {prompt} + {max_new_tokens} tokens, {device}, torch "
-          f"{torch.__version__}; medians of {rounds} rounds; memory is read at {bandwidth / 1e9:.1f} GB/s")
-    result = dict(parameters=sides[0].raw_model.num_params(), bandwidth=bandwidth)
-    for B in (1, 8, 64):
+    print(f"{float_model.num_params():,} parameters, {prompt} + {max_new_tokens} tokens, {device}, torch {torch.__version__}; "
+          f"medians of {rounds} rounds; memory is read at {bandwidth / 1e9:.1f} GB/s")
+    result = dict(parameters=float_model.num_params(), bandwidth=bandwidth)
+    for B in [int(number) for number in texts.split(",")]:
         idx = torch.randint(vocab_size, (B, prompt), device=device)
         first, whole = ({side.name: [] for side in sides} for _ in range(2))
         for _ in tqdm(range(rounds + 1), desc=f"{B} texts"):  # the first round warms up
@@ -333,14 +341,16 @@ def bench_generate() -> dict:
                     timed(whole[side.name], lambda: side.raw_model.generate(idx, 1 + max_new_tokens, 0.8, 40))
         to_first = [statistics.median(first[side.name][1:]) for side in sides]
         speeds = [B * max_new_tokens / (statistics.median(whole[side.name][1:]) - t) for side, t in zip(sides, to_first)]
-        for side, t, speed in zip(sides, to_first, speeds):
-            print(f"{B:3} texts: first token after {1000 * t:7.1f} ms, then {speed:10,.0f} tokens/s  {side.name}")
-        weights = sides[0].raw_model.num_params() * sides[0].raw_model.lm_head.weight.element_size()
-        row = dict(tokens_per_second=speeds[0], first_token_ms=1000 * to_first[0],
-                   weights_read_per_second=weights * speeds[0] / B)
-        result[f"batch_{B}"] = row | (dict(their_tokens_per_second=speeds[1], ratio=speeds[0] / speeds[1]) if peer else {})
-        print(f"           weights are read at {row['weights_read_per_second'] / 1e9:.1f} GB/s"
-              + (f"; {speeds[0] / speeds[1]:.2f} times as fast" if peer else ""))
+        row = dict(tokens_per_second=speeds[0], first_token_ms=1000 * to_first[0], int8_tokens_per_second=speeds[1],
+                   int8_first_token_ms=1000 * to_first[1], weights_read_per_second=weights[0] * speeds[0] / B)
+        if peer:
+            row |= dict(their_tokens_per_second=speeds[2], their_first_token_ms=1000 * to_first[2],
+                        ratio=speeds[0] / speeds[2], int8_ratio=speeds[1] / speeds[2])
+        for i, side in enumerate(sides):
+            print(f"{B:3} texts: first token after {1000 * to_first[i]:7.1f} ms, then {speeds[i]:9,.1f} tokens/s"
+                  + (f", weights read at {weights[i] * speeds[i] / B / 1e9:5.1f} GB/s" if side.is_ours else "")
+                  + (f", {speeds[i] / speeds[2]:6.2f} times as fast" if side.is_ours and peer else "") + f"  {side.name}")
+        result[f"batch_{B}"] = row
     return result
 
 
@@ -360,6 +370,8 @@ with user_errors():
     if mode == "generate" and max(1, block_size // 4) + 1 + max_new_tokens > block_size:
         raise ValueError(f"max_new_tokens ({max_new_tokens}) must fit behind a prompt of a quarter of block_size "
                          f"({block_size})")
+    if not all(number.isdecimal() and int(number) for number in texts.split(",")):
+        raise ValueError(f"texts takes numbers with commas between them, got {texts!r}")
     if optimizer not in ("adamw", "muon"):
         raise ValueError(f"optimizer must be adamw or muon, got {optimizer!r}")
     ours.schedule_factor(schedule, 0.0)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 
@@ -75,13 +76,6 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-def rope_tables(config: GPTConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin (block_size, hs / 2) of the angles at every position, https://arxiv.org/abs/2104.09864."""
-    half = (config.head_dim or config.n_embd // config.n_head) // 2
-    angles = torch.arange(config.block_size)[:, None] * config.rope_theta ** (-torch.arange(half) / half)
-    return angles.cos(), angles.sin()
-
-
 class Linear(nn.Linear):
     """
     nn.Linear, which on a CPU reads the weights twice as fast where rows are few, as they are in generation: MKL works at
@@ -108,8 +102,8 @@ class Int8Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
-        self.register_buffer("weight", torch.empty_like(linear.weight, dtype=torch.int8))
-        self.register_buffer("weight_scale", torch.empty_like(linear.weight[:, 0]))
+        self.register_buffer("weight", torch.empty(linear.weight.shape, dtype=torch.int8))
+        self.register_buffer("weight_scale", torch.empty(len(linear.weight)))
         self.bias = linear.bias
         self.packed = None  # the weights in fbgemm's order
 
@@ -140,8 +134,8 @@ class Int8Embedding(nn.Module):
 
     def __init__(self, embedding: nn.Embedding):
         super().__init__()
-        self.register_buffer("weight", torch.empty_like(embedding.weight, dtype=torch.int8))
-        self.register_buffer("weight_scale", torch.empty_like(embedding.weight[:, 0]))
+        self.register_buffer("weight", torch.empty(embedding.weight.shape, dtype=torch.int8))
+        self.register_buffer("weight_scale", torch.empty(len(embedding.weight)))
 
     def forward(self, idx: torch.Tensor) -> torch.Tensor:
         return self.weight[idx] * self.weight_scale[idx][..., None]
@@ -254,6 +248,16 @@ class KVCache:
         self.pad = pad
 
 
+class NoWeights(TorchFunctionMode):
+    """Within it, modules are made without memory for their weights and without random numbers in them."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func.__name__ in ("normal_", "uniform_", "kaiming_uniform_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs | ({"device": "meta"} if func is torch.empty else {}))
+
+
 class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -271,9 +275,11 @@ class GPT(nn.Module):
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied:
             self.lm_head.weight = self.transformer.wte.weight  # https://arxiv.org/abs/1608.05859
-        if config.arch == "qwen3":
-            for name, table in zip(("cos", "sin"), rope_tables(config)):
-                self.register_buffer(name, table, persistent=False)  # (block_size, hs / 2)
+        if config.arch == "qwen3":  # https://arxiv.org/abs/2104.09864
+            half = self.transformer.h[0].attn.head_dim // 2
+            angles = torch.arange(config.block_size)[:, None] * config.rope_theta ** (-torch.arange(half) / half)
+            self.register_buffer("cos", angles.cos(), persistent=False)  # (block_size, hs / 2)
+            self.register_buffer("sin", angles.sin(), persistent=False)
         self.init_weights()
 
     @classmethod
@@ -282,19 +288,18 @@ class GPT(nn.Module):
         A model with the weights of a state dict, which may be one of quantize_int8, on the device where it is to work. No
         other weights are made first. RuntimeError where they do not fit.
         """
-        with torch.device("meta"):
+        with NoWeights():
             model = cls(config)
         for name, module in list(model.named_modules()):
             if f"{name}.weight_scale" in weights:
                 parent, _, child = name.rpartition(".")
                 int8 = Int8Linear if isinstance(module, nn.Linear) else Int8Embedding
-                setattr(model.get_submodule(parent), child, int8(module))
+                with NoWeights():
+                    setattr(model.get_submodule(parent), child, int8(module))
         floats = {name: w.float() if w.is_floating_point() else w for name, w in weights.items()}
         model.load_state_dict(floats, assign=True)
         if config.tied:
             model.lm_head.weight = model.transformer.wte.weight
-        if config.arch == "qwen3":
-            model.cos, model.sin = rope_tables(config)
         model.to(device)
         for module in model.modules():
             if isinstance(module, Int8Linear):
@@ -740,7 +745,7 @@ QWEN3_BLOCK = {
 def hf_names(config: GPTConfig) -> dict[str, list[str]]:
     """Each name in our state dict with theirs, whose tensors, stacked by rows, it holds."""
     if config.arch == "gpt2":
-        with torch.device("meta"):
+        with NoWeights():
             return {name: [name] for name in GPT(config).state_dict()}
     names = {"transformer.wte.weight": ["model.embed_tokens.weight"], "transformer.ln_f.weight": ["model.norm.weight"],
              "lm_head.weight": ["lm_head.weight"]}

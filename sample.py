@@ -112,9 +112,10 @@ def print_samples(model: GPT, tokenizer, prompt: str, generator: torch.Generator
     """All samples at once, each streamed when those before it have ended."""
     sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
                     no_repeat_ngram=no_repeat_ngram, generator=generator)
-    began, tokens, row, shown = time.time(), 0, 0, 0
+    began, tokens, running, row, shown = time.time(), 0, num_samples, 0, 0
     for texts in stream_text(model, tokenizer, [prompt] * num_samples, max_new_tokens, stop, **sampling):
-        tokens += sum(not ended for _, ended in texts)
+        tokens += running
+        running = sum(not ended for _, ended in texts)
         while row < num_samples:
             text, ended = prompt + texts[row][0], texts[row][1]
             print(text[shown:], end="", flush=True)

@@ -23,7 +23,7 @@ class GPT2Tokenizer:
         return self.encoding.encode_ordinary(text)
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self.encoding.decode(list(ids))
+        return self.encoding.decode([i for i in ids if i < self.vocab_size])  # a padded vocabulary has ids that say nothing
 
 
 class ListTokenizer:
