@@ -83,15 +83,21 @@ class Linear(nn.Linear):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        N, C = self.weight.shape
-        if (torch.is_grad_enabled() or torch.compiler.is_compiling() or not x.device.type == "cpu" or x.numel() > 128 * C
-                or not x.dtype == self.weight.dtype == torch.float32 or not torch.backends.mkl.is_available()):
-            return super().forward(x)
-        columns, n = x.flatten(0, -2).t(), torch.get_num_threads()  # columns: (C, rows)
-        end = N - N % n
-        y = torch.bmm(self.weight[:end].view(n, -1, C), columns.expand(n, -1, -1)).view(end, -1)  # (end, rows)
-        y = (y if end == N else torch.cat((y, self.weight[end:] @ columns))).t().contiguous().view(*x.shape[:-1], N)
-        return y if self.bias is None else y.add_(self.bias)
+        w, bias = self.weight, self.bias
+        (N, C), rows = w.shape, x.numel() // x.size(-1)
+        if (rows > 128 or torch.is_grad_enabled() or torch.compiler.is_compiling() or not w.device.type == "cpu"
+                or not x.dtype == w.dtype == torch.float32 or not torch.backends.mkl.is_available()):
+            return F.linear(x, w, bias)
+        if rows > 1:
+            y = torch.mm(w, x.view(rows, C).t()).t().contiguous()  # (rows, N)
+        else:
+            n = torch.get_num_threads()
+            end = N - N % n
+            y = torch.bmm((w if end == N else w[:end]).view(n, -1, C), x.expand(n, 1, C).mT)  # (n, N / n, 1)
+            if end < N:
+                y = torch.cat((y.view(end), torch.mv(w[end:], x.view(C))))
+        y = y.view(*x.shape[:-1], N)
+        return y if bias is None else y.add_(bias)
 
 
 class Int8Linear(nn.Module):
@@ -686,21 +692,25 @@ def sample_token(logits: torch.Tensor, temperature: float = 1.0, top_k: int = 0,
     """Logits (B, V) to token ids (B), a pure function of its arguments; they mean what stream says."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits, words = candidates(logits / temperature, top_k, top_p, min_p)
-    drawn = torch.multinomial(logits.softmax(dim=-1), num_samples=1, generator=generator)  # (B, 1)
+    logits, words = candidates(logits, temperature, top_k, top_p, min_p)
+    p = logits.softmax(dim=-1)
+    drawn = (p / torch.empty_like(p).exponential_(generator=generator)).argmax(dim=-1, keepdim=True)  # (B, 1)
     return (drawn if words is None else words.gather(1, drawn))[:, 0]
 
 
-def candidates(logits: torch.Tensor, top_k: int, top_p: float, min_p: float) -> tuple[torch.Tensor, torch.Tensor | None]:
+def candidates(logits: torch.Tensor, temperature: float, top_k: int, top_p: float,
+               min_p: float) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
-    The logits of the words to draw from and their ids, both (B, k), the most probable first, -inf for those that top_p or
-    min_p leaves out; ids None: all words, in their own order. Sorting k words, not all, makes top_k the cheapest filter.
+    The logits over temperature of the words to draw from and their ids, both (B, k), the most probable first, -inf for those
+    that top_p or min_p leaves out; ids None: all words, in their own order. Sorting k words, not all, makes top_k the
+    cheapest filter.
     """
     words = None
     if 0 < top_k < logits.size(-1):
         logits, words = largest(logits, top_k)
     elif top_p < 1:
         logits, words = logits.sort(dim=-1, descending=True)
+    logits = logits / temperature
     if top_p < 1:
         p = logits.softmax(dim=-1)
         logits = logits.masked_fill(p.cumsum(dim=-1) - p >= top_p, -math.inf)  # the first one always stays
@@ -711,12 +721,12 @@ def candidates(logits: torch.Tensor, top_k: int, top_p: float, min_p: float) -> 
 
 def largest(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    logits.topk(k) of (B, V) in half the time where V is large: the k largest are among the 64 k words of those blocks of 64
-    whose maxima are the k largest.
+    logits.topk(k) of (B, V) in half the time where B and V are large: the k largest are among the 64 k words of those blocks
+    of 64 whose maxima are the k largest.
     """
     B, V = logits.shape
     n = V // 64
-    if k >= n:
+    if B == 1 or k >= n:
         return logits.topk(k)
     blocks = logits[:, :64 * n].unflatten(1, (n, 64)).amax(dim=2).topk(k).indices  # (B, k)
     place = torch.arange(64, device=logits.device)

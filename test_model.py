@@ -279,7 +279,7 @@ def test_what_is_drawn_from_is_what_transformers_leaves(how):
     expected = TemperatureLogitsWarper(0.7)(None, logits)
     for name, warper in (("top_k", TopKLogitsWarper), ("top_p", TopPLogitsWarper), ("min_p", MinPLogitsWarper)):
         expected = warper(how[name])(None, expected) if name in how else expected
-    left, words = candidates(logits / 0.7, **(dict(top_k=0, top_p=1.0, min_p=0.0) | how))
+    left, words = candidates(logits, **(dict(temperature=0.7, top_k=0, top_p=1.0, min_p=0.0) | how))
     ours = left if words is None else torch.full_like(logits, -math.inf).scatter(1, words, left)
     torch.testing.assert_close(ours.softmax(-1), expected.softmax(-1))
 
