@@ -183,10 +183,8 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None, mask: torch.Tensor | None = None,
                 past: tuple[torch.Tensor, torch.Tensor, int] | None = None) -> torch.Tensor:
         B, T, C = x.shape
-        q, k, v = (
-            part.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, T, nh * hs) -> (B, nh, T, hs)
-            for part in self.c_attn(x).split(self.rows, dim=2)
-        )
+        heads = self.c_attn(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, T, nh * hs) -> (B, nh, T, hs), of all three
+        q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
         if rope is not None:
             # in float32, like the gains, also where autocast made q and k shorter
             q = rotate(self.q_norm(q.float()), *rope).type_as(v)
