@@ -121,18 +121,19 @@ class Int8Linear(nn.Module):
             warnings.simplefilter("ignore")
             zeros = torch.zeros(len(self.weight), dtype=torch.long)
             w = torch._make_per_channel_quantized_tensor(self.weight, self.weight_scale.double(), zeros, 0)
-        self.packed = torch.ops.quantized.linear_prepack(w, None)
+        self.packed = torch.ops.quantized.linear_prepack(w, self.bias)
         self.weight = self.weight.to("meta")  # its shape only
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.packed is None:  # a slice at a time: a wide head is never float as a whole
             y = torch.cat([F.linear(x, w.to(x.dtype)) for w in self.weight.split(8192)], dim=-1) * self.weight_scale
-        elif x.numel() == x.size(-1):
-            y = torch.ops.quantized.linear_dynamic(x.float(), self.packed, True)  # True: 7 bits, for 8 may overflow
-        else:  # rows of like size, or the largest of a batch would decide how the others are rounded
-            size = x.float().abs().amax(dim=-1, keepdim=True).clamp(min=1e-12)
-            y = torch.ops.quantized.linear_dynamic(x / size, self.packed, True).mul_(size)
-        return y if self.bias is None else y.add_(self.bias)
+            return y if self.bias is None else y + self.bias
+        if x.numel() == x.size(-1):
+            return torch.ops.quantized.linear_dynamic(x.float(), self.packed, True)  # True: 7 bits, for 8 may overflow
+        # rows of like size, or the largest of a batch would decide how the others are rounded
+        size = x.float().abs().amax(dim=-1, keepdim=True).clamp(min=1e-12)
+        y = torch.ops.quantized.linear_dynamic(x / size, self.packed, True)
+        return y.mul_(size) if self.bias is None else torch.addcmul(self.bias, y.sub_(self.bias), size)
 
 
 class Int8Embedding(nn.Module):
@@ -197,7 +198,8 @@ class CausalSelfAttention(nn.Module):
                                            is_causal=mask is None and k.size(2) == T,  # a single query sees all keys
                                            enable_gqa=self.n_kv_head < self.n_head)
         y = y.transpose(1, 2).contiguous().view(B, T, -1)  # (B, nh, T, hs) -> (B, T, nh * hs)
-        return self.resid_dropout(self.c_proj(y))
+        y = self.c_proj(y)
+        return self.resid_dropout(y) if self.training else y  # a call that does nothing costs a small model 1 % of a step
 
 
 class MLP(nn.Module):
@@ -218,7 +220,8 @@ class MLP(nn.Module):
         else:
             gate, up = x.chunk(2, dim=-1)  # (B, T, n_inner)
             x = F.silu(gate) * up
-        return self.dropout(self.c_proj(x))
+        x = self.c_proj(x)
+        return self.dropout(x) if self.training else x
 
 
 class Block(nn.Module):
