@@ -90,8 +90,8 @@ def stream_text(model: GPT, tokenizer, prompts: list[str], max_new_tokens: int, 
 @functools.lru_cache(maxsize=1)
 def load(out_dir: str, device: str, quantize: str = "") -> tuple[GPT, object]:
     """The model and the tokenizer of a run."""
-    keep_freed_memory()
     model, checkpoint = load_model(out_dir, resolve_device(device), quantize)
+    keep_freed_memory()  # from here on: what loading took is given back
     return model, get_tokenizer(checkpoint["meta"])
 
 
