@@ -85,17 +85,17 @@ class Linear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         w, bias = self.weight, self.bias
         (N, C), rows = w.shape, x.numel() // x.size(-1)
-        if (rows > 128 or torch.is_grad_enabled() or torch.compiler.is_compiling() or not w.device.type == "cpu"
+        if (torch.is_grad_enabled() or torch.compiler.is_compiling() or rows > 128 or w.device.type != "cpu"
                 or not x.dtype == w.dtype == torch.float32 or not torch.backends.mkl.is_available()):
             return F.linear(x, w, bias)
         if rows > 1:
-            y = torch.mm(w, x.view(rows, C).t()).t().contiguous()  # (rows, N)
+            y = torch.mm(w, x.reshape(rows, C).t()).t().contiguous()  # (rows, N)
         else:
             n = torch.get_num_threads()
             end = N - N % n
             y = torch.bmm((w if end == N else w[:end]).view(n, -1, C), x.expand(n, 1, C).mT)  # (n, N / n, 1)
             if end < N:
-                y = torch.cat((y.view(end), torch.mv(w[end:], x.view(C))))
+                y = torch.cat((y.view(end), torch.mv(w[end:], x.reshape(C))))
         y = y.view(*x.shape[:-1], N)
         return y if bias is None else y.add_(bias)
 
@@ -298,7 +298,7 @@ class GPT(nn.Module):
         with NoWeights():
             model = cls(config)
         for name, module in list(model.named_modules()):
-            if f"{name}.weight_scale" in weights:
+            if f"{name}.weight_scale" in weights and isinstance(module, (nn.Linear, nn.Embedding)):
                 parent, _, child = name.rpartition(".")
                 int8 = Int8Linear if isinstance(module, nn.Linear) else Int8Embedding
                 with NoWeights():

@@ -370,6 +370,7 @@ def test_linear_is_that_of_torch(shape, N):
                 with torch.no_grad():
                     torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
                     assert layer(x).is_contiguous()
+                    torch.testing.assert_close(layer(x.mT.contiguous().mT), F.linear(x, layer.weight, layer.bias))
     finally:
         torch.set_num_threads(threads)
 
@@ -457,6 +458,10 @@ def test_a_model_made_from_weights_is_the_same_model(changes):
     assert torch.equal(again.eval()(idx)[0], model(idx)[0])
     assert [n for n, _ in again.named_parameters()] == [n for n, _ in model.named_parameters()]
     assert (again.lm_head.weight is again.transformer.wte.weight) == model.config.tied
+    for wrong in ({"lm_head.weight_scale": torch.ones(61)}, {"transformer.ln_f.weight_scale": torch.ones(32)},
+                  {"lm_head.weight": torch.zeros(61, 32, dtype=torch.int8)}, {"lm_head.weight": torch.zeros(60, 32)}):
+        with pytest.raises((RuntimeError, TypeError)):
+            GPT.from_weights(model.config, model.state_dict() | wrong)
     half = GPT.from_weights(model.config, {name: w.bfloat16() for name, w in model.state_dict().items()})
     assert {p.dtype for p in half.parameters()} == {torch.float32}
 
