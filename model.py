@@ -89,7 +89,8 @@ class Linear(nn.Linear):
                 or not x.dtype == w.dtype == torch.float32 or not torch.backends.mkl.is_available()):
             return F.linear(x, w, bias)
         if rows > 1:
-            y = torch.mm(w, x.reshape(rows, C).t()).t().contiguous()  # (rows, N)
+            columns = x.reshape(rows, C).t()
+            y = torch.cat([torch.mm(part, columns).t() for part in w.split(2048)], dim=1)  # (rows, N), turned while in cache
         else:
             n = torch.get_num_threads()
             end = N - N % n
