@@ -314,6 +314,10 @@ class GPT(nn.Module):
                 module.pack()
         return model
 
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.wte.weight.device
+
     @torch.no_grad()
     def init_weights(self) -> None:
         """

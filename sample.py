@@ -41,7 +41,7 @@ no_repeat_ngram = 0  # no sequence of so many tokens appears twice; 0: off
 num_beams = 0  # search for the most probable text with so many beams, as far as the context reaches; 0: draw
 length_penalty = 1.0  # of the beam search: above 0 favours long texts, below short ones
 seed = 1337
-quantize = ""  # 'int8': weights of a quarter of the size, several times as fast on a CPU
+quantize = ""  # 'int8': weights of a quarter of the size, about twice as fast on a CPU
 device = "auto"  # cuda, else mps, else cpu; or 'cpu', 'cuda:1', ...
 # -----------------------------------------------------------------------------
 
@@ -57,16 +57,19 @@ def encode_prompts(prompts: list[str], tokenizer, device: str) -> tuple[torch.Te
     return idx, torch.tensor([T - len(row) for row in rows], device=device)
 
 
+def before_stop(text: str, stop: str) -> str:
+    """The text up to the first of the stop texts, which are joined with ||."""
+    return text[:min((text.index(s) for s in stop.split("||") if s and s in text), default=len(text))]
+
+
 def stream_text(model: GPT, tokenizer, prompts: list[str], max_new_tokens: int, stop: str = "",
                 **sampling) -> Iterator[list[tuple[str, bool]]]:
     """
     After every token, for each prompt, its continuation so far and whether that has ended. What is in it stays: half a
-    character, or what may become a stop text, is held back. Several stop texts are joined with ||, and the first to appear
-    ends the text. `sampling` is that of GPT.stream.
+    character, or what may become a stop text, is held back. `sampling` is that of GPT.stream.
     """
-    stops = [s for s in stop.split("||") if s]
-    half_stops = {s[:i] for s in stops for i in range(len(s))}  # with '', so that one always fits
-    idx, pad = encode_prompts(prompts, tokenizer, model.transformer.wte.weight.device)
+    half_stops = {s[:i] for s in stop.split("||") for i in range(len(s))}
+    idx, pad = encode_prompts(prompts, tokenizer, model.device)
     ids: list[list[int]] = [[] for _ in prompts]
     ended, texts = [False] * len(prompts), [""] * len(prompts)
     for n, new in enumerate(model.stream(idx, max_new_tokens, stop_token=tokenizer.eot, pad=pad, **sampling), 1):
@@ -76,8 +79,8 @@ def stream_text(model: GPT, tokenizer, prompts: list[str], max_new_tokens: int, 
             ended[row] = token == tokenizer.eot or n == max_new_tokens
             ids[row] += [token] * (token != tokenizer.eot)
             text = tokenizer.decode(ids[row])
-            if any(s in text for s in stops):
-                text, ended[row] = text[:min(text.index(s) for s in stops if s in text)], True
+            if (cut := before_stop(text, stop)) != text:
+                text, ended[row] = cut, True
             elif not ended[row]:
                 text = text.rstrip("\ufffd")
                 text = text[:len(text) - max((len(s) for s in half_stops if text.endswith(s)), default=0)]
@@ -99,7 +102,7 @@ def generate_text(prompt: str = "", max_length: int = 100, temperature: float = 
                   out_dir: str = "out", device: str = "auto", quantize: str = "", seed: int | None = None, **sampling) -> str:
     """The prompt with up to max_length tokens after it; ValueError for bad input. The model is loaded once."""
     model, tokenizer = load(out_dir, device, quantize)
-    generator = torch.Generator(model.transformer.wte.weight.device)
+    generator = torch.Generator(model.device)
     generator.seed() if seed is None else generator.manual_seed(seed)
     text = ""
     for (text, _), in stream_text(model, tokenizer, [prompt], max_length, temperature=temperature, top_k=top_k, top_p=top_p,
@@ -129,15 +132,15 @@ def print_samples(model: GPT, tokenizer, prompt: str, generator: torch.Generator
 
 
 def print_best(model: GPT, tokenizer, prompt: str) -> None:
-    idx, _ = encode_prompts([prompt], tokenizer, model.transformer.wte.weight.device)
+    idx, _ = encode_prompts([prompt], tokenizer, model.device)
     room = min(max_new_tokens, max(1, model.config.block_size - idx.size(1)))
     new = model.beam_search(idx, room, num_beams, length_penalty, repetition_penalty, no_repeat_ngram, tokenizer.eot)
     text = tokenizer.decode(token for token in new[0, idx.size(1):].tolist() if token != tokenizer.eot)
-    print(prompt + text[:min((text.index(s) for s in stop.split("||") if s and s in text), default=len(text))])
+    print(prompt + before_stop(text, stop))
 
 
 def print_next_tokens(model: GPT, tokenizer, prompt: str) -> None:
-    idx, _ = encode_prompts([prompt], tokenizer, model.transformer.wte.weight.device)
+    idx, _ = encode_prompts([prompt], tokenizer, model.device)
     with torch.no_grad():
         p = model(idx[:, -model.config.block_size:])[0][0, -1].float().softmax(dim=-1)
     for share, token in zip(*(x.tolist() for x in p.topk(min(next_token, len(p))))):
@@ -162,7 +165,7 @@ if __name__ == "__main__":
         check_sampling(temperature, top_k, top_p, min_p, repetition_penalty, no_repeat_ngram)
         prompt = read_prompt()
         model, tokenizer = load(out_dir, device, quantize)
-    generator = torch.Generator(model.transformer.wte.weight.device).manual_seed(seed)
+    generator = torch.Generator(model.device).manual_seed(seed)
     if interactive:
         sys.stdin.reconfigure(errors="replace")
     while True:
