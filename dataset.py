@@ -9,9 +9,10 @@ import hashlib
 import json
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -95,13 +96,14 @@ def split_of(path: Path) -> str:
 
 def local_documents(source: str, split: str, column: str = "text") -> Iterator[str]:
     """
-    The documents of one split of a local copy: text files (documents between lines `<|endoftext|>`), JSON lines or
-    parquet. A folder has files named train... and val...; of a single file every 20th document is for validation.
+    The documents of one split of a local copy: text files (documents between lines `<|endoftext|>`), JSON lines, CSV or
+    parquet. A folder has files named train... and val...; of a single file every 20th document is for validation, or, where
+    there is but one, its end.
     """
     root = Path(source)
     if not root.exists():
         raise ValueError(f"there is no file or folder {source}")
-    known = (".txt", ".jsonl", ".json", ".parquet")
+    known = (".txt", ".jsonl", ".json", ".csv", ".parquet")
     files = sorted(path for path in ([root] if root.is_file() else root.rglob("*")) if path.suffix in known)
     if root.is_dir():
         files = [path for path in files if split_of(path.relative_to(root)) == split]
@@ -109,24 +111,57 @@ def local_documents(source: str, split: str, column: str = "text") -> Iterator[s
         raise ValueError(f"{source} has no text for the {split} split: files must end in {', '.join(known)}, and in a folder "
                          f"their names must contain {split!r}")
     texts = (text for path in files for text in read_documents(path, column))
-    if root.is_file():
-        texts = (text for i, text in enumerate(texts) if (i % 20 == 19) == (split == "val"))
-    return texts
+    return held_out(texts, split) if root.is_file() else texts
+
+
+def held_out(texts: Iterator[str], split: str) -> Iterator[str]:
+    """Of documents that nobody has split: every 20th for validation; of a single one its last twentieth."""
+    first = list(islice(texts, 2))
+    if len(first) == 1:
+        end = len(first[0]) * 19 // 20
+        return iter([first[0][:end] if split == "train" else first[0][end:]])
+    return (text for i, text in enumerate(chain(first, texts)) if (i % 20 == 19) == (split == "val"))
+
+
+def hub_documents(name: str, split: str, column: str = "text", subset: str = "") -> Iterator[str]:
+    """The documents of one split of a data set of the Hugging Face hub, white space around them removed."""
+    from datasets import load_dataset
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()  # it tells of each of its five retries
+    print(f"asking the Hugging Face hub for {name} ...", file=sys.stderr)
+    try:
+        data = load_dataset(name, subset or None)
+    except Exception as error:  # any way in which a download fails
+        reason = " ".join(str(error).split())[:150]
+        raise ValueError(f"{name} is no local file, and the Hugging Face hub cannot be reached or does not have it "
+                         f"({type(error).__name__}: {reason}): give a local copy with --source=FOLDER") from None
+    validation = next((other for other in data if other.startswith("val")), None)
+    if "train" not in data:
+        raise ValueError(f"{name} has no train split, only {', '.join(data)}")
+    if column not in data["train"].column_names:
+        raise ValueError(f"{name} has no column {column!r}, only {', '.join(data['train'].column_names)}")
+    rows = data[validation if split == "val" and validation else "train"]
+    texts = stripped((row[column] for row in rows), name, column)
+    return texts if validation else held_out(texts, split)
 
 
 def read_documents(path: Path, column: str = "text") -> Iterator[str]:
     """The documents of one file, white space around them removed, without reading the file into memory."""
     if path.suffix == ".txt":
-        rows = split_text(path)
-    else:
-        from datasets import load_dataset
+        return stripped(split_text(path), path, column)
+    from datasets import load_dataset
 
-        kind = "parquet" if path.suffix == ".parquet" else "json"
-        data = load_dataset(kind, data_files=str(path), split="train", streaming=True)
-        rows = (row.get(column) for row in data)
-    for text in rows:
+    kind = {".parquet": "parquet", ".csv": "csv"}.get(path.suffix, "json")
+    data = load_dataset(kind, data_files=str(path), split="train", streaming=True)
+    return stripped((row.get(column) for row in data), path, column)
+
+
+def stripped(texts: Iterable[object], where: object, column: str) -> Iterator[str]:
+    """Texts without the white space around them, or those of nothing else; ValueError for what is not text."""
+    for text in texts:
         if not isinstance(text, str):
-            raise ValueError(f"{path} has a row without a text column {column!r}")
+            raise ValueError(f"{where} has a row without a text column {column!r}")
         if text := text.strip():
             yield text
 

@@ -15,7 +15,7 @@ from dataset import TokenStream, load_meta
 from tokenizer import get_tokenizer
 
 SCRIPTS = ["train.py", "sample.py", "eval.py", "bench.py", "export.py", "data/fables/prepare.py", "data/tinystories/prepare.py",
-           "data/shakespeare_char/prepare.py"]
+           "data/shakespeare_char/prepare.py", "data/text/prepare.py"]
 
 
 def one_line_error(done) -> str:

@@ -1,4 +1,5 @@
 """Data on disk, batches, tokenizers, preparation, and the corpus whose entropy is known."""
+import csv
 import hashlib
 import json
 import math
@@ -424,6 +425,45 @@ def test_tinystories_from_one_file(tmp_path):
     assert (splits["train"]["documents"], splits["val"]["documents"]) == (57, 3)
 
 
+def test_a_data_set_of_the_hub(tmp_path, monkeypatch):
+    """A local folder with the hub's layout, which the same load_dataset takes for one of its data sets."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    write_source(tmp_path / "source", "parquet")
+    for split, texts in DOCUMENTS.items():
+        assert list(dataset.hub_documents(str(tmp_path / "source"), split)) == texts
+    for path in (tmp_path / "source/data").glob("validation*"):
+        path.unlink()
+    held_out = [text for i, text in enumerate(DOCUMENTS["train"]) if i % 20 == 19]
+    assert list(dataset.hub_documents(str(tmp_path / "source"), "val")) == held_out
+    assert list(dataset.hub_documents(str(tmp_path / "source"), "train")) == [
+        text for text in DOCUMENTS["train"] if text not in held_out]
+    with pytest.raises(ValueError, match="no column 'story', only text"):
+        dataset.hub_documents(str(tmp_path / "source"), "train", "story")
+
+
+def test_any_text(tmp_path):
+    book = "It was the best of times, it was the worst of times, déjà vu. " * 40
+    (tmp_path / "book.txt").write_text(book)
+    with open(tmp_path / "table.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["id", "story"], *([i, text] for i, text in enumerate(DOCUMENTS["train"]))])
+    for args, texts in (
+        ([f"--source={tmp_path}/book.txt"], [book.strip()]),
+        ([f"--source={tmp_path}/book.txt", "--tokenizer=char"], [book.strip()]),
+        ([f"--source={tmp_path}/table.csv", "--tokenizer=word", "--column=story"], DOCUMENTS["train"]),
+    ):
+        done = prepare("text", *args, f"--out_dir={tmp_path}/out")
+        assert done.returncode == 0, done.stderr
+        meta = load_meta(tmp_path / "out")
+        tokenizer, parts = get_tokenizer(meta), {}
+        for split in SPLITS:
+            stream = TokenStream(tmp_path / "out", split, meta)
+            parts[split] = tokenizer.decode(stream.read(0, len(stream)).tolist()).split(EOT)[:-1]
+        if len(texts) == 1:
+            assert parts["train"][0] + parts["val"][0] == texts[0] and len(parts["val"][0]) == math.ceil(len(texts[0]) / 20)
+        else:
+            assert parts["val"] == texts[19::20] and sorted(parts["train"] + parts["val"]) == sorted(texts)
+
+
 def test_shakespeare_is_split_as_nanogpt_does(tmp_path):
     text = "To be, or not to be.\nThat is the question: " * 50
     (tmp_path / "input.txt").write_text(text)
@@ -438,7 +478,8 @@ def test_shakespeare_is_split_as_nanogpt_does(tmp_path):
 @pytest.mark.parametrize("name, args", [
     ("tinystories", ["--source=nowhere"]), ("tinystories", ["--source=config"]), ("shakespeare_char", ["--source=nowhere"]),
     ("tinystories", ["--source=README.md"]), ("fables", ["--train_stories=0"]),
-    ("fables", ["--tokenizer=x", "--train_stories=5"]),
+    ("fables", ["--tokenizer=x", "--train_stories=5"]), ("text", []), ("text", ["--source=README.md"]),
+    ("text", ["--source=requirements.txt", "--tokenizer=x"]),
 ])
 def test_what_cannot_be_prepared_is_one_line(tmp_path, name, args):
     done = prepare(name, *args, f"--out_dir={tmp_path}/out")
@@ -447,11 +488,12 @@ def test_what_cannot_be_prepared_is_one_line(tmp_path, name, args):
     assert not list(tmp_path.glob("out/*"))
 
 
-@pytest.mark.parametrize("name", ["tinystories", "shakespeare_char"])
+@pytest.mark.parametrize("name", ["tinystories", "shakespeare_char", "text"])
 def test_no_network_is_one_line(tmp_path, name):
     """Proxies that nobody serves stand for a machine without a network."""
     nobody = "http://127.0.0.1:9"
-    done = prepare(name, f"--out_dir={tmp_path}/out", http_proxy=nobody, https_proxy=nobody, HTTP_PROXY=nobody,
+    source = ["--source=someone/something"] if name == "text" else []
+    done = prepare(name, f"--out_dir={tmp_path}/out", *source, http_proxy=nobody, https_proxy=nobody, HTTP_PROXY=nobody,
                    HTTPS_PROXY=nobody, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
     assert done.returncode == 2 and "cannot be reached" in done.stderr and "--source=" in done.stderr, done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "out/meta.json").exists()

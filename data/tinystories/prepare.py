@@ -7,13 +7,12 @@ TinyStories (https://arxiv.org/abs/2305.07759): 2.1M short stories in the words 
 Writes train.bin (about 470M tokens, 1 GB) and val.bin (4.7M tokens) into this folder.
 """
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 from configurator import configure, user_errors
-from dataset import finish_dataset, local_documents, write_split
+from dataset import finish_dataset, hub_documents, local_documents, write_split
 from tokenizer import GPT2Tokenizer
 
 # -----------------------------------------------------------------------------
@@ -22,24 +21,9 @@ out_dir = ""  # where to write; '': this folder
 configure(globals())
 # -----------------------------------------------------------------------------
 
-
-def hub_documents(split: str) -> Iterator[str]:
-    from datasets import load_dataset
-    from huggingface_hub.utils import logging
-
-    logging.set_verbosity_error()  # it tells of each of its five retries
-    print("asking the Hugging Face hub for the stories ...", file=sys.stderr)
-    try:
-        data = load_dataset("roneneldan/TinyStories", split={"train": "train", "val": "validation"}[split])
-    except Exception as error:  # any way in which a download fails
-        raise ValueError(f"the Hugging Face hub cannot be reached ({type(error).__name__}): "
-                         "give a local copy with --source=FOLDER") from None
-    return (text for row in data if (text := row["text"].strip()))
-
-
 with user_errors():
     tokenizer = GPT2Tokenizer()
     folder = Path(out_dir) if out_dir else HERE
-    splits = {split: write_split(folder, split, local_documents(source, split) if source else hub_documents(split), tokenizer)
-              for split in ("train", "val")}
+    splits = {split: write_split(folder, split, local_documents(source, split) if source else
+                                 hub_documents("roneneldan/TinyStories", split), tokenizer) for split in ("train", "val")}
     finish_dataset(folder, tokenizer, splits)

@@ -1,0 +1,43 @@
+"""
+Any text of yours, or any data set of the Hugging Face hub.
+
+    python data/text/prepare.py --source=book.txt
+    python data/text/prepare.py --source=FOLDER --tokenizer=char
+    python data/text/prepare.py --source=roneneldan/TinyStories
+
+Writes train.bin and val.bin into this folder; `--out_dir=data/NAME` makes a data set of its own.
+"""
+import sys
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1]))
+from configurator import configure, user_errors
+from dataset import finish_dataset, hub_documents, local_documents, write_split
+from tokenizer import train_tokenizer
+
+# -----------------------------------------------------------------------------
+source = ""  # .txt (<|endoftext|> between documents), .jsonl, .csv or .parquet; a file, a folder, or a hub name
+column = "text"  # of the rows that have several
+subset = ""  # of a data set of the hub that has several
+tokenizer = "gpt2"  # 'char' or 'word': those of the text
+out_dir = ""  # where to write; '': this folder
+configure(globals())
+# -----------------------------------------------------------------------------
+
+
+def documents(split: str) -> Iterator[str]:
+    if Path(source).exists():
+        return local_documents(source, split, column)
+    return hub_documents(source, split, column, subset)
+
+
+with user_errors():
+    if not source:
+        raise ValueError("--source says what to prepare: a file, a folder, or the name of a data set of the Hugging Face hub")
+    trained = train_tokenizer(tokenizer, chain(documents("train"), documents("val")) if tokenizer != "gpt2" else [])
+    folder = Path(out_dir) if out_dir else HERE
+    splits = {split: write_split(folder, split, documents(split), trained) for split in ("train", "val")}
+    finish_dataset(folder, trained, splits)
