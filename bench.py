@@ -12,6 +12,7 @@ generation.
 type: bfloat16 on CUDA, float32 elsewhere. The last line of output is one JSON object; ratios in it are ours over theirs.
 """
 import contextlib
+import copy
 import importlib.util
 import json
 import statistics
@@ -318,11 +319,12 @@ def bench_generate() -> dict:
     the whole to get the rate of the others.
     """
     settings = config | {"compile": False, "dtype": "float32"}
-    sides = [Side(ours, name, settings, seed) for name in ("this model", "this model, int8")]
-    float_model = sides[0].raw_model
-    sides[1].raw_model = ours.GPT.from_weights(float_model.config, ours.quantize_int8(float_model.state_dict()), device)
+    mine = Side(ours, "this model", settings, seed)
+    in_int8, float_model = copy.copy(mine), mine.raw_model
+    in_int8.name = "this model, int8"
+    in_int8.raw_model = ours.GPT.from_weights(float_model.config, ours.quantize_int8(float_model.state_dict()), device)
+    sides = [mine, in_int8] + ([Side(peer, against, settings, seed)] if peer else [])
     weights = [4 * float_model.num_params(), float_model.num_params()]  # bytes, about
-    sides += [Side(peer, against, settings, seed)] if peer else []
     prompt = max(1, block_size // 4)  # tokens
     numbers = torch.randn(64 << 20, device=device)  # 256 MB, which no cache holds
     bandwidth = 4 * numbers.numel() / ours.median_seconds(numbers.sum, synchronize=device)
