@@ -408,8 +408,7 @@ class GPT(nn.Module):
         at the left of each row are padding. When the context reaches block_size, its newest half is kept.
         """
         B, T = idx.shape
-        if T == 0:
-            raise ValueError("the prompt is empty: generate needs at least one token")
+        self.check_prompt(idx)
         check_sampling(temperature, top_k, top_p, min_p, repetition_penalty, no_repeat_ngram)
         text = torch.cat((idx, idx.new_zeros(B, max_new_tokens)), dim=1)  # (B, T + new), written as it goes
         start, cache = 0, None  # first token of the context, and what is known of it
@@ -432,6 +431,14 @@ class GPT(nn.Module):
             if stop_token >= 0 and ended.all():
                 break
 
+    def check_prompt(self, idx: torch.Tensor) -> None:
+        """ValueError for token ids (B, T) that nothing can follow."""
+        if idx.numel() == 0:
+            raise ValueError("the prompt is empty: generation needs at least one token")
+        if idx.min() < 0 or idx.max() >= self.config.vocab_size:
+            raise ValueError(f"the prompt has token ids from {idx.min()} to {idx.max()}, the vocabulary those from 0 to "
+                             f"{self.config.vocab_size - 1}")
+
     def generate(self, idx: torch.Tensor, max_new_tokens: int, *args, **kwargs) -> torch.Tensor:
         """As `stream`, but all at once: token ids (B, T) to (B, T + new), the prompt included."""
         return torch.cat([idx, *(new[:, None] for new in self.stream(idx, max_new_tokens, *args, **kwargs))], dim=1)
@@ -445,8 +452,9 @@ class GPT(nn.Module):
         transformers' with early_stopping=False. The whole must fit into block_size.
         """
         T, V = idx.size(1), self.config.vocab_size
-        if T == 0 or T + max_new_tokens > self.config.block_size:
-            raise ValueError(f"beam search needs a prompt, and room for it and max_new_tokens in block_size "
+        self.check_prompt(idx)
+        if T + max_new_tokens > self.config.block_size:
+            raise ValueError(f"beam search needs room for the prompt and max_new_tokens in block_size "
                              f"({self.config.block_size}), got {T} and {max_new_tokens} tokens")
         if num_beams < 1:
             raise ValueError(f"num_beams must be at least 1, got {num_beams}")

@@ -165,7 +165,7 @@ def test_missing_things_name_the_command_that_makes_them(tmp_path, trained):
     (["--repetition_penalty=0"], "repetition_penalty must be above 0"),
     (["--no_repeat_ngram=-2"], "no_repeat_ngram must not be negative"),
     (["--num_beams=-1"], "num_beams must be at least 0"),
-    (["--num_beams=3", "--start=Once" + " upon a time" * 40], "room for it"),
+    (["--num_beams=3", "--start=Once" + " upon a time" * 40], "room for the prompt"),
     (["--quantize=int4"], "quantize must be int8"),
     (["--temperature=nan"], "temperature takes float"),
     (["--top_p=1.5"], "top_p must be above 0"),

@@ -537,6 +537,12 @@ def test_too_long_and_empty_input():
         tiny()(torch.zeros(1, 33, dtype=torch.long))
     with pytest.raises(ValueError, match="empty"):
         tiny().generate(torch.zeros(1, 0, dtype=torch.long), 1)
+    for model in (tiny(), in_int8(tiny())):
+        for token in (-1, 61):
+            with pytest.raises(ValueError, match="token ids from"):
+                model.generate(torch.tensor([[3, token]]), 1)
+            with pytest.raises(ValueError, match="token ids from"):
+                model.beam_search(torch.tensor([[3, token]]), 1, 2)
 
 
 def test_model_file_works_alone(tmp_path):
