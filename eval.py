@@ -109,7 +109,7 @@ summary = {
     "bits_per_byte": nats_of_text / math.log(2) / counts["bytes"] if counts else None,
     "bits_per_char": nats_of_text / math.log(2) / counts["characters"] if counts else None,
     "word_perplexity": math.exp(nats_of_text / counts["words"]) if counts else None,
-    "floor": meta.get("floor") if split == "val" and batching == "by_length" else None,
+    "floor": meta.get("floor") if split == "val" and batching == "by_length" and not eval_iters else None,
     "valid_share": share_of_valid_fables(model, tokenizer, valid_samples) if "floor" in meta and valid_samples else None,
     "parameters": model.num_params(),
     "parameters_non_embedding": model.num_params(non_embedding=True),
