@@ -24,10 +24,10 @@ with user_errors():
     if format != "int8":
         raise ValueError(f"format must be int8, got {format!r}")
     folder = Path(to or f"{out_dir.rstrip('/')}-{format}")
-    checkpoint = load_checkpoint(out_dir)
-    source = Path(checkpoint.pop("path"))
     if folder.exists() and any(folder.iterdir()) and not overwrite:
         raise ValueError(f"{folder} is not empty: --overwrite=True replaces it, --to=FOLDER writes elsewhere")
+    checkpoint = load_checkpoint(out_dir)
+    source = Path(checkpoint.pop("path"))
     checkpoint["model"] = quantize_int8(checkpoint["model"])
     os.makedirs(folder, exist_ok=True)
     save_checkpoint(folder, "best.pt", checkpoint)

@@ -298,11 +298,10 @@ class GPT(nn.Module):
         """
         with NoWeights():
             model = cls(config)
-        for name, module in list(model.named_modules()):
-            if f"{name}.weight_scale" in weights and isinstance(module, (nn.Linear, nn.Embedding)):
-                parent, _, child = name.rpartition(".")
-                int8 = Int8Linear if isinstance(module, nn.Linear) else Int8Embedding
-                with NoWeights():
+            for name, module in list(model.named_modules()):
+                if f"{name}.weight_scale" in weights and isinstance(module, (nn.Linear, nn.Embedding)):
+                    parent, _, child = name.rpartition(".")
+                    int8 = Int8Linear if isinstance(module, nn.Linear) else Int8Embedding
                     setattr(model.get_submodule(parent), child, int8(module))
         floats = {name: w.float() if w.is_floating_point() else w for name, w in weights.items()}
         model.load_state_dict(floats, assign=True)
@@ -349,7 +348,8 @@ class GPT(nn.Module):
         end = begin + T
         if end > self.config.block_size:
             raise ValueError(f"{end} tokens are more than block_size ({self.config.block_size})")
-        positions, keys = (torch.arange(n, end, device=idx.device) for n in (begin, 0))
+        keys = torch.arange(end, device=idx.device)
+        positions = keys[begin:]
         mask = None
         if cache and cache.pad is not None:
             queries, pad = positions[:, None], cache.pad[:, None, None]  # (T, 1), (B, 1, 1)
@@ -690,14 +690,18 @@ def penalize(logits: torch.Tensor, text: torch.Tensor, pad: torch.Tensor | None,
     T = text.size(1)
     real = torch.arange(T, device=text.device) >= (0 if pad is None else pad[:, None])  # (T) or (B, T)
     real = real.expand_as(text)
+
+    def marked(words: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+        """Which of the vocabulary (B, V) are among the words (B, n), where (B, n) holds."""
+        return torch.zeros_like(logits).scatter_reduce(1, words, where.to(logits), "amax") > 0
+
     if repetition_penalty != 1:
-        seen = torch.zeros_like(logits).scatter_reduce(1, text, real.to(logits), "amax") > 0  # (B, V)
+        seen = marked(text, real)
         logits = torch.where(seen, torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty), logits)
     if 0 < no_repeat_ngram <= T:
         grams = text.unfold(1, no_repeat_ngram, 1)  # (B, T - n + 1, n)
         again = (grams[..., :-1] == text[:, None, T - no_repeat_ngram + 1:]).all(dim=-1) & real[:, :grams.size(1)]
-        banned = torch.zeros_like(logits).scatter_reduce(1, grams[..., -1], again.to(logits), "amax") > 0  # (B, V)
-        logits = logits.masked_fill(banned, -math.inf)
+        logits = logits.masked_fill(marked(grams[..., -1], again), -math.inf)
     return logits
 
 
