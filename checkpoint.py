@@ -7,16 +7,19 @@ set's meta.json, so that sampling needs no data folder), version; in last.pt als
 seconds, lr_scale and watch.
 """
 import contextlib
+import json
 import os
 import sys
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from model import GPT, GPTConfig, quantize_int8
+from model import GPT, GPTConfig, from_hf, quantize_int8
 
 VERSION = 1
+OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # what they call their weights on the Hugging Face hub
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -129,13 +132,69 @@ def find_resumable(out_dir: str | Path) -> dict | None:
     return None
 
 
+def hugging_face_folder(name: str) -> Path:
+    """Where a model of the hub lies once it is downloaded."""
+    from huggingface_hub import snapshot_download
+
+    print(f"asking the Hugging Face hub for {name} ...", file=sys.stderr)
+    try:
+        return Path(snapshot_download(f"openai-community/{name}", allow_patterns=["config.json", "*.safetensors"]))
+    except Exception as error:  # any way in which a download fails
+        raise ValueError(f"the Hugging Face hub cannot be reached ({type(error).__name__}): give a folder that has the "
+                         f"config.json and model.safetensors of {name} instead of its name") from None
+
+
+def read_hugging_face(folder: Path) -> dict:
+    """A folder of GPT2LMHeadModel or Qwen3ForCausalLM with GPT-2's vocabulary, as a checkpoint of ours."""
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        raise ValueError(f"to read {folder} a package is needed: pip install safetensors") from None
+    try:
+        theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if theirs["model_type"] == "gpt2":
+            args = dict(arch="gpt2", block_size=theirs["n_positions"], n_layer=theirs["n_layer"], n_head=theirs["n_head"],
+                        n_embd=theirs["n_embd"], gelu="tanh" if theirs["activation_function"] == "gelu_new" else "none")
+        elif theirs["model_type"] == "qwen3":
+            args = dict(arch="qwen3", block_size=theirs["max_position_embeddings"], n_layer=theirs["num_hidden_layers"],
+                        n_head=theirs["num_attention_heads"], n_kv_head=theirs["num_key_value_heads"],
+                        head_dim=theirs["head_dim"], n_inner=theirs["intermediate_size"], n_embd=theirs["hidden_size"],
+                        rope_theta=theirs.get("rope_parameters", theirs)["rope_theta"],
+                        tied=theirs["tie_word_embeddings"], bias=False)
+        else:
+            raise ValueError(f"its model_type is {theirs['model_type']!r}, not 'gpt2' or 'qwen3'")
+        config = GPTConfig(**args, vocab_size=theirs["vocab_size"])
+        if not 50257 <= config.vocab_size <= 50432:
+            raise ValueError(f"its vocabulary of {config.vocab_size:,} is not GPT-2's, the only one that is known here")
+        weights = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            weights |= load_file(path)
+        if "wte.weight" in weights:  # as OpenAI's own are named
+            weights = {f"transformer.{name}": w for name, w in weights.items()}
+        weights = from_hf(weights, config)
+    except OSError:
+        raise
+    except Exception as error:  # whatever a damaged file makes of the reader
+        raise ValueError(f"{folder} is not a Hugging Face model that can be read here ({type(error).__name__}: "
+                         f"{' '.join(str(error).split())[:150]})") from None
+    return {"model": weights, "model_args": asdict(config), "step": 0, "config": {"dataset": ""}, "version": VERSION,
+            "meta": {"dataset": "", "tokenizer": {"kind": "gpt2"}, "eot": 50256, "vocab_size": 50257, "splits": {}}}
+
+
 def load_checkpoint(out_dir: str | Path) -> dict:
-    """What a run knows best (best.pt, else last.pt, else nanoGPT's ckpt.pt), without what only training needs, and its path."""
+    """
+    What a run knows best (best.pt, else last.pt, else nanoGPT's ckpt.pt), without what only training needs, and its path; or
+    a Hugging Face folder; or one of OpenAI's models by its name.
+    """
+    if out_dir in OPENAI and not Path(out_dir).exists():
+        out_dir = hugging_face_folder(out_dir)
     for name in ("best.pt", "last.pt", "ckpt.pt"):
         if (path := Path(out_dir) / name).exists():
             checkpoint = read_checkpoint(path)
             kept = ("model", "model_args", "step", "best_val_loss", "config", "meta", "version")
             return {key: checkpoint[key] for key in kept if key in checkpoint} | {"path": str(path)}
+    if (Path(out_dir) / "config.json").exists():
+        return read_hugging_face(Path(out_dir)) | {"path": str(out_dir)}
     raise ValueError(f"there is no checkpoint in {out_dir}: train one with `python train.py --out_dir={out_dir}`")
 
 

@@ -1,11 +1,16 @@
 """What the tests share: running the scripts as a user does, and a small data set to run them on."""
 import functools
+import hashlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import pytest
 
@@ -19,7 +24,7 @@ TINY = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=32", "--batch_
 # Imports everything once and then forks for every run: five of the six seconds of a short run are imports. A child has the
 # arguments, the standard streams and the exit status of a process of its own.
 FORK_SERVER = """
-import atexit, json, os, runpy, signal, sys, traceback
+import atexit, json, os, runpy, signal, sys, threading, traceback
 import matplotlib.figure, torch._dynamo, torch.distributed, tqdm
 import checkpoint, configurator, dataset, model, tokenizer
 for line in sys.stdin:
@@ -38,6 +43,7 @@ for line in sys.stdin:
         except BaseException:
             traceback.print_exc()
             status = 1
+        threading._shutdown()  # what an interpreter does at its end, before the others
         atexit._run_exitfuncs()
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(status)
@@ -96,3 +102,65 @@ def trained(tmp_path_factory, fables_data) -> Path:
     out_dir = tmp_path_factory.mktemp("trained") / "out"
     train(fables_data, out_dir)
     return out_dir
+
+
+# -----------------------------------------------------------------------------
+
+COMMIT = "5" * 40  # the only one that every data set has
+
+
+@pytest.fixture
+def hub(tmp_path) -> Iterator[ThreadingHTTPServer]:
+    """
+    A stand-in for the Hugging Face hub: serves tmp_path/hub/<owner>/<name>/ as data sets to scripts that run with its `env`;
+    `sent` has the paths that were asked for.
+    """
+    folder = tmp_path / "hub"
+
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self, status: int, body: bytes = b"", **headers: object) -> None:
+            self.send_response(status)
+            for name, value in {"Content-Length": len(body), **headers}.items():
+                self.send_header(name.replace("_", "-"), str(value))
+            self.end_headers()
+            if self.command == "GET":
+                server.sent.append(self.path)
+                self.wfile.write(body)
+
+        def do_GET(self) -> None:
+            parts = unquote(urlsplit(self.path).path).removeprefix("/api").split("/")[1:]  # datasets/owner/name/what/commit/...
+            repo, what, path = folder / "/".join(parts[1:3]), "/".join(parts[3:4]), "/".join(parts[5:])
+            if parts[0] != "datasets" or len(parts) < 3 or not repo.is_dir():
+                self.answer(401, X_Error_Code="RepoNotFound")
+            elif what in ("", "revision"):
+                self.answer(200, json.dumps({"id": "/".join(parts[1:3]), "sha": COMMIT}).encode())
+            elif what == "tree" and (repo / path).is_dir():
+                found = sorted((repo / path).rglob("*") if "recursive=true" in self.path else (repo / path).iterdir())
+                self.answer(200, json.dumps([{"type": "directory" if item.is_dir() else "file", "size": item.stat().st_size,
+                                              "path": str(item.relative_to(repo)), "oid": "0"} for item in found]).encode())
+            elif what == "resolve" and (repo / path).is_file():
+                body = (repo / path).read_bytes()
+                headers = {"ETag": f'"{hashlib.sha1(body).hexdigest()}"', "X-Repo-Commit": COMMIT}
+                if "Range" not in self.headers:
+                    return self.answer(200, body, **headers)
+                first, last = self.headers["Range"].removeprefix("bytes=").split("-")
+                part = body[int(first):int(last or len(body)) + 1]
+                self.answer(206, part, **headers, Content_Range=f"bytes {first}-{int(first) + len(part) - 1}/{len(body)}")
+            else:
+                self.answer(404, X_Error_Code="EntryNotFound")
+
+        do_HEAD = do_GET
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.sent = []
+    server.env = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0", "NO_PROXY": "*",
+                  "no_proxy": "*", "HF_HOME": str(tmp_path / "hf")}
+    threading.Thread(target=server.serve_forever, args=[0.05], daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -5,63 +5,78 @@ data/<name>/ holds train.bin and val.bin, raw little-endian uint16 token ids wit
 document, and meta.json, which tells what they are: tokenizer, counts, checksums. A large split may lie in train_000.bin,
 train_001.bin, ... and reads as one stream. nanoGPT's .bin files, which have no meta.json, count as GPT-2 tokens.
 """
+import functools
 import hashlib
 import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
+
+from tokenizer import EOT, KINDS, leading
 
 FORMAT_VERSION = 1
 POOL = 64  # batches
+PART = 4_000_000  # characters that are tokenized at a time
+LONGEST = 4_000_000  # characters of a document of a .txt file
 
 
 # -----------------------------------------------------------------------------
 # Writing
 
+def tokenized(documents: Iterable[str], tokenizer) -> Iterator[tuple[np.ndarray, Counter]]:
+    """
+    Token ids of the next four million characters or so, with an end of text behind every document, and what they are:
+    tokens, documents, bytes (UTF-8), characters, words, and where the vocabulary can lack something, unknown tokens.
+    """
+    documents, eot = iter(documents), [[tokenizer.eot]] if tokenizer.eot >= 0 else []
+    while texts := list(leading(documents, PART)):
+        ids = np.concatenate([part for ids in tokenizer.encode_many(texts) for part in (ids, *eot)]).astype("<u2")
+        counts = Counter(tokens=len(ids), documents=len(texts), bytes=sum(len(text.encode()) for text in texts),
+                         characters=sum(map(len, texts)), words=sum(len(text.split()) for text in texts))
+        if tokenizer.unk >= 0:
+            counts["unknown"] = int((ids == tokenizer.unk).sum())
+        yield ids, counts
+
+
 def write_split(folder: Path, split: str, documents: Iterable[str], tokenizer, total: int | None = None) -> dict:
     """
-    Tokenize documents on all cores into `<split>.bin.tmp`, streaming, and return the counts that meta.json keeps:
-    tokens, documents, bytes (UTF-8), characters, words, sha256. finish_dataset() gives the file its name.
+    Tokenize documents on all cores into `<split>.bin.tmp`, streaming, and return what meta.json says of them: the counts of
+    tokenized() and the sha256. finish_dataset() gives the file its name.
     """
-    from tqdm import tqdm
-
-    counts = dict(tokens=0, documents=0, bytes=0, characters=0, words=0)
-    digest = hashlib.sha256()
-    documents = iter(tqdm(documents, desc=split, unit=" documents", total=total, smoothing=0))
+    counts, digest = Counter(), hashlib.sha256()
+    documents = tqdm(documents, desc=split, unit=" documents", total=total, smoothing=0)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{split}.bin.tmp"
-    eot = [] if tokenizer.eot < 0 else [tokenizer.eot]
-
-    def encode(text: str) -> np.ndarray:
-        return np.array(tokenizer.encode(text) + eot, dtype="<u2")
-
     try:
-        with open(path, "wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
-            while texts := list(islice(documents, 1024)):
-                ids = np.concatenate(list(pool.map(encode, texts)))
+        with open(path, "wb") as file:
+            for ids, more in tokenized(documents, tokenizer):
                 file.write(ids)
                 digest.update(ids)
-                counts["tokens"] += len(ids)
-                counts["documents"] += len(texts)
-                counts["bytes"] += sum(len(text.encode()) for text in texts)
-                counts["characters"] += sum(map(len, texts))
-                counts["words"] += sum(len(text.split()) for text in texts)
+                counts.update(more)
             file.flush()
             os.fsync(file.fileno())
+        if not counts["documents"]:
+            raise ValueError(f"there is no text for the {split} split")
     except BaseException:
         path.unlink(missing_ok=True)
         raise
-    if counts["documents"] == 0:
-        path.unlink()
-        raise ValueError(f"there is no text for the {split} split")
-    return counts | {"sha256": digest.hexdigest()}
+    return {**counts, "sha256": digest.hexdigest()}
+
+
+def write_dataset(folder: Path, documents: Callable[[str], Iterable[str]], tokenizer,
+                  splits: tuple[str, ...] = ("train", "val"), **more) -> None:
+    """A whole data set of the documents of its splits; `more` goes into meta.json."""
+    finish_dataset(folder, tokenizer, {split: write_split(folder, split, documents(split), tokenizer) for split in splits},
+                   **more)
 
 
 def finish_dataset(folder: Path, tokenizer, splits: dict[str, dict], **more) -> None:
@@ -74,23 +89,30 @@ def finish_dataset(folder: Path, tokenizer, splits: dict[str, dict], **more) -> 
         file.flush()
         os.fsync(file.fileno())
     (folder / "meta.json").unlink(missing_ok=True)
-    for split in splits:
-        os.replace(folder / f"{split}.bin.tmp", folder / f"{split}.bin")
+    for split, counts in splits.items():
+        names = [f"{split}_{i:03}.bin" for i in range(counts["shards"])] if "shards" in counts else [f"{split}.bin"]
+        for old in set(split_files(folder, split)) - {folder / name for name in names}:
+            old.unlink()  # of a data set that this one replaces
+        for name in names:
+            os.replace(folder / f"{name}.tmp", folder / name)
     os.replace(temporary, folder / "meta.json")
     for split, counts in splits.items():
-        print(f"{folder / split}.bin: {counts['tokens']:,} tokens, {counts['documents']:,} documents")
+        lacking = counts.get("unknown", 0)
+        print(f"{folder / split}.bin: {counts['tokens']:,} tokens, {counts['documents']:,} documents"
+              + (f"; the vocabulary lacks {lacking:,} of the tokens ({lacking / counts['tokens']:.2%})" if lacking else ""))
 
 
 # -----------------------------------------------------------------------------
 # Reading local text, for the `--source` of the prepare scripts
 
 def split_of(path: Path) -> str:
-    """'train', 'val' or '' by what a file or its folder is called: train-00000.parquet, TinyStories-valid.txt, val.txt."""
+    """'train', 'val', 'test' or '' by what a file or its folder is called: train-00000.parquet, TinyStories-valid.txt."""
     for name in (path.name.lower(), path.parent.name.lower()):
         if "train" in name:
             return "train"
-        if "val" in name:
-            return "val"
+        for split in ("val", "test"):
+            if split in name:
+                return split
     return ""
 
 
@@ -123,38 +145,56 @@ def held_out(texts: Iterator[str], split: str) -> Iterator[str]:
     return (text for i, text in enumerate(chain(first, texts)) if (i % 20 == 19) == (split == "val"))
 
 
-def hub_documents(name: str, split: str, column: str = "text", subset: str = "") -> Iterator[str]:
-    """The documents of one split of a data set of the Hugging Face hub, white space around them removed."""
+@functools.lru_cache(maxsize=1)
+def hub_dataset(name: str, subset: str = ""):
+    """All splits of a data set of the Hugging Face hub, downloaded where that has not been done, or of a folder laid out so."""
     from datasets import load_dataset
     from huggingface_hub.utils import logging
 
     logging.set_verbosity_error()  # it tells of each of its five retries
     print(f"asking the Hugging Face hub for {name} ...", file=sys.stderr)
     try:
-        data = load_dataset(name, subset or None)
+        return load_dataset(name, subset or None)
     except Exception as error:  # any way in which a download fails
-        reason = " ".join(str(error).split())[:150]
-        raise ValueError(f"{name} is no local file, and the Hugging Face hub cannot be reached or does not have it "
-                         f"({type(error).__name__}: {reason}): give a local copy with --source=FOLDER") from None
-    validation = next((other for other in data if other.startswith("val")), None)
+        raise no_hub(name, error) from None
+
+
+def no_hub(name: str, error: Exception) -> ValueError:
+    reason = " ".join(str(error).split())[:150]
+    return ValueError(f"{name} is no local file, and the Hugging Face hub cannot be reached or does not have it "
+                      f"({type(error).__name__}: {reason}): give a local copy with --source=FOLDER")
+
+
+def hub_rows(name: str, split: str, column: str = "text", subset: str = "") -> Iterator[object]:
+    """A column of one split of a data set of the hub; without a validation split there are no rows for it."""
+    data = hub_dataset(name, subset)
     if "train" not in data:
         raise ValueError(f"{name} has no train split, only {', '.join(data)}")
     if column not in data["train"].column_names:
         raise ValueError(f"{name} has no column {column!r}, only {', '.join(data['train'].column_names)}")
-    rows = data[validation if split == "val" and validation else "train"]
-    texts = stripped((row[column] for row in rows), name, column)
-    return texts if validation else held_out(texts, split)
+    rows = [data[other].select_columns(column) for other in data if other.startswith(split)]
+    return (value for part in rows for batch in part.iter(1024) for value in batch[column])
 
 
-def read_documents(path: Path, column: str = "text") -> Iterator[str]:
-    """The documents of one file, white space around them removed, without reading the file into memory."""
-    if path.suffix == ".txt":
-        return stripped(split_text(path), path, column)
+def hub_documents(name: str, split: str, column: str = "text", subset: str = "") -> Iterator[str]:
+    """The documents of one split of a data set of the hub, white space around them removed; held out where no one did."""
+    if any(other.startswith("val") for other in hub_dataset(name, subset)):
+        return stripped(hub_rows(name, split, column, subset), name, column)
+    return held_out(stripped(hub_rows(name, "train", column, subset), name, column), split)
+
+
+def read_rows(path: Path, column: str = "text") -> Iterator[object]:
+    """A column of a .jsonl, .json, .csv or .parquet file, without reading the file into memory."""
     from datasets import load_dataset
 
     kind = {".parquet": "parquet", ".csv": "csv"}.get(path.suffix, "json")
     data = load_dataset(kind, data_files=str(path), split="train", streaming=True)
-    return stripped((row.get(column) for row in data), path, column)
+    return (value for batch in data.iter(1024) for value in batch.get(column, [None]))
+
+
+def read_documents(path: Path, column: str = "text") -> Iterator[str]:
+    """The documents of one file, white space around them removed, without reading the file into memory."""
+    return stripped(split_text(path) if path.suffix == ".txt" else read_rows(path, column), path, column)
 
 
 def stripped(texts: Iterable[object], where: object, column: str) -> Iterator[str]:
@@ -167,11 +207,19 @@ def stripped(texts: Iterable[object], where: object, column: str) -> Iterator[st
 
 
 def split_text(path: Path) -> Iterator[str]:
+    """The documents of a .txt file; one of more than four million characters is cut into some, at ends of lines."""
     rest = ""
-    with open(path, encoding="utf-8") as file:
-        while chunk := file.read(1 << 20):
-            *whole, rest = (rest + chunk).split("<|endoftext|>")
-            yield from whole
+    try:
+        with open(path, encoding="utf-8") as file:
+            while chunk := file.read(1 << 20):
+                *whole, rest = (rest + chunk).split(EOT)
+                yield from whole
+                if len(rest) > LONGEST:
+                    end = max(rest.rfind("\n") + 1, LONGEST // 2)
+                    yield rest[:end]
+                    rest = rest[end:]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
     yield rest
 
 
@@ -198,7 +246,7 @@ def load_meta(folder: Path) -> dict:
         tokenizer, vocab_size, eot, splits = meta["tokenizer"], meta["vocab_size"], meta["eot"], meta["splits"]
         if not (type(vocab_size) is type(eot) is int and 0 < vocab_size <= 65536 and -1 <= eot < vocab_size):
             raise ValueError("vocab_size and eot must be whole numbers, with at most 65,536 tokens")
-        if tokenizer["kind"] not in ("gpt2", "char", "word") or len(tokenizer.get("vocab", range(vocab_size))) != vocab_size:
+        if tokenizer["kind"] not in KINDS or len(tokenizer.get("vocab", range(vocab_size))) != vocab_size:
             raise ValueError("its tokenizer is unknown or has another vocabulary")
         for counts in (splits["train"], splits["val"]):
             if not (type(counts["tokens"]) is int and counts["tokens"] > 0 and type(counts["sha256"]) is str):
@@ -208,11 +256,15 @@ def load_meta(folder: Path) -> dict:
     return meta
 
 
+def split_files(folder: Path, split: str) -> list[Path]:
+    return sorted(path for path in folder.glob(f"{split}*.bin") if re.fullmatch(rf"{split}(_\d+)?\.bin", path.name))
+
+
 class TokenStream:
     """One split of a data set: all its .bin files as one sequence of token ids."""
 
     def __init__(self, folder: Path, split: str, meta: dict):
-        paths = sorted(path for path in folder.glob(f"{split}*.bin") if re.fullmatch(rf"{split}(_\d+)?\.bin", path.name))
+        paths = split_files(folder, split)
         if not paths:
             raise ValueError(f"there is no {folder}/{split}.bin: run `python {folder}/prepare.py`")
         for path in paths:
@@ -271,16 +323,33 @@ class TokenStream:
         starts = np.arange(1, len(self), block_size)
         return np.stack([starts, np.minimum(starts + block_size, len(self))], axis=1)
 
+    def sliding_rows(self, block_size: int, stride: int) -> np.ndarray:
+        """
+        Windows of block_size tokens, each `stride` further on, as rows of (start, stop, first): what is before `first` serves
+        as context only, for an earlier window has foretold it. As in https://huggingface.co/docs/transformers/perplexity.
+        """
+        if not 1 <= stride < block_size:
+            raise ValueError(f"stride must be at least 1 and below block_size ({block_size}), got {stride}")
+        begins = np.arange(0, len(self), stride)
+        ends = np.minimum(begins + block_size, len(self))
+        firsts = np.append(1, ends[:-1])
+        return np.stack([begins + 1, ends, firsts], axis=1)[firsts < len(self)]
+
 
 def collate(stream: TokenStream, rows: np.ndarray, eot: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of (start, stop) as inputs and targets (B, T), T the longest; padding is masked with the target -1."""
+    """
+    Rows of (start, stop) as inputs and targets (B, T), T the longest; padding is masked with the target -1, and in rows of
+    (start, stop, first) what comes before `first`.
+    """
     T = int((rows[:, 1] - rows[:, 0]).max())
     x = np.zeros((len(rows), T), dtype=np.int64)
     y = np.full((len(rows), T), -1, dtype=np.int64)
-    for i, (start, stop) in enumerate(rows):
+    for i, (start, stop, *first) in enumerate(rows):
         tokens = stream.read(max(start - 1, 0), stop)
         x[i, :stop - start] = tokens[:-1] if start else np.append(eot, tokens[:-1])
         y[i, :stop - start] = tokens[-(stop - start):]
+        if first:
+            y[i, :first[0] - start] = -1
     return torch.from_numpy(x), torch.from_numpy(y)
 
 
@@ -349,27 +418,49 @@ class TrainBatches:
         batches = -(-len(self.rows) // self.batch_size)
         epoch, i = divmod(i, batches)
         if self.order[0] != epoch:
-            rng = np.random.default_rng(self.key(epoch))
-            lengths = self.rows[:, 1] - self.rows[:, 0]
-            order = rng.permutation(len(lengths))
-            pool = np.arange(len(order)) // (POOL * self.batch_size)
-            self.order = epoch, order[np.lexsort((lengths[order], pool))]
+            self.order = epoch, self.document_order(epoch)
         i = int(shuffled(np.array([i]), batches, self.key(epoch))[0])
         return self.rows[self.order[1][i * self.batch_size:(i + 1) * self.batch_size]]
+
+    def document_order(self, epoch: int, sort: bool = True) -> np.ndarray:
+        """The order of the rows in an epoch, random but for the pools being sorted by length."""
+        order = np.random.default_rng(self.key(epoch)).permutation(len(self.rows))
+        pool = np.arange(len(order)) // (POOL * self.batch_size)
+        return order[np.lexsort(((self.rows[:, 1] - self.rows[:, 0])[order], pool))] if sort else order
+
+    @property
+    def rows_per_epoch(self) -> int:
+        return self.windows if self.rows is None else len(self.rows)
+
+    def padding(self, sort: bool = True) -> float:
+        """Share of padding in the batches of an epoch of documents: by length, or, to compare, in random order."""
+        lengths = (self.rows[:, 1] - self.rows[:, 0])[self.document_order(0, sort)]
+        whole = lengths[:len(lengths) // self.batch_size * self.batch_size].reshape(-1, self.batch_size)
+        return 1 - whole.sum() / (self.batch_size * whole.max(axis=1).sum()) if len(whole) else 0.0
 
     def key(self, epoch: int) -> int:
         return (self.seed << 32) + int(epoch)
 
 
 def eval_batches(stream: TokenStream, block_size: int, batch_size: int, batching: str = "windows", eot: int = -1,
-                 max_batches: int = 0, rank: int = 0, world_size: int = 1) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The leading max_batches (0: all) batches of a split, always the same ones, in order; every rank its share."""
-    rows = stream.document_rows(eot, block_size) if batching == "by_length" else stream.window_rows(block_size)
+                 max_batches: int = 0, rank: int = 0, world_size: int = 1,
+                 stride: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """
+    The leading max_batches (0: all) batches of a split, always the same ones, in order; every rank its share. With a
+    stride, windows overlap, so that a token is foretold from at least block_size - stride tokens where there are as many.
+    """
+    if batching not in ("windows", "by_length"):
+        raise ValueError(f"batching must be 'windows' or 'by_length', got {batching!r}")
+    if stride and batching != "windows":
+        raise ValueError(f"a stride needs batching='windows', got {batching!r}, where documents are read one by one")
+    if stride:
+        rows = stream.sliding_rows(block_size, stride)
+    else:
+        rows = stream.document_rows(eot, block_size) if batching == "by_length" else stream.window_rows(block_size)
     if max_batches:
         rows = rows[:max_batches * batch_size]
     rows = rows[np.argsort(rows[:, 0] - rows[:, 1], kind="stable")]  # longest first: little padding, early out of memory
-    for i in range(rank * batch_size, len(rows), world_size * batch_size):
-        yield collate(stream, rows[i:i + batch_size], eot)
+    return (collate(stream, rows[i:i + batch_size], eot) for i in range(rank * batch_size, len(rows), world_size * batch_size))
 
 
 def prefetch(batches: Iterable[tuple[torch.Tensor, torch.Tensor]], device: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

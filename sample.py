@@ -50,6 +50,8 @@ def encode_prompts(prompts: list[str], tokenizer, device: str) -> tuple[torch.Te
     """Prompts to token ids (B, T), padded at the left, and the lengths (B) of the padding."""
     # where it can, a prompt begins as in training, where every document follows the end of another
     rows = [[tokenizer.eot] * (tokenizer.eot >= 0) + tokenizer.encode(prompt) for prompt in prompts]
+    if tokenizer.unk >= 0 and (lacking := tokenizer.lacking(tokenizer.split(prompts[0]))):
+        print(f"warning: the vocabulary lacks {lacking} of the prompt: the model reads <UNK> there", file=sys.stderr)
     if not all(rows):
         raise ValueError("this model has no end-of-text token to begin from: give it a prompt")
     T = max(map(len, rows))

@@ -297,7 +297,7 @@ def test_the_slurm_example_is_one_that_a_shell_can_parse():
 
 NUMBERS = {"n_layer", "n_head", "n_embd", "batch_size", "block_size", "max_iters", "learning_rate", "dropout", "patience",
            "num_samples", "max_new_tokens", "temperature", "top_k", "seed", "steps", "rounds", "eval_iters", "valid_samples",
-           "train_stories", "val_stories"}
+           "train_stories", "val_stories", "max_epochs", "stride", "continuations", "prompt_tokens", "vocab_size"}
 
 
 class Victims:

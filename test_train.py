@@ -1,6 +1,7 @@
 """The training loop: resuming, ranks, accumulation, checkpoints. Runs of train.py as a user starts them."""
 import hashlib
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from checkpoint import build_model, find_resumable, load_model, read_checkpoint, save_checkpoint
+from configurator import read_config_file
 from conftest import HERE, TINY, read_log, run, train
 from dataset import TokenStream, TrainBatches, load_meta
 from model import GPT, GPTConfig
@@ -156,6 +158,119 @@ def test_nothing_to_resume(tmp_path, fables_data):
     done = run("train.py", f"--dataset={fables_data}", f"--out_dir={tmp_path}/none", "--init_from=resume")
     assert done.returncode == 2 and "nothing to resume" in done.stderr and not (tmp_path / "none").exists()
     train(fables_data, tmp_path / "none", "--init_from=auto", "--max_iters=1")
+
+
+# -----------------------------------------------------------------------------
+# Epochs, fine-tuning, presets
+
+@pytest.mark.parametrize("batching", ["windows", "by_length"])
+def test_epochs_are_passes_over_the_data(tmp_path, fables_data, batching):
+    done = train(fables_data, tmp_path / "out", "--max_epochs=1.5", "--max_iters=1", f"--batching={batching}",
+                 "--eval_interval=999", "--log_interval=99", "--batch_size=16", "--lr_decay_iters=0")
+    stream = TokenStream(fables_data, "train", load_meta(fables_data))
+    rows = len(stream.document_rows(0, 32)) if batching == "by_length" else (len(stream) - 32) // 32
+    steps = read_checkpoint(tmp_path / "out/last.pt")["step"]
+    assert steps == math.ceil(1.5 * rows / (16 * 2)) > 10
+    assert ("padding: " in done.stdout) == (batching == "by_length")
+
+
+@pytest.fixture(scope="module")
+def openai_folder(tmp_path_factory) -> Path:
+    """A tiny GPT-2 as transformers saves it."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("hf") / "gpt2"
+    GPT2LMHeadModel(GPT2Config(n_positions=64, n_embd=16, n_layer=2, n_head=2)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def gpt2_data(tmp_path_factory) -> Path:
+    """Fables as GPT-2 tokens."""
+    folder = tmp_path_factory.mktemp("data") / "gpt2"
+    done = run("data/fables/prepare.py", f"--out_dir={folder}", "--train_stories=60", "--val_stories=8", "--tokenizer=gpt2")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_hugging_face_folders_load(openai_folder, tmp_path):
+    from transformers import GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(Qwen3Config(vocab_size=50257, hidden_size=16, intermediate_size=40, num_hidden_layers=2, head_dim=12,
+                                 num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64,
+                                 tie_word_embeddings=False)).save_pretrained(tmp_path / "qwen3")
+    idx = torch.randint(50257, (2, 64))
+    for folder, kind in ((openai_folder, GPT2LMHeadModel), (tmp_path / "qwen3", Qwen3ForCausalLM)):
+        model, checkpoint = load_model(folder, "cpu")
+        assert checkpoint["meta"]["tokenizer"] == {"kind": "gpt2"} and checkpoint["step"] == 0
+        with torch.no_grad():
+            assert torch.allclose(model(idx)[0], kind.from_pretrained(folder)(idx).logits, atol=1e-5)
+    config = json.loads((openai_folder / "config.json").read_text())
+    for change, says in (({"model_type": "llama"}, "'llama'"), ({"vocab_size": 99}, "vocabulary of 99"),
+                         ({"n_layer": 3}, "lack"), ({"n_embd": "x"}, "n_embd")):
+        (tmp_path / "bad").mkdir(exist_ok=True)
+        shutil.copy(openai_folder / "model.safetensors", tmp_path / "bad")
+        (tmp_path / "bad/config.json").write_text(json.dumps(config | change))
+        with pytest.raises(ValueError, match=says):
+            load_model(tmp_path / "bad", "cpu")
+
+
+def test_training_goes_on_from_another_model(openai_folder, gpt2_data, tmp_path):
+    """From OpenAI's format, with a shorter context; then from that run; both begin with the loss of what they began from."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    train(gpt2_data, first, f"--init_from={openai_folder}", "--n_layer=7", "--learning_rate=0.01")
+    state = read_checkpoint(first / "last.pt")
+    assert state["model_args"]["n_layer"] == state["config"]["n_layer"] == 2 and state["model_args"]["block_size"] == 32
+    from_theirs = load_model(openai_folder, "cpu")[0].state_dict()
+    assert not state["model"]["transformer.wte.weight"].equal(from_theirs["transformer.wte.weight"])
+    train(gpt2_data, second, f"--init_from={first}", "--max_iters=0")
+    assert_same(read_checkpoint(second / "last.pt")["model"], read_checkpoint(first / "best.pt")["model"])
+    assert read_log(second)[0]["val_loss"] == min(r["val_loss"] for r in read_log(first) if "val_loss" in r)
+    train(gpt2_data, first, "--init_from=resume", "--max_iters=8")
+    assert read_checkpoint(first / "last.pt")["step"] == 8
+
+
+def test_what_cannot_be_tuned_is_one_line(openai_folder, gpt2_data, fables_data, trained, tmp_path):
+    assert run("export.py", f"--out_dir={trained}", "--format=int8").returncode == 0
+    for data, args, says in (
+        (fables_data, [f"--init_from={openai_folder}"], "another tokenizer"),
+        (gpt2_data, [f"--init_from={openai_folder}", "--block_size=65"], "more than the 64"),
+        (fables_data, [f"--init_from={trained}-int8"], "is in int8"),
+        (fables_data, [f"--init_from={tmp_path}"], "no checkpoint"), (fables_data, ["--init_from=gpt3"], "init_from must be"),
+    ):
+        done = run("train.py", f"--dataset={data}", f"--out_dir={tmp_path}/out", *TINY, *args)
+        assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr, done.stderr
+        assert not list(tmp_path.glob("out/*.pt"))
+    done = run("train.py", f"--dataset={gpt2_data}", f"--out_dir={tmp_path}/out", *TINY, "--init_from=gpt2",
+               HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
+    assert done.returncode == 2 and "cannot be reached" in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+SHRUNK = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 32, "batch_size": 4, "gradient_accumulation_steps": 1,
+          "max_iters": 20, "warmup_iters": 2, "eval_interval": 10, "eval_iters": 1, "log_interval": 10}
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (HERE / "config").glob("*.py")))
+def test_every_config_trains(name, tmp_path, fables_data, gpt2_data, openai_folder):
+    """Twenty steps of each, all but its sizes as it says."""
+    said = read_config_file(f"config/{name}.py")
+    args = [f"--{key}={value}" for key, value in SHRUNK.items()]
+    if said.get("max_epochs"):
+        data = TokenStream(gpt2_data, "train", load_meta(gpt2_data))
+        rows = len(data.document_rows(50256, 32)) if said.get("batching") == "by_length" else (len(data) - 32) // 32
+        args.append(f"--max_epochs={20 * 4 / rows - 1e-6}")
+    if name.startswith("finetune"):
+        args.append(f"--init_from={openai_folder}")
+    of_words = said.get("dataset", "tinystories") in ("fables", "shakespeare_char", "shakespeare_word")
+    configs = ["config/train_nano.py"] * (name == "tuned") + [f"config/{name}.py"]
+    done = run("train.py", *configs, f"--dataset={fables_data if of_words else gpt2_data}", f"--out_dir={tmp_path}/out", *args,
+               "--compile=False", "--device=cpu", "--dtype=float32")
+    assert done.returncode == 0, done.stderr
+    losses = [record["val_loss"] for record in read_log(tmp_path / "out") if "val_loss" in record]
+    assert read_checkpoint(tmp_path / "out/best.pt")["step"] > 0 and min(losses) < losses[0]
+    assert "done: step 20" in done.stdout or said.get("patience")
 
 
 # -----------------------------------------------------------------------------

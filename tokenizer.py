@@ -1,60 +1,152 @@
 """
-Text to token ids and back. Every tokenizer has encode(text), decode(ids), vocab_size, and eot, the id that ends a
-document (-1 where there is none); `spec` is what meta.json and checkpoints keep of it, enough to build it again.
+Text to token ids and back. Every tokenizer has encode(text), encode_many(texts), decode(ids), vocab_size, eot, the id that
+ends a document, and unk, the id of what the vocabulary lacks (-1 where there is none); `spec` is what meta.json and
+checkpoints keep of it, enough to build it again.
+
+    gpt2    GPT-2's byte-level BPE, 50,257 tokens
+    bpe     one trained on the text
+    char    characters
+    word    lower-cased words and punctuation, as NLTK splits and joins them, the frequent ones; others become <UNK>
+    pieces  words with the space before them, so that no letter is lost: the fables, whose entropy is known
 """
+import functools
 import importlib.metadata
+import multiprocessing
+import os
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+
+import numpy as np
 
 EOT = "<|endoftext|>"
+PAD, UNK = "<PAD>", "<UNK>"
+KINDS = ("gpt2", "bpe", "char", "word", "pieces")
+SAMPLE = 200_000_000  # characters of a text from which a vocabulary is learned
 
 
-class GPT2Tokenizer:
-    """GPT-2's byte-level BPE, from tiktoken; any text round-trips."""
+class BytePairTokenizer:
+    """Byte-level BPE as tiktoken encodes it; any text round-trips."""
 
-    def __init__(self):
-        self.spec = {"kind": "gpt2"}
-        self.encoding = load_gpt2_encoding()
-        self.vocab_size = self.encoding.n_vocab  # 50257
-        self.eot = self.encoding.eot_token  # 50256
+    unk = -1
+
+    def __init__(self, spec: dict, encoding):
+        self.spec, self.encoding = spec, encoding
+        self.vocab_size = encoding.n_vocab
+        self.eot = encoding.eot_token
 
     def encode(self, text: str) -> list[int]:
         return self.encoding.encode_ordinary(text)
+
+    def encode_many(self, texts: list[str]) -> list[np.ndarray]:
+        """On all cores; tiktoken lets go of Python's lock."""
+        return list(threads().map(lambda text: self.encoding.encode_to_numpy(text, disallowed_special=()), texts))
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.encoding.decode([i for i in ids if i < self.vocab_size])  # a padded vocabulary has ids that say nothing
 
 
 class ListTokenizer:
-    """
-    A list of pieces, each of which is a token: characters ('char'), or words and punctuation with the space before
-    them ('word', so that joining the pieces gives back the very text). What is not in the list cannot be encoded.
-    """
-
-    WORD = re.compile(r" ?\w+(?:['-]\w+)*| ?[^\w\s]+|\n+|\s")  # its alternatives cover every character: nothing is lost
+    """A list of texts, each of which is a token: 'char', 'word' or 'pieces'. Without <UNK>, what it lacks is an error."""
 
     def __init__(self, kind: str, vocab: list[str]):
         self.spec = {"kind": kind, "vocab": vocab}
-        self.split = list if kind == "char" else self.WORD.findall
-        self.pieces = vocab
-        self.ids = {piece: i for i, piece in enumerate(vocab)}
+        self.split, self.join = {"char": (list, "".join), "word": (split_words, join_words),
+                                 "pieces": (PIECE.findall, "".join)}[kind]
+        self.vocab = vocab
+        self.ids = {token: i for i, token in enumerate(vocab)}
         self.vocab_size = len(vocab)
-        self.eot = self.ids.get(EOT, -1)
+        self.eot, self.unk = self.ids.get(EOT, -1), self.ids.get(UNK, -1)
+
+    def lacking(self, tokens: list[str]) -> str:
+        """Those that the vocabulary lacks, for a message; '' if it has all."""
+        lacking = list(dict.fromkeys(token for token in tokens if token not in self.ids))
+        shown = ", ".join(map(repr, lacking[:5])) + (" ..." if len(lacking) > 5 else "")
+        return f"the {'characters' if self.spec['kind'] == 'char' else 'words'} {shown}" if lacking else ""
+
+    def ids_of(self, tokens: list[str]) -> list[int]:
+        if self.unk >= 0:
+            return [self.ids.get(token, self.unk) for token in tokens]
+        try:
+            return [self.ids[token] for token in tokens]
+        except KeyError:
+            raise ValueError(f"the vocabulary lacks {self.lacking(tokens)} of the text") from None
 
     def encode(self, text: str) -> list[int]:
-        pieces = self.split(text)
-        try:
-            return [self.ids[piece] for piece in pieces]
-        except KeyError:
-            lacking = list(dict.fromkeys(piece for piece in pieces if piece not in self.ids))
-            shown = ", ".join(map(repr, lacking[:5])) + (" ..." if len(lacking) > 5 else "")
-            what = {"char": "characters", "word": "words"}[self.spec["kind"]]
-            raise ValueError(f"the model's vocabulary lacks the {what} {shown} of the text") from None
+        return self.ids_of(self.split(text))
+
+    def encode_many(self, texts: list[str]) -> list[np.ndarray]:
+        return [np.array(self.ids_of(tokens), dtype=np.uint16) for tokens in split_many(self.split, texts)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        return "".join(self.pieces[i] for i in ids)
+        return self.join([self.vocab[i] for i in ids])
 
+
+# -----------------------------------------------------------------------------
+# Splitting
+
+PIECE = re.compile(r" ?\w+(?:['-]\w+)*| ?[^\w\s]+|\n+|\s")  # its alternatives cover every character: nothing is lost
+
+
+@functools.lru_cache
+def nltk_tools() -> tuple:
+    try:
+        from nltk.tokenize import NLTKWordTokenizer, PunktSentenceTokenizer
+        from nltk.tokenize.treebank import TreebankWordDetokenizer
+    except ImportError:
+        raise ValueError("the word tokenizer needs a package: pip install nltk") from None
+    return PunktSentenceTokenizer(), NLTKWordTokenizer(), TreebankWordDetokenizer()
+
+
+def split_words(text: str) -> list[str]:
+    """
+    Lower-cased words, punctuation and ends of lines: NLTK's word_tokenize line by line, but without its trained model of
+    sentences, which would have to be downloaded. The quotes around a word become `` and ''.
+    """
+    sentences, words, _ = nltk_tools()
+    tokens = []
+    for line in text.lower().split("\n"):
+        tokens += [token for sentence in sentences.tokenize(line) for token in words.tokenize(sentence)]
+        tokens.append("\n")
+    return tokens[:-1]
+
+
+def join_words(tokens: list[str]) -> str:
+    """The text that split_words would have made these tokens of, but for its capitals and wide spaces."""
+    detokenizer, text, line = nltk_tools()[2], "", []
+    for token in [*tokens, ""]:
+        if token in ("\n", EOT, ""):
+            # NLTK leaves a space before three dots until more follows; here a text that goes on begins as it did before
+            text += detokenizer.detokenize(line).replace(" ...", "...") + token
+            line = []
+        elif token != PAD:
+            line.append(token)
+    return text
+
+
+@functools.lru_cache
+def threads() -> Executor:
+    return ThreadPoolExecutor(os.cpu_count())
+
+
+@functools.lru_cache
+def processes() -> Executor:
+    """For NLTK, which is Python and so keeps Python's lock; threads where a process cannot be forked."""
+    if "fork" not in multiprocessing.get_all_start_methods():
+        return threads()
+    return ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork"))
+
+
+def split_many(split, texts: list[str]) -> Iterator[list[str]]:
+    """Each text split; into words, which takes a hundred times as long as into characters, on all cores."""
+    if split is split_words and len(texts) > 1:
+        return processes().map(split, texts, chunksize=max(1, len(texts) // (4 * os.cpu_count())))
+    return map(split, texts)
+
+
+# -----------------------------------------------------------------------------
+# Making
 
 def load_gpt2_encoding():
     import tiktoken
@@ -80,27 +172,87 @@ def load_gpt2_encoding():
     return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={EOT: 50256})
 
 
-def train_tokenizer(kind: str, texts: Iterable[str], with_eot: bool = True):
-    """A tokenizer of `kind` for `texts`: gpt2 as it is; char and word with the pieces of the texts, the frequent first."""
+def gpt2_tokenizer() -> BytePairTokenizer:
+    return BytePairTokenizer({"kind": "gpt2"}, load_gpt2_encoding())
+
+
+def bpe_tokenizer(spec: dict) -> BytePairTokenizer:
+    """Of a spec whose vocab lists the tokens by rank, a byte as the character of its number, the end of text last."""
+    import tiktoken
+
+    ranks = {token.encode("latin-1"): rank for rank, token in enumerate(spec["vocab"][:-1])}
+    if len(ranks) != len(spec["vocab"]) - 1 or not all(bytes([byte]) in ranks for byte in range(256)):
+        raise ValueError("tokens are there twice, or bytes are missing")
+    return BytePairTokenizer(spec, tiktoken.Encoding("bpe", pat_str=spec["pattern"], mergeable_ranks=ranks,
+                                                     special_tokens={EOT: len(ranks)}))
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> BytePairTokenizer:
+    """Merges of the pairs of bytes that are most frequent in the texts, within the words that GPT-2 splits a text into."""
+    try:
+        import rustbpe
+    except ImportError:
+        raise ValueError("training a BPE needs a package: pip install rustbpe") from None
+    from tiktoken_ext.openai_public import r50k_pat_str
+
+    if vocab_size < 257:
+        raise ValueError(f"vocab_size of a bpe must be at least 257, the bytes and the end of text, got {vocab_size}")
+    trainer = rustbpe.Tokenizer()
+    trainer.train_from_iterator(iter(texts), vocab_size - 1, pattern=r50k_pat_str)
+    tokens = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])
+    return bpe_tokenizer({"kind": "bpe", "pattern": r50k_pat_str,
+                          "vocab": [bytes(token).decode("latin-1") for token, _ in tokens] + [EOT]})
+
+
+def train_tokenizer(kind: str, texts: Iterable[str], vocab_size: int = 0, specials: tuple[str, ...] | None = None):
+    """
+    A tokenizer of `kind` with at most vocab_size tokens, learned from the first 200 MB of texts. 0: 4,096 tokens of bpe,
+    10,000 words, all characters. Lists begin with `specials`, for a 'word' of its own accord with <PAD>, <UNK> and the
+    end of text. ValueError for what cannot be.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"tokenizer must be {', '.join(KINDS[:-1])} or {KINDS[-1]}, got {kind!r}")
+    if not 0 <= vocab_size <= 65536:
+        raise ValueError(f"vocab_size must be at least 0 and at most 65,536, got {vocab_size}")
     if kind == "gpt2":
-        return GPT2Tokenizer()
-    if kind not in ("char", "word"):
-        raise ValueError(f"tokenizer must be gpt2, char or word, got {kind!r}")
-    split = list if kind == "char" else ListTokenizer.WORD.findall
-    counts = Counter(piece for text in texts for piece in split(text))
-    vocab = sorted(counts, key=lambda piece: (-counts[piece], piece)) if kind == "word" else sorted(counts)
-    return ListTokenizer(kind, [EOT] * with_eot + vocab)
+        return gpt2_tokenizer()
+    texts = leading(texts, SAMPLE)
+    if kind == "bpe":
+        return train_bpe(texts, vocab_size or 4096)
+    if specials is None:
+        specials = (PAD, UNK, EOT) if kind == "word" else (EOT, UNK)
+    counts, split = Counter(), ListTokenizer(kind, []).split
+    while batch := list(leading(texts, 4_000_000)):
+        for tokens in split_many(split, batch):
+            counts.update(tokens)
+    limit = (vocab_size or (10_000 if kind == "word" else 65536)) - len(specials)
+    frequent = sorted(counts, key=lambda token: (-counts[token], token))[:max(0, limit)]
+    return ListTokenizer(kind, [*specials, *(sorted(frequent) if kind == "char" else frequent)])
+
+
+def leading(texts: Iterable[str], characters: int) -> Iterator[str]:
+    """The first texts, until they have so many characters."""
+    for text in texts:
+        yield text
+        characters -= len(text)
+        if characters <= 0:
+            return
 
 
 def get_tokenizer(meta: dict):
     """The tokenizer that a data set's meta.json, or the checkpoint of a model trained on it, describes."""
     spec = meta.get("tokenizer")
     kind = spec.get("kind") if isinstance(spec, dict) else None
+    if kind not in KINDS:
+        raise ValueError(f"unknown tokenizer {kind!r}; known are {', '.join(KINDS)}")
     if kind == "gpt2":
-        return GPT2Tokenizer()
-    if kind in ("char", "word"):
-        vocab = spec.get("vocab")
-        if not isinstance(vocab, list) or not vocab or not all(isinstance(piece, str) for piece in vocab):
-            raise ValueError(f"the {kind} tokenizer comes without its vocabulary; prepare the data set again")
-        return ListTokenizer(kind, vocab)
-    raise ValueError(f"unknown tokenizer {kind!r}; known are gpt2, char and word")
+        return gpt2_tokenizer()
+    vocab = spec.get("vocab")
+    if not isinstance(vocab, list) or not vocab or not all(isinstance(token, str) for token in vocab):
+        raise ValueError(f"the {kind} tokenizer comes without its vocabulary; prepare the data set again")
+    if kind == "word" and UNK not in vocab:
+        kind = "pieces"  # what they were called once
+    try:
+        return bpe_tokenizer(spec) if kind == "bpe" else ListTokenizer(kind, vocab)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"the {kind} tokenizer is damaged ({error}); prepare the data set again") from None

@@ -24,14 +24,14 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from checkpoint import find_resumable, lock_run, save_checkpoint, write_atomically
+from checkpoint import OPENAI, find_resumable, load_checkpoint, lock_run, save_checkpoint, write_atomically
 from configurator import configure, fail, user_errors
 from dataset import TokenStream, TrainBatches, eval_batches, load_meta, prefetch
 from model import (GPT, GPTConfig, check_softmax_words, keep_freed_memory, measured_dtype, peak_flops, resolve_device,
                    resolve_dtype, resolve_loss_chunk, schedule_factor, scheduled_lr)
 
 # -----------------------------------------------------------------------------
-# The defaults are those of config/train_small.py: 30M parameters on TinyStories.
+# The defaults: the model of config/train_small.py, 30M parameters on TinyStories, in steps that one machine takes.
 out_dir = "out"  # checkpoints, log.jsonl and loss.png
 eval_interval = 250  # steps between evaluations; each one also saves a checkpoint
 log_interval = 10  # steps between log lines
@@ -39,7 +39,7 @@ eval_iters = 20  # leading batches of each split to evaluate on, always the same
 eval_only = False  # evaluate once, write nothing, leave
 patience = 0  # stop after so many evaluations in a row without a lower validation loss; 0: never
 always_save_checkpoint = True  # save last.pt at every evaluation; False: only when the validation loss is the lowest yet
-init_from = "scratch"  # 'scratch', 'resume', or 'auto': resume if there is something to resume
+init_from = "scratch"  # 'scratch', 'resume', or 'auto': resume if there is one; or a model: a run's folder, 'gpt2', ...
 overwrite = False  # let 'scratch' replace a run that out_dir holds
 max_bad_steps = 10  # steps in a row with a non-finite gradient, after which training goes back to its last checkpoint
 logger = ""  # beside log.jsonl also to 'wandb', 'tensorboard' or 'trackio'
@@ -64,6 +64,7 @@ tied = True  # the head is the token table, as in GPT-2; False, with qwen3: it h
 optimizer = "adamw"  # or 'muon': Muon for the matrices of the blocks, AdamW for the rest
 learning_rate = 1e-3  # highest learning rate
 max_iters = 20000  # steps
+max_epochs = 0.0  # passes over the training data, instead of max_iters; 0: max_iters counts
 max_minutes = 0.0  # of training, if that is less: the schedule ends with them; 0: only max_iters counts
 weight_decay = 0.1  # of matrices and embeddings
 beta1 = 0.9
@@ -91,7 +92,7 @@ def check_settings() -> None:
         if config[name] < 1:
             raise ValueError(f"{name} must be at least 1, got {config[name]}")
     for name in ("eval_iters", "max_iters", "warmup_iters", "lr_decay_iters", "learning_rate", "min_lr", "grad_clip",
-                 "weight_decay", "seed", "patience", "max_minutes"):
+                 "weight_decay", "seed", "patience", "max_minutes", "max_epochs"):
         if config[name] < 0:
             raise ValueError(f"{name} must not be negative, got {config[name]}")
     if loss_chunk < -1:
@@ -101,13 +102,30 @@ def check_settings() -> None:
         if not 0 <= config[name] < 1:
             raise ValueError(f"{name} must be at least 0 and below 1, got {config[name]}")
     schedule_factor(schedule, 0.0)
-    if init_from not in ("scratch", "resume", "auto"):
-        raise ValueError(f"init_from must be scratch, resume or auto, got {init_from!r}")
+    if init_from not in ("scratch", "resume", "auto", *OPENAI) and not Path(init_from).is_dir():
+        raise ValueError(f"init_from must be scratch, resume, auto, the folder of a model, or {', '.join(OPENAI)}; got "
+                         f"{init_from!r}")
     if logger not in ("", "wandb", "tensorboard", "trackio"):
         raise ValueError(f"logger must be wandb, tensorboard or trackio, got {logger!r}")
     if gradient_accumulation_steps % world_size:
         raise ValueError(f"gradient_accumulation_steps ({gradient_accumulation_steps}) must be a multiple of the number "
                          f"of ranks ({world_size})")
+
+
+def model_to_tune(base: dict) -> GPT:
+    """The model of a checkpoint with the dropout and the context of the settings, which take over the rest from it."""
+    weights, shape = base["model"], asdict(GPTConfig(**base["model_args"]))
+    if base["meta"]["tokenizer"] != meta["tokenizer"]:
+        raise ValueError(f"{init_from} has another tokenizer than the data set {dataset}: prepare that with its tokenizer")
+    if any(w.dtype == torch.int8 for w in weights.values()):
+        raise ValueError(f"{init_from} is in int8, which cannot be trained: start from the run that it was made of")
+    if block_size > shape["block_size"]:
+        raise ValueError(f"block_size ({block_size}) is more than the {shape['block_size']} of {init_from}")
+    if "transformer.wpe.weight" in weights:
+        weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:block_size].clone()
+    model = GPT.from_weights(GPTConfig(**shape | dict(block_size=block_size, dropout=dropout)), weights)
+    config.update({name: value for name, value in asdict(model.config).items() if name in config})
+    return model
 
 
 stop_signal = 0
@@ -185,6 +203,8 @@ with errors_of_any_rank():
     batches = TrainBatches(streams["train"], block_size, batch_size, seed, batching, meta["eot"])
     for stream in streams.values() if local_rank == 0 else ():
         stream.check(meta)
+    if max_epochs:
+        max_iters = math.ceil(max_epochs * batches.rows_per_epoch / (batch_size * gradient_accumulation_steps))
 same_on_all_ranks("the data", [meta["splits"].get(split, {}).get("sha256", len(streams[split])) for split in streams])
 
 # model
@@ -192,12 +212,16 @@ keep_freed_memory()
 torch.manual_seed(seed)
 torch.set_float32_matmul_precision("high")  # TF32 on CUDA
 with errors_of_any_rank():
-    raw_model = GPT(GPTConfig(arch=arch, block_size=block_size, vocab_size=meta["vocab_size"], n_layer=n_layer,
-                              n_head=n_head, n_kv_head=n_kv_head, n_embd=n_embd, dropout=dropout, bias=bias, tied=tied))
-    raw_model.remat, raw_model.loss_chunk = remat, resolve_loss_chunk(loss_chunk, device, meta["vocab_size"])
+    if init_from in ("scratch", "resume", "auto"):
+        raw_model = GPT(GPTConfig(arch=arch, block_size=block_size, vocab_size=meta["vocab_size"], n_layer=n_layer,
+                                  n_head=n_head, n_kv_head=n_kv_head, n_embd=n_embd, dropout=dropout, bias=bias, tied=tied))
+    else:
+        raw_model = model_to_tune(load_checkpoint(init_from))
+    vocab_size = raw_model.config.vocab_size
+    raw_model.remat, raw_model.loss_chunk = remat, resolve_loss_chunk(loss_chunk, device, vocab_size)
     raw_model.to(device)
     if softmax_words:
-        raw_model.sample_softmax(softmax_words, streams["train"].word_counts(meta["vocab_size"]).to(device))
+        raw_model.sample_softmax(softmax_words, streams["train"].word_counts(vocab_size).to(device))
     optimizers = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type, optimizer)
 
 # the run: a new one, or the one to go on with
@@ -205,7 +229,7 @@ with errors_of_any_rank():
     saved_before = any(Path(out_dir).glob("*.pt"))
     if init_from == "resume" and not saved_before:
         raise ValueError(f"there is nothing to resume in {out_dir}: start with --init_from=scratch")
-    if init_from == "scratch" and saved_before and not overwrite and not eval_only:
+    if init_from not in ("resume", "auto") and saved_before and not overwrite and not eval_only:
         raise ValueError(f"{out_dir} already holds a run: go on with --init_from=resume, choose another --out_dir, "
                          "or replace it with --overwrite=True")
     lock = lock_run(out_dir) if master and not eval_only else None
@@ -420,6 +444,8 @@ peak, peak_source = peak_flops(device, dtype)
 tokens_per_step = gradient_accumulation_steps * batch_size * block_size
 say(f"{raw_model.num_params():,} parameters ({raw_model.num_params(non_embedding=True):,} without embeddings), "
     f"{gradient_accumulation_steps} x {batch_size} x {block_size} = {tokens_per_step:,} tokens a step on {world_size} rank(s)")
+if batching == "by_length":
+    say(f"padding: {batches.padding():.1%} of a batch; {batches.padding(sort=False):.1%} if documents were in random order")
 say(f"{dataset}: {len(streams['train']):,} training and {len(streams['val']):,} validation tokens; {device}, {dtype}, "
     f"{how}; MFU against {peak / 1e12:.3g} TFLOP/s ({peak_source})")
 with errors_of_any_rank():

@@ -24,7 +24,8 @@ from pathlib import Path
 train_stories = 50000  # about 130 tokens each
 val_stories = 2000
 seed = 1337  # of the draws
-tokenizer = "word"  # 'word' learns fastest; or 'char', 'gpt2'
+tokenizer = "pieces"  # words with the space before them, which learn fastest; or 'gpt2', 'bpe', 'char', 'word'
+vocab_size = 0  # tokens of bpe, char, word or pieces at most; 0: 4,096 of bpe, 10,000 words, all others
 out_dir = ""  # where to write; '': this folder
 # -----------------------------------------------------------------------------
 
@@ -428,7 +429,7 @@ def main() -> None:
     sys.path.insert(0, str(here.parents[1]))
     from configurator import configure, user_errors
     from dataset import finish_dataset, write_split
-    from tokenizer import train_tokenizer
+    from tokenizer import EOT, train_tokenizer
 
     configure(globals())
     with user_errors():
@@ -442,11 +443,14 @@ def main() -> None:
         texts = {split: [text for text, _ in stories] for split, stories in told.items()}
         nats = math.fsum(its_nats for _, its_nats in told["val"])
         folder = Path(out_dir) if out_dir else here
-        words = train_tokenizer(tokenizer, texts["train"] + texts["val"])
-        splits = {split: write_split(folder, split, texts[split], words, n) for split, n in amounts.items()}
+        made = train_tokenizer(tokenizer, texts["train"] + texts["val"], vocab_size, None if tokenizer == "word" else (EOT,))
+        splits = {split: write_split(folder, split, texts[split], made, n) for split, n in amounts.items()}
         floor = nats / splits["val"]["tokens"]
-        finish_dataset(folder, words, splits, floor=floor, floor_bits_per_byte=nats / math.log(2) / splits["val"]["bytes"])
-    print(f"the entropy of the validation split, which no model can beat: {floor:.4f} nats per token")
+        known = made.unk < 0  # what has lost its capitals has another entropy
+        finish_dataset(folder, made, splits, **(dict(
+            floor=floor, floor_bits_per_byte=nats / math.log(2) / splits["val"]["bytes"]) if known else {}))
+    if known:
+        print(f"the entropy of the validation split, which no model can beat: {floor:.4f} nats per token")
 
 
 if __name__ == "__main__":

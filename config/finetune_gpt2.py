@@ -1,0 +1,23 @@
+# OpenAI's smallest GPT-2 (124M parameters, 0.5 GB to download) taught a text of yours: 32 x 1,024 = 32,768 tokens a step.
+# The data: python data/text/prepare.py --source=book.txt
+out_dir = "out-finetune-gpt2"
+init_from = "gpt2"  # or 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a folder with config.json and model.safetensors
+dataset = "text"
+gradient_accumulation_steps = 32
+batch_size = 1
+block_size = 1024
+
+n_layer = 12  # those of the model, so that --init_from=resume finds the settings that it needs
+n_head = 12
+n_embd = 768
+dropout = 0.1
+bias = True
+
+learning_rate = 3e-5
+decay_lr = False
+max_iters = 100
+warmup_iters = 0
+eval_interval = 5
+eval_iters = 40
+patience = 3  # a model of this size soon knows a book by heart
+always_save_checkpoint = False

@@ -1,0 +1,21 @@
+# 19.3M parameters, 12.9M of them the table of GPT-2's words, on WikiText-103: 4 x 16 x 512 = 32,768 tokens a step, three
+# times through 119M tokens in 10,900 steps.
+out_dir = "out-wikitext103"
+dataset = "wikitext103"
+gradient_accumulation_steps = 4
+batch_size = 16
+block_size = 512
+
+n_layer = 8
+n_head = 8
+n_embd = 256
+dropout = 0.1
+bias = True
+
+learning_rate = 5e-4
+schedule = "linear"
+min_lr = 0.0
+max_epochs = 3.0
+warmup_iters = 500
+beta2 = 0.95
+eval_interval = 500
