@@ -1,12 +1,13 @@
 """
 Measure: training speed, on random tokens; the speed of the batches; the time and the tokens to a loss; or the speed of
-generation.
+generation. Or plan: say beforehand, from formulas, what memory and time a training takes.
 
     python bench.py config/train_fables.py
     python bench.py --against=/path/to/nanoGPT/model.py
     python bench.py --mode=data config/train_fables.py
     python bench.py --mode=loss config/train_fables.py --max_iters=300 --eval_interval=100 --seeds=3
     python bench.py --mode=generate --against=hf
+    python bench.py --mode=plan config/train_small.py --device_memory=16GB --gpu=T4
 
 `--against` measures a peer in turns with us, at the faster of its eager and its compiled form and in nanoGPT's own data
 type: bfloat16 on CUDA, float32 elsewhere. The last line of output is one JSON object; ratios in it are ours over theirs.
@@ -15,6 +16,8 @@ import contextlib
 import copy
 import importlib.util
 import json
+import math
+import re
 import statistics
 import time
 from pathlib import Path
@@ -28,7 +31,7 @@ from configurator import coerce, configure, read_config_file, user_errors
 from dataset import TokenStream, TrainBatches, eval_batches, load_meta, prefetch
 
 # -----------------------------------------------------------------------------
-mode = "train"  # tokens per second; 'data': of the batches alone; 'generate': of texts; 'loss': time and tokens to a loss
+mode = "train"  # tokens per second; 'data': of batches alone; 'generate': of texts; 'loss': time to a loss; 'plan': see above
 against = ""  # a nanoGPT-style model.py with GPT and GPTConfig; or 'hf', the GPT2LMHeadModel of transformers
 rounds = 5  # modes train, data and generate: timed rounds; the figures are their medians
 steps = 5  # modes train and data: steps of a round
@@ -37,13 +40,17 @@ target_loss = 0.0  # mode loss: nats per token on the whole validation split; 0:
 seeds = 1  # mode loss: runs of each side
 max_new_tokens = 64  # mode generate: after a prompt of a quarter of block_size, with top_k 40
 texts = "1,8,64"  # mode generate: texts at a time
+device_memory = ""  # mode plan: what training must fit into: 4GB, 24 GB, 512MB, or bytes; '': unknown
+gpu = ""  # mode plan: T4, A100, RTX 3060, ...; '': this machine
+mfu = 0.3  # mode plan: share of the GPU's peak that training reaches; mode train measures it
+tokens = 0  # mode plan: how many to train on; 0: those of max_iters steps
 # data
 dataset = "tinystories"  # modes data and loss
 batching = "windows"  # or 'by_length'
-gradient_accumulation_steps = 2  # mode loss
+gradient_accumulation_steps = 2  # modes loss and plan
 batch_size = 32  # rows of a micro-batch
 block_size = 128  # context in tokens
-vocab_size = 50257  # mode train
+vocab_size = 50257  # modes train, generate and plan; the others ask the data set
 # model
 arch = "gpt2"
 n_layer = 6
@@ -69,11 +76,13 @@ eval_interval = 250  # mode loss: steps between evaluations; the clock stands st
 device = "auto"  # cuda, else mps, else cpu; or 'cpu', 'cuda:1', ...
 dtype = "auto"  # fastest safe type on the device; or 'float32', 'bfloat16', 'float16'
 compile = True  # torch.compile, where it works
+remat = False  # as in train.py; a peer keeps all
 softmax_words = 0  # as in train.py; a peer has the whole softmax
 loss_chunk = -1  # as in train.py
 seed = 1337
 config = configure(globals(), skip_settings_of="train.py")
 # -----------------------------------------------------------------------------
+RUNTIME = 5e8  # bytes that CUDA's context and libraries take on a GPU, Python and torch on a CPU
 
 
 class Side:
@@ -91,6 +100,7 @@ class Side:
         if self.is_ours:
             self.raw_model = ours.GPT(ours.GPTConfig(**shape, arch=c.arch, n_kv_head=c.n_kv_head, tied=c.tied)).to(device)
             self.raw_model.sample_softmax(c.softmax_words, word_counts)
+            self.raw_model.remat = c.remat
             self.raw_model.loss_chunk = ours.resolve_loss_chunk(c.loss_chunk, device, c.vocab_size)
             self.optimizers = self.raw_model.configure_optimizers(c.weight_decay, c.learning_rate, betas, device_type,
                                                                   c.optimizer)
@@ -356,6 +366,138 @@ def bench_generate() -> dict:
     return result
 
 
+def bytes_of(text: str) -> float:
+    """'4GB', '24 GB', '512MB' or plain bytes; a GB is 10**9 of them, a GiB 2**30."""
+    number, unit = re.fullmatch(r"([\d.]*)\s*(.*)", text.strip().upper(), re.DOTALL).groups()
+    units = {"": 1, "B": 1, "MB": 1e6, "GB": 1e9, "MIB": 2**20, "GIB": 2**30}
+    if not re.fullmatch(r"\d+(\.\d+)?", number) or float(number) == 0 or unit not in units:
+        raise ValueError(f"device_memory takes a size such as 4GB, 512MB or plain bytes, got {text!r}")
+    return float(number) * units[unit]
+
+
+def chip_of(gpu: str) -> str:
+    """The name in PEAK_FLOPS that is meant; '' for ''."""
+    names = {"": ""} | {chip.lower(): chip for chip in ours.PEAK_FLOPS}
+    if gpu.lower() not in names:
+        raise ValueError(f"gpu must be one of {', '.join(ours.PEAK_FLOPS)}, or '' for this machine; got {gpu!r}")
+    return names[gpu.lower()]
+
+
+def training_memory(model: ours.GPT, B: int, accumulation: int, optimizer: str, dtype: str, kind: str) -> dict[str, int]:
+    """
+    Bytes that training in eager mode takes with micro-batches of B rows on a device of this kind ('cuda', 'cpu'): each part at
+    its largest, and as `memory` all that is alive at the worst moment. That is not their sum: the gradients come as
+    the activations go, and some tensors exist only in passing.
+    """
+    c, attn, mlp = model.config, model.transformer.h[0].attn, model.transformer.h[0].mlp
+    N, T, C, V, words = B * c.block_size, c.block_size, c.n_embd, c.vocab_size, model.softmax_words
+    q, k, v = attn.rows  # widths of all heads together
+    on_cpu, qwen3, dropout, accumulates = kind == "cpu", c.arch == "qwen3", c.dropout > 0, accumulation > 1
+    autocast = dtype != "float32"  # products in 16 bits; weights, norms and what the blocks add to stay in float32
+    size = 2 if autocast else 4  # bytes of a number that a product reads or makes
+
+    params, table = model.num_params(), 4 * V * C  # table: what a gradient of the embedding or of the head takes
+    matrices = sum(p.numel() for p in model.transformer.h.parameters() if p.dim() == 2)
+    weights = 6 * params if autocast else 4 * params  # with the copies in 16 bits that autocast keeps
+    gradients = 4 * params
+    states = 8 * params - (4 * matrices if optimizer == "muon" else 0)  # AdamW has two numbers a weight, Muon one
+
+    # what a block keeps of each token for the backward pass
+    normed = 8 if qwen3 and on_cpu else 4  # a norm's input; a CPU's RMSNorm keeps its result before the gains too
+    block = 2 * C * (normed + size)  # the two norms, and what they hand to c_attn and c_fc
+    if dropout and on_cpu:  # attention there has no kernel with dropout
+        block += 3 * 4 * q  # scaled queries, scaled keys, values, in float32 and for each head
+        block += 3 * 4 * c.n_head * T  # for each pair of tokens: softmax, dropout's factor, their product
+    else:
+        block += size * (q + k + v)  # c_attn's output, of which the values are a part, and in gpt2 queries and keys
+    if qwen3:
+        block += size * (q + k + v if dropout and on_cpu else q + k + q)  # c_attn's output; or rotated q, k, and c_proj's copy
+        block += (q + k) * ((4 if autocast else 0) + normed - 4)  # q_norm and k_norm: input, unless a view, and result
+    block += size * q  # what attention makes of it
+    block += size * (sum(mlp.rows) + mlp.rows[0])  # c_fc's output; what c_proj reads
+    block += size * mlp.rows[0] if qwen3 else 0  # SwiGLU: silu of the gate
+    block += 2 * C * (size if on_cpu else 1) if dropout else 0  # masks
+    block *= N
+    passing = N * (2 * size * sum(mlp.rows) + 4 * C)  # gradients inside of a block on the way back
+    blocks = c.n_layer * (N * 4 * C if model.remat else block)  # remat: the inputs alone
+    ends = N * C * (normed + 4 + 4 + (4 if on_cpu else 1) * dropout)  # ln_f in and out, its gradient; the embedding's mask
+    activations = blocks + ends + (block if model.remat else 0)
+
+    held = 0  # what the caller of the model holds until the next call
+    if words:  # log-softmax in float32, its gradient and that of the logits; the rows of the head
+        logits = 12 * N * words + 4 * words * C
+    elif model.loss_chunk:  # the logits of a chunk, logsumexp's copy, and under autocast one in float32
+        logits = V * min(model.loss_chunk, N) * (10 if autocast else 8)
+    else:  # as with sampled words, and the logits themselves
+        logits, held = N * V * (12 + size), N * V * size
+    chunked = model.loss_chunk > 0 and not words
+    before = gradients if accumulates else 0  # those of the micro-batches before
+    moments = [
+        before + blocks + ends + logits + (table if chunked else 0),  # the loss; ChunkedLoss makes the head's gradient with it
+        before + blocks + ends + 2 * table if chunked else 0,  # ... and scales it on the way back
+        before + activations + table + held + passing,  # the last block's way back
+        # the way back's end; a tied table's gradients of both ends are there, and their sum
+        gradients + held + table * (2 * c.tied + accumulates),
+        gradients + held + (3 * 4 * matrices if optimizer == "muon" else 0),  # the step; Muon's updates and their squares
+        V * N * (10 if autocast else 8) if words and not model.loss_chunk else 0,  # an evaluation, which has the whole softmax
+    ]
+    return dict(memory=weights + states + max(moments), weights=weights, gradients=gradients, optimizer=states,
+                activations=activations, logits=logits)
+
+
+def bench_plan() -> dict:
+    """Memory, time and the best batch size of a training, from formulas: no weights are made and no data read."""
+    kind = "cuda" if chip else device_type
+    number = "16 bits" if chip and dtype == "auto" else ours.resolve_dtype(dtype, device)
+    number = "float32" if number == "auto" else number  # what a CPU is faster with, only a measurement could say
+    with ours.NoWeights():
+        model = ours.GPT(ours.GPTConfig(arch, block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias,
+                                        n_kv_head=n_kv_head, tied=tied))
+    model.remat, model.loss_chunk = remat, ours.resolve_loss_chunk(loss_chunk, kind, vocab_size)
+    model.sample_softmax(softmax_words, word_counts)
+    rows = batch_size * gradient_accumulation_steps  # of a step
+    holes = 0.4 if kind == "cpu" else 0.1  # between tensors: glibc leaves more of them than torch's allocator for GPUs
+
+    def memory(B: int) -> dict[str, int]:
+        parts = training_memory(model, B, rows // B, optimizer, number, kind)
+        return parts | dict(with_runtime=int(RUNTIME + (1 + holes) * parts["memory"]))
+
+    mine, fits, best = memory(batch_size), None, batch_size
+    print(f"{model.num_params():,} parameters, {model.num_params(non_embedding=True):,} without embeddings: {arch}, {n_layer} "
+          f"layers of width {n_embd}, vocab_size {vocab_size:,}")
+    print(f"{batch_size} rows of {block_size} tokens on {chip or device}, products in {number}, not compiled, take")
+    for name in ("weights", "gradients", "optimizer", "activations", "logits"):
+        print(f"{mine[name] / 1e9:12.3f} GB {name}")
+    print(f"{mine['memory'] / 1e9:12.3f} GB at the worst moment; not all of these are at their largest then")
+    print(f"{mine['with_runtime'] / 1e9:12.3f} GB with the device's runtime ({RUNTIME / 1e9:.1f} GB) and holes between tensors "
+          f"({holes:.0%})")
+    if memory_limit:
+        fits = mine["with_runtime"] <= memory_limit
+        most = softmax_words // block_size if softmax_words else rows  # rows that sampled words allow
+        best = next((B for B in range(min(rows, most), 0, -1)
+                     if rows % B == 0 and memory(B)["with_runtime"] <= memory_limit), 0)
+        print(f"that {'fits' if fits else 'does not fit'} into {memory_limit / 1e9:g} GB")
+        if best:
+            print(f"take --batch_size={best} --gradient_accumulation_steps={rows // best}: the largest micro-batches that fit, "
+                  f"{memory(best)['with_runtime'] / 1e9:.3f} GB, with {rows * block_size:,} tokens a step as before")
+        else:
+            ways = ["--loss_chunk=256"] * (not model.loss_chunk) + ["--remat=True"] * (not remat)
+            print(f"nor does one row, with {memory(1)['with_runtime'] / 1e9:.3f} GB: try "
+                  f"{', '.join(ways + ['a smaller --block_size'])} or a smaller model")
+    trained = tokens or max_iters * rows * block_size
+    flops = trained * model.flops_per_token()
+    peak, source = (ours.PEAK_FLOPS[chip], "16-bit datasheet") if chip else ours.peak_flops(device, number)
+    seconds = flops / (mfu * peak)
+    print(f"{trained:,} tokens, {math.ceil(trained / (rows * block_size)):,} steps: {flops:.3g} FLOPs, "
+          + (f"{seconds / 3600:,.1f} hours" if seconds > 7200 else f"{seconds / 60:.1f} minutes")
+          + f" at {mfu:.0%} of {peak / 1e12:.3g} TFLOP/s ({source})")
+    return dict(device=chip or device, parameters=model.num_params(),
+                parameters_non_embedding=model.num_params(non_embedding=True),
+                **{f"{name}_bytes": n for name, n in mine.items()}, fits=fits, batch_size=best or None,
+                gradient_accumulation_steps=rows // best if best else None, tokens=trained, flops=flops, peak_flops=peak,
+                seconds=seconds)
+
+
 def mean_and_deviation(values: list[float]) -> tuple[float, float]:
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
@@ -364,11 +506,11 @@ with user_errors():
     for name, least in (("rounds", 1), ("steps", 1), ("batch_size", 1), ("gradient_accumulation_steps", 1), ("seeds", 1),
                         ("max_iters", 1), ("max_new_tokens", 1), ("eval_interval", 1), ("warmup_iters", 0),
                         ("learning_rate", 0), ("min_lr", 0), ("weight_decay", 0), ("grad_clip", 0), ("seed", 0),
-                        ("target_loss", 0), ("loss_chunk", -1)):
+                        ("target_loss", 0), ("loss_chunk", -1), ("tokens", 0)):
         if config[name] < least:
             raise ValueError(f"{name} must be at least {least}, got {config[name]}")
-    if mode not in ("train", "data", "loss", "generate"):
-        raise ValueError(f"mode must be train, data, loss or generate, got {mode!r}")
+    if mode not in ("train", "data", "loss", "generate", "plan"):
+        raise ValueError(f"mode must be train, data, loss, generate or plan, got {mode!r}")
     if mode == "generate" and max(1, block_size // 4) + 1 + max_new_tokens > block_size:
         raise ValueError(f"max_new_tokens ({max_new_tokens}) must fit behind a prompt of a quarter of block_size "
                          f"({block_size})")
@@ -376,6 +518,9 @@ with user_errors():
         raise ValueError(f"texts takes numbers with commas between them, got {texts!r}")
     if optimizer not in ("adamw", "muon"):
         raise ValueError(f"optimizer must be adamw or muon, got {optimizer!r}")
+    if not 0 < mfu <= 1:
+        raise ValueError(f"mfu must be above 0 and at most 1, got {mfu}")
+    chip, memory_limit = chip_of(gpu), bytes_of(device_memory) if device_memory else 0.0
     ours.schedule_factor(schedule, 0.0)
     ours.check_softmax_words(softmax_words, batch_size * block_size)
     peer = hugging_face() if against == "hf" else load_peer(against) if against else None
@@ -396,5 +541,6 @@ with user_errors():
                    tied=tied)
 device_type = device.split(":")[0]
 torch.set_float32_matmul_precision("high")
-result = {"train": bench_train, "data": bench_data, "loss": bench_loss, "generate": bench_generate}[mode]()
+result = {"train": bench_train, "data": bench_data, "loss": bench_loss, "generate": bench_generate,
+          "plan": bench_plan}[mode]()
 print(json.dumps({"mode": mode, "device": device, "torch": torch.__version__} | result))
