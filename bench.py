@@ -43,14 +43,14 @@ texts = "1,8,64"  # mode generate: texts at a time
 device_memory = ""  # mode plan: what training must fit into: 4GB, 24 GB, 512MB, or bytes; '': unknown
 gpu = ""  # mode plan: T4, A100, RTX 3060, ...; '': this machine
 mfu = 0.3  # mode plan: share of the GPU's peak that training reaches; mode train measures it
-tokens = 0  # mode plan: how many to train on; 0: those of max_iters steps
+tokens = 0  # mode plan: how many to train on; 0: those of max_iters steps or of max_epochs
 # data
 dataset = "tinystories"  # modes data and loss
 batching = "windows"  # or 'by_length'
 gradient_accumulation_steps = 2  # modes loss and plan
 batch_size = 32  # rows of a micro-batch
 block_size = 128  # context in tokens
-vocab_size = 50257  # modes train, generate and plan; the others ask the data set
+vocab_size = 0  # 0: that of the data set, where it is prepared, else GPT-2's 50,257
 # model
 arch = "gpt2"
 n_layer = 6
@@ -64,6 +64,7 @@ tied = True
 optimizer = "adamw"
 learning_rate = 1e-3
 max_iters = 20000
+max_epochs = 0.0  # mode plan: passes over the data set, instead of max_iters
 weight_decay = 0.1
 beta1 = 0.9
 beta2 = 0.99
@@ -484,7 +485,9 @@ def bench_plan() -> dict:
             ways = ["--loss_chunk=256"] * (not model.loss_chunk) + ["--remat=True"] * (not remat)
             print(f"nor does one row, with {memory(1)['with_runtime'] / 1e9:.3f} GB: try "
                   f"{', '.join(ways + ['a smaller --block_size'])} or a smaller model")
-    trained = tokens or max_iters * rows * block_size
+    if max_epochs and not tokens and not data_tokens:
+        print(f"how long {max_epochs:g} epochs take depends on the data set {dataset}, which is not prepared: give --tokens")
+    trained = tokens or int(max_epochs * data_tokens) or max_iters * rows * block_size
     flops = trained * model.flops_per_token()
     peak, source = (ours.PEAK_FLOPS[chip], "16-bit datasheet") if chip else ours.peak_flops(device, number)
     seconds = flops / (mfu * peak)
@@ -506,7 +509,7 @@ with user_errors():
     for name, least in (("rounds", 1), ("steps", 1), ("batch_size", 1), ("gradient_accumulation_steps", 1), ("seeds", 1),
                         ("max_iters", 1), ("max_new_tokens", 1), ("eval_interval", 1), ("warmup_iters", 0),
                         ("learning_rate", 0), ("min_lr", 0), ("weight_decay", 0), ("grad_clip", 0), ("seed", 0),
-                        ("target_loss", 0), ("loss_chunk", -1), ("tokens", 0)):
+                        ("target_loss", 0), ("loss_chunk", -1), ("tokens", 0), ("max_epochs", 0), ("vocab_size", 0)):
         if config[name] < least:
             raise ValueError(f"{name} must be at least {least}, got {config[name]}")
     if mode not in ("train", "data", "loss", "generate", "plan"):
@@ -528,16 +531,21 @@ with user_errors():
                       if name in config} if their_config else {}
     device = ours.resolve_device(device)
     ours.resolve_dtype(dtype, device)
-    word_counts = torch.zeros(vocab_size, device=device)
-    if mode in ("data", "loss"):
+    data_tokens = 0  # of the training split, where it is known
+    from_data = mode in ("data", "loss")
+    if from_data or (Path("data") / dataset / "meta.json").exists():
         meta = load_meta(Path("data") / dataset)
+        data_tokens = meta["splits"].get("train", {}).get("tokens", 0)
+        vocab_size = meta["vocab_size"] if from_data else vocab_size or meta["vocab_size"]
+    config["vocab_size"] = vocab_size = vocab_size or 50257
+    word_counts = torch.zeros(vocab_size, device=device)
+    if from_data:
         streams = {split: TokenStream(Path("data") / dataset, split, meta) for split in ("train", "val")}
         for stream in streams.values():
             stream.check(meta)
         batches = TrainBatches(streams["train"], block_size, batch_size, seed, batching, meta["eot"])
-        config["vocab_size"] = meta["vocab_size"]
         word_counts = streams["train"].word_counts(meta["vocab_size"]).to(device)
-    ours.GPTConfig(arch, block_size, config["vocab_size"], n_layer, n_head, n_embd, dropout, bias, n_kv_head=n_kv_head,
+    ours.GPTConfig(arch, block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias, n_kv_head=n_kv_head,
                    tied=tied)
 device_type = device.split(":")[0]
 torch.set_float32_matmul_precision("high")

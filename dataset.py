@@ -25,8 +25,9 @@ from tokenizer import EOT, KINDS, leading
 
 FORMAT_VERSION = 1
 POOL = 64  # batches
-PART = 4_000_000  # characters that are tokenized at a time
+PART = 16_000_000  # characters that are tokenized at a time
 LONGEST = 4_000_000  # characters of a document of a .txt file
+WHITE_SPACE = np.isin(np.arange(256), [9, 10, 11, 12, 13, 32])
 
 
 # -----------------------------------------------------------------------------
@@ -34,14 +35,17 @@ LONGEST = 4_000_000  # characters of a document of a .txt file
 
 def tokenized(documents: Iterable[str], tokenizer) -> Iterator[tuple[np.ndarray, Counter]]:
     """
-    Token ids of the next four million characters or so, with an end of text behind every document, and what they are:
-    tokens, documents, bytes (UTF-8), characters, words, and where the vocabulary can lack something, unknown tokens.
+    Token ids of the next PART characters or so, with an end of text behind every document, and what they are: tokens,
+    documents, bytes (UTF-8), characters, words (between ASCII white space), and where the vocabulary can lack something,
+    unknown tokens.
     """
-    documents, eot = iter(documents), [[tokenizer.eot]] if tokenizer.eot >= 0 else []
+    documents, eot = iter(documents), [np.array([tokenizer.eot], dtype=np.uint32)] if tokenizer.eot >= 0 else []
     while texts := list(leading(documents, PART)):
         ids = np.concatenate([part for ids in tokenizer.encode_many(texts) for part in (ids, *eot)]).astype("<u2")
-        counts = Counter(tokens=len(ids), documents=len(texts), bytes=sum(len(text.encode()) for text in texts),
-                         characters=sum(map(len, texts)), words=sum(len(text.split()) for text in texts))
+        raw = "\n".join(texts).encode()
+        space = WHITE_SPACE[np.frombuffer(raw, dtype=np.uint8)]  # len(raw.split()) would take a fifth of the time of it all
+        counts = Counter(tokens=len(ids), documents=len(texts), bytes=len(raw) - len(texts) + 1, characters=sum(map(len, texts)),
+                         words=int((space[:-1] & ~space[1:]).sum()) + 1)
         if tokenizer.unk >= 0:
             counts["unknown"] = int((ids == tokenizer.unk).sum())
         yield ids, counts
@@ -231,7 +235,8 @@ def load_meta(folder: Path) -> dict:
     prepare = f"python {folder}/prepare.py"
     if not folder.is_dir():
         known = ", ".join(sorted(path.parent.name for path in folder.parent.glob("*/prepare.py")))
-        raise ValueError(f"there is no data set {folder.name}; there are {known or 'none'} in {folder.parent}")
+        raise ValueError(f"there is no data set {folder.name}; there are {known or 'none'} in {folder.parent}, whose prepare.py "
+                         f"can also write {folder.name}: --out_dir={folder}")
     if not (folder / "meta.json").is_file():
         if (folder / "meta.pkl").is_file():
             raise ValueError(f"{folder}/meta.pkl is a pickle, which could run anything; make the data set with `{prepare}`")

@@ -50,13 +50,20 @@ def encode_prompts(prompts: list[str], tokenizer, device: str) -> tuple[torch.Te
     """Prompts to token ids (B, T), padded at the left, and the lengths (B) of the padding."""
     # where it can, a prompt begins as in training, where every document follows the end of another
     rows = [[tokenizer.eot] * (tokenizer.eot >= 0) + tokenizer.encode(prompt) for prompt in prompts]
-    if tokenizer.unk >= 0 and (lacking := tokenizer.lacking(tokenizer.split(prompts[0]))):
-        print(f"warning: the vocabulary lacks {lacking} of the prompt: the model reads <UNK> there", file=sys.stderr)
+    for prompt in set(prompts) if tokenizer.unk >= 0 else ():
+        if lacking := tokenizer.lacking(tokenizer.split(prompt)):
+            print(f"warning: the vocabulary lacks {lacking} of the prompt: the model reads <UNK> there", file=sys.stderr)
     if not all(rows):
         raise ValueError("this model has no end-of-text token to begin from: give it a prompt")
     T = max(map(len, rows))
     idx = torch.tensor([[0] * (T - len(row)) + row for row in rows], device=device)
     return idx, torch.tensor([T - len(row) for row in rows], device=device)
+
+
+def text_after(tokenizer, before: list[int], ids: list[int]) -> str:
+    """The text of ids behind the tokens before them, which decide whether a space is between."""
+    before = [i for i in before if i != tokenizer.eot]
+    return tokenizer.decode(before + ids)[len(tokenizer.decode(before)):]
 
 
 def before_stop(text: str, stop: str) -> str:
@@ -72,6 +79,7 @@ def stream_text(model: GPT, tokenizer, prompts: list[str], max_new_tokens: int, 
     """
     half_stops = {s[:i] for s in stop.split("||") for i in range(len(s))}
     idx, pad = encode_prompts(prompts, tokenizer, model.device)
+    before = [row[p:][-8:] for row, p in zip(idx.tolist(), pad.tolist())]
     ids: list[list[int]] = [[] for _ in prompts]
     ended, texts = [False] * len(prompts), [""] * len(prompts)
     for n, new in enumerate(model.stream(idx, max_new_tokens, stop_token=tokenizer.eot, pad=pad, **sampling), 1):
@@ -80,7 +88,7 @@ def stream_text(model: GPT, tokenizer, prompts: list[str], max_new_tokens: int, 
                 continue
             ended[row] = token == tokenizer.eot or n == max_new_tokens
             ids[row] += [token] * (token != tokenizer.eot)
-            text = tokenizer.decode(ids[row])
+            text = text_after(tokenizer, before[row], ids[row])
             if (cut := before_stop(text, stop)) != text:
                 text, ended[row] = cut, True
             elif not ended[row]:
@@ -137,7 +145,8 @@ def print_best(model: GPT, tokenizer, prompt: str) -> None:
     idx, _ = encode_prompts([prompt], tokenizer, model.device)
     room = min(max_new_tokens, max(1, model.config.block_size - idx.size(1)))
     new = model.beam_search(idx, room, num_beams, length_penalty, repetition_penalty, no_repeat_ngram, tokenizer.eot)
-    text = tokenizer.decode(token for token in new[0, idx.size(1):].tolist() if token != tokenizer.eot)
+    ids = [token for token in new[0, idx.size(1):].tolist() if token != tokenizer.eot]
+    text = text_after(tokenizer, idx[0, -8:].tolist(), ids)
     print(prompt + before_stop(text, stop))
 
 

@@ -240,6 +240,22 @@ def test_samples_begin_with_the_prompt_and_repeat(trained, tmp_path):
     assert run("sample.py", *args, f"--start={prompt}", "--seed=2").stdout != first.stdout
 
 
+def test_words_are_told_with_spaces_and_unknown_ones_are_named(tmp_path):
+    story = "the fox saw a hare. it said, \"hello!\" and ran"
+    (tmp_path / "story.txt").write_text("\n<|endoftext|>\n".join([story] * 40))
+    done = run("data/text/prepare.py", f"--source={tmp_path}/story.txt", "--tokenizer=word", f"--out_dir={tmp_path}/data")
+    assert done.returncode == 0, done.stderr
+    train(tmp_path / "data", tmp_path / "out", "--batching=by_length", "--max_iters=60", "--learning_rate=0.02", "--min_lr=0.02",
+          "--dropout=0", "--n_embd=32")
+    told = run("sample.py", f"--out_dir={tmp_path}/out", "--temperature=0", "--num_samples=1", "--start=The fox saw")
+    assert told.stdout.startswith("The fox saw" + story[11:] + "\n---") and "lacks" not in told.stderr
+    told = run("sample.py", f"--out_dir={tmp_path}/out", "--num_beams=2", "--start=The fox ate", "--max_new_tokens=12")
+    assert told.stdout.startswith("The fox ate ") and "warning: the vocabulary lacks the words 'ate'" in told.stderr
+    done = run("eval.py", f"--out_dir={tmp_path}/out")
+    summary = json.loads((tmp_path / "out/metrics_summary.json").read_text())
+    assert summary["bits_per_byte"] is None and summary["unknown_share"] == 0 and summary["loss"] < 0.2
+
+
 def test_prompts_typed_in_or_piped_and_next_tokens(trained):
     sample = [f"--out_dir={trained}", "--num_samples=1", "--max_new_tokens=4", "--temperature=0"]
     told = run("sample.py", *sample, "--start=Once upon").stdout
