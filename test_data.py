@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dataset
+import tokenizer as tokenizer_module
 from checkpoint import write_atomically
 from conftest import HERE, run
 from data.fables import prepare as fables
@@ -203,6 +204,23 @@ def test_any_unicode_round_trips(text):
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text and tokenizer.eot not in ids
         assert [part.tolist() for part in tokenizer.encode_many([text, text])] == [ids, ids]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from([*"ab1.' \n\n\t\r\xa0\x85\x1c\u2028é", "\r\n", " \n", "\n ", "'s"])).map("".join))
+def test_parts_of_a_long_text_have_its_tokens(text):
+    """Of the shortest parts that there can be, so that every kind of border is one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer_module, "TASK", 1)
+        assert "".join(tokenizer_module.cut(text)) == text
+        assert gpt2_tokenizer().encode_many([text, text])[1].tolist() == gpt2_tokenizer().encode(text)
+
+
+def test_long_texts_are_cut():
+    text = "One line, as long as the others.\n" * 20_000
+    assert len(list(tokenizer_module.cut(text))) == 6 and "".join(tokenizer_module.cut(text)) == text
+    assert gpt2_tokenizer().encode_many([text])[0].tolist() == gpt2_tokenizer().encode(text)
+    assert len(list(tokenizer_module.cut("no end " * 100_000))) == 1
 
 
 @settings(max_examples=100, deadline=None)

@@ -181,7 +181,8 @@ def openai_folder(tmp_path_factory) -> Path:
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("hf") / "gpt2"
-    GPT2LMHeadModel(GPT2Config(n_positions=64, n_embd=16, n_layer=2, n_head=2)).save_pretrained(folder)
+    GPT2LMHeadModel(GPT2Config(n_positions=64, n_embd=16, n_layer=2, n_head=2, vocab_size=50304,
+                               activation_function="gelu")).save_pretrained(folder)
     return folder
 
 
@@ -228,8 +229,9 @@ def test_training_goes_on_from_another_model(openai_folder, gpt2_data, tmp_path)
     train(gpt2_data, second, f"--init_from={first}", "--max_iters=0")
     assert_same(read_checkpoint(second / "last.pt")["model"], read_checkpoint(first / "best.pt")["model"])
     assert read_log(second)[0]["val_loss"] == min(r["val_loss"] for r in read_log(first) if "val_loss" in r)
-    train(gpt2_data, first, "--init_from=resume", "--max_iters=8")
-    assert read_checkpoint(first / "last.pt")["step"] == 8
+    train(gpt2_data, first, "--init_from=resume", "--max_iters=8")  # with what no setting says: a padded vocabulary, its GELU
+    args = read_checkpoint(first / "last.pt")["model_args"]
+    assert read_checkpoint(first / "last.pt")["step"] == 8 and (args["vocab_size"], args["gelu"]) == (50304, "none")
 
 
 def test_what_cannot_be_tuned_is_one_line(openai_folder, gpt2_data, fables_data, trained, tmp_path):

@@ -168,6 +168,7 @@ def split_many(split, texts: list[str]) -> Iterator[list[str]]:
 # -----------------------------------------------------------------------------
 # Making
 
+@functools.lru_cache
 def load_gpt2_encoding():
     import tiktoken
     import tiktoken.load

@@ -15,7 +15,7 @@ import signal
 import statistics
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -207,22 +207,12 @@ with errors_of_any_rank():
         max_iters = math.ceil(max_epochs * batches.rows_per_epoch / (batch_size * gradient_accumulation_steps))
 same_on_all_ranks("the data", [meta["splits"].get(split, {}).get("sha256", len(streams[split])) for split in streams])
 
-# model
-keep_freed_memory()
-torch.manual_seed(seed)
-torch.set_float32_matmul_precision("high")  # TF32 on CUDA
+# the model to begin with, if there is one, or the shape of the new one
 with errors_of_any_rank():
-    if init_from in ("scratch", "resume", "auto"):
-        raw_model = GPT(GPTConfig(arch=arch, block_size=block_size, vocab_size=meta["vocab_size"], n_layer=n_layer,
-                                  n_head=n_head, n_kv_head=n_kv_head, n_embd=n_embd, dropout=dropout, bias=bias, tied=tied))
-    else:
-        raw_model = model_to_tune(load_checkpoint(init_from))
-    vocab_size = raw_model.config.vocab_size
-    raw_model.remat, raw_model.loss_chunk = remat, resolve_loss_chunk(loss_chunk, device, vocab_size)
-    raw_model.to(device)
-    if softmax_words:
-        raw_model.sample_softmax(softmax_words, streams["train"].word_counts(vocab_size).to(device))
-    optimizers = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type, optimizer)
+    tuned = None if init_from in ("scratch", "resume", "auto") else model_to_tune(load_checkpoint(init_from))
+    shape = tuned.config if tuned else GPTConfig(
+        arch=arch, block_size=block_size, vocab_size=meta["vocab_size"], n_layer=n_layer, n_head=n_head, n_kv_head=n_kv_head,
+        n_embd=n_embd, dropout=dropout, bias=bias, tied=tied)
 
 # the run: a new one, or the one to go on with
 with errors_of_any_rank():
@@ -236,11 +226,25 @@ with errors_of_any_rank():
 with errors_of_any_rank():
     checkpoint = find_resumable(out_dir) if init_from in ("resume", "auto") else None
     if checkpoint:
-        mine, theirs = asdict(raw_model.config), asdict(GPTConfig()) | checkpoint["model_args"]
-        if wrong := [f"{k}={theirs[k]}" for k in mine if k != "dropout" and theirs[k] != mine[k]]:
+        theirs = asdict(GPTConfig()) | checkpoint["model_args"]
+        differs = {name: theirs[name] for name, mine in asdict(shape).items() if name != "dropout" and theirs[name] != mine}
+        shape = replace(shape, **{name: value for name, value in differs.items() if name not in config})  # it began as another
+        if wrong := [f"{name}={value}" for name, value in differs.items() if name in config]:
             raise ValueError(f"the run in {out_dir} has {', '.join(wrong)}: give the same settings to resume it")
         if checkpoint["meta"].get("tokenizer") != meta["tokenizer"]:
             raise ValueError(f"the run in {out_dir} was made with another tokenizer than {dataset}: give its own --dataset")
+
+# model
+keep_freed_memory()
+torch.manual_seed(seed)
+torch.set_float32_matmul_precision("high")  # TF32 on CUDA
+with errors_of_any_rank():
+    raw_model = tuned or GPT(shape)
+    raw_model.remat, raw_model.loss_chunk = remat, resolve_loss_chunk(loss_chunk, device, shape.vocab_size)
+    raw_model.to(device)
+    if softmax_words:
+        raw_model.sample_softmax(softmax_words, streams["train"].word_counts(shape.vocab_size).to(device))
+    optimizers = raw_model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type, optimizer)
     if dtype == "auto" and checkpoint and checkpoint["config"].get("device") == device_type:
         dtype = resolve_dtype(checkpoint["config"].get("dtype"), device)  # as measured then: another would not resume exactly
     choices = [measured_dtype(raw_model) if dtype == "auto" else dtype]

@@ -1,4 +1,4 @@
-# 7.3M parameters, 6.4M of them the table of GPT-2's words, on TinyStories: 32 x 32 x 64 = 65,536 tokens a step, so that
+# 7.2M parameters, 6.4M of them the table of GPT-2's words, on TinyStories: 32 x 32 x 64 = 65,536 tokens a step, so that
 # 20,000 steps see 1.3 billion, the text three times. The recipe is that of the tutorials that made this size known; it is
 # slow to learn, and `python train.py config/train_nano.py config/tuned.py` is not.
 out_dir = "out-nano"
