@@ -44,8 +44,8 @@ def tokenized(documents: Iterable[str], tokenizer) -> Iterator[tuple[np.ndarray,
         ids = np.concatenate([part for ids in tokenizer.encode_many(texts) for part in (ids, *eot)]).astype("<u2")
         raw = "\n".join(texts).encode()
         space = WHITE_SPACE[np.frombuffer(raw, dtype=np.uint8)]  # len(raw.split()) would take a fifth of the time of it all
-        counts = Counter(tokens=len(ids), documents=len(texts), bytes=len(raw) - len(texts) + 1, characters=sum(map(len, texts)),
-                         words=int((space[:-1] & ~space[1:]).sum()) + 1)
+        counts = Counter(tokens=len(ids), documents=len(texts), bytes=len(raw) - len(texts) + 1,
+                         characters=sum(map(len, texts)), words=int((space[:-1] & ~space[1:]).sum()) + 1)
         if tokenizer.unk >= 0:
             counts["unknown"] = int((ids == tokenizer.unk).sum())
         yield ids, counts
@@ -235,8 +235,8 @@ def load_meta(folder: Path) -> dict:
     prepare = f"python {folder}/prepare.py"
     if not folder.is_dir():
         known = ", ".join(sorted(path.parent.name for path in folder.parent.glob("*/prepare.py")))
-        raise ValueError(f"there is no data set {folder.name}; there are {known or 'none'} in {folder.parent}, whose prepare.py "
-                         f"can also write {folder.name}: --out_dir={folder}")
+        raise ValueError(f"there is no data set {folder.name}; there are {known or 'none'} in {folder.parent}, and the prepare.py "
+                         f"of any of them can write {folder.name} with --out_dir={folder}")
     if not (folder / "meta.json").is_file():
         if (folder / "meta.pkl").is_file():
             raise ValueError(f"{folder}/meta.pkl is a pickle, which could run anything; make the data set with `{prepare}`")

@@ -245,8 +245,8 @@ def test_words_are_told_with_spaces_and_unknown_ones_are_named(tmp_path):
     (tmp_path / "story.txt").write_text("\n<|endoftext|>\n".join([story] * 40))
     done = run("data/text/prepare.py", f"--source={tmp_path}/story.txt", "--tokenizer=word", f"--out_dir={tmp_path}/data")
     assert done.returncode == 0, done.stderr
-    train(tmp_path / "data", tmp_path / "out", "--batching=by_length", "--max_iters=60", "--learning_rate=0.02", "--min_lr=0.02",
-          "--dropout=0", "--n_embd=32")
+    train(tmp_path / "data", tmp_path / "out", "--batching=by_length", "--max_iters=60", "--learning_rate=0.02",
+          "--min_lr=0.02", "--dropout=0", "--n_embd=32")
     told = run("sample.py", f"--out_dir={tmp_path}/out", "--temperature=0", "--num_samples=1", "--start=The fox saw")
     assert told.stdout.startswith("The fox saw" + story[11:] + "\n---") and "lacks" not in told.stderr
     told = run("sample.py", f"--out_dir={tmp_path}/out", "--num_beams=2", "--start=The fox ate", "--max_new_tokens=12")

@@ -42,7 +42,7 @@ class BytePairTokenizer:
         return self.encoding.encode_ordinary(text)
 
     def encode_many(self, texts: list[str]) -> list[np.ndarray]:
-        """On all cores, for tiktoken lets go of Python's lock, in tasks of TASK characters: half the time of one text a task."""
+        """On all cores, for tiktoken lets go of Python's lock; tasks of TASK characters take half the time of single texts."""
         parts = [list(cut(text)) for text in texts]
         rest = (part for text in parts for part in text)
         tasks = iter(lambda: list(leading(rest, TASK)), [])

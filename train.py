@@ -105,6 +105,8 @@ def check_settings() -> None:
     if init_from not in ("scratch", "resume", "auto", *OPENAI) and not Path(init_from).is_dir():
         raise ValueError(f"init_from must be scratch, resume, auto, the folder of a model, or {', '.join(OPENAI)}; got "
                          f"{init_from!r}")
+    if optimizer not in ("adamw", "muon"):
+        raise ValueError(f"optimizer must be adamw or muon, got {optimizer!r}")
     if logger not in ("", "wandb", "tensorboard", "trackio"):
         raise ValueError(f"logger must be wandb, tensorboard or trackio, got {logger!r}")
     if gradient_accumulation_steps % world_size:
