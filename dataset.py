@@ -235,8 +235,8 @@ def load_meta(folder: Path) -> dict:
     prepare = f"python {folder}/prepare.py"
     if not folder.is_dir():
         known = ", ".join(sorted(path.parent.name for path in folder.parent.glob("*/prepare.py")))
-        raise ValueError(f"there is no data set {folder.name}; there are {known or 'none'} in {folder.parent}, and the prepare.py "
-                         f"of any of them can write {folder.name} with --out_dir={folder}")
+        raise ValueError(f"there is no data set {folder.name}; there are {known or 'none'} in {folder.parent}, and each one's "
+                         f"prepare.py can write {folder.name} with --out_dir={folder}")
     if not (folder / "meta.json").is_file():
         if (folder / "meta.pkl").is_file():
             raise ValueError(f"{folder}/meta.pkl is a pickle, which could run anything; make the data set with `{prepare}`")
