@@ -303,6 +303,6 @@ if __name__ == "__main__":
     if compare:
         print_table(runs)
         if differ := [key for key in ("dataset", "batching") if len({summary[key] for summary in runs.values()}) > 1]:
-            print(f"The runs differ in {' and '.join(differ)}: losses need not compare. --{differ[0]}=... is for all of them.")
+            print(f"The runs differ in {' and '.join(differ)}: losses need not compare; bits per byte do, on the same text.")
     else:
         print_summary(runs[out_dir])
