@@ -76,11 +76,10 @@ def write_split(folder: Path, split: str, documents: Iterable[str], tokenizer, t
     return {**counts, "sha256": digest.hexdigest()}
 
 
-def write_dataset(folder: Path, documents: Callable[[str], Iterable[str]], tokenizer,
-                  splits: tuple[str, ...] = ("train", "val"), **more) -> None:
-    """A whole data set of the documents of its splits; `more` goes into meta.json."""
-    finish_dataset(folder, tokenizer, {split: write_split(folder, split, documents(split), tokenizer) for split in splits},
-                   **more)
+def write_dataset(folder: Path, documents: Callable[[str], Iterable[str]], tokenizer) -> None:
+    """A whole data set of the documents of its two splits."""
+    finish_dataset(folder, tokenizer, {split: write_split(folder, split, documents(split), tokenizer)
+                                       for split in ("train", "val")})
 
 
 def finish_dataset(folder: Path, tokenizer, splits: dict[str, dict], **more) -> None:
