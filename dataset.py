@@ -8,6 +8,7 @@ train_001.bin, ... and reads as one stream. nanoGPT's .bin files, which have no 
 import functools
 import hashlib
 import json
+import math
 import os
 import re
 import sys
@@ -42,13 +43,30 @@ def tokenized(documents: Iterable[str], tokenizer) -> Iterator[tuple[np.ndarray,
     documents, eot = iter(documents), [np.array([tokenizer.eot], dtype=np.uint32)] if tokenizer.eot >= 0 else []
     while texts := list(leading(documents, PART)):
         ids = np.concatenate([part for ids in tokenizer.encode_many(texts) for part in (ids, *eot)]).astype("<u2")
-        raw = "\n".join(texts).encode()
+        raw = "\n".join(["", *texts]).encode()
         space = WHITE_SPACE[np.frombuffer(raw, dtype=np.uint8)]  # len(raw.split()) would take a fifth of the time of it all
-        counts = Counter(tokens=len(ids), documents=len(texts), bytes=len(raw) - len(texts) + 1,
-                         characters=sum(map(len, texts)), words=int((space[:-1] & ~space[1:]).sum()) + 1)
+        counts = Counter(tokens=len(ids), documents=len(texts), bytes=len(raw) - len(texts),
+                         characters=sum(map(len, texts)), words=int((space[:-1] & ~space[1:]).sum()))
         if tokenizer.unk >= 0:
             counts["unknown"] = int((ids == tokenizer.unk).sum())
         yield ids, counts
+
+
+def write_tokens(path: Path, parts: Iterator[tuple[np.ndarray, Counter]], counts: Counter, digest,
+                 enough: float = math.inf) -> int:
+    """Write what tokenized() yields to path, until that is `enough` tokens, and add it to counts and digest; the tokens."""
+    tokens = 0
+    with open(path, "wb") as file:
+        for ids, more in parts:
+            file.write(ids)
+            digest.update(ids)
+            counts.update(more)
+            tokens += len(ids)
+            if tokens >= enough:
+                break
+        file.flush()
+        os.fsync(file.fileno())
+    return tokens
 
 
 def write_split(folder: Path, split: str, documents: Iterable[str], tokenizer, total: int | None = None) -> dict:
@@ -61,14 +79,7 @@ def write_split(folder: Path, split: str, documents: Iterable[str], tokenizer, t
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{split}.bin.tmp"
     try:
-        with open(path, "wb") as file:
-            for ids, more in tokenized(documents, tokenizer):
-                file.write(ids)
-                digest.update(ids)
-                counts.update(more)
-            file.flush()
-            os.fsync(file.fileno())
-        if not counts["documents"]:
+        if not write_tokens(path, tokenized(documents, tokenizer), counts, digest):
             raise ValueError(f"there is no text for the {split} split")
     except BaseException:
         path.unlink(missing_ok=True)
@@ -148,24 +159,22 @@ def held_out(texts: Iterator[str], split: str) -> Iterator[str]:
     return (text for i, text in enumerate(chain(first, texts)) if (i % 20 == 19) == (split == "val"))
 
 
-@functools.lru_cache(maxsize=1)
-def hub_dataset(name: str, subset: str = ""):
-    """All splits of a data set of the Hugging Face hub, downloaded where that has not been done, or of a folder laid out so."""
+def ask_hub(name: str, subset: str = "", **how):
+    """A data set of the Hugging Face hub, downloaded where that has not been done, or of a folder laid out so."""
     from datasets import load_dataset
     from huggingface_hub.utils import logging
 
     logging.set_verbosity_error()  # it tells of each of its five retries
     print(f"asking the Hugging Face hub for {name} ...", file=sys.stderr)
     try:
-        return load_dataset(name, subset or None)
+        return load_dataset(name, subset or None, **how)
     except Exception as error:  # any way in which a download fails
-        raise no_hub(name, error) from None
+        reason = " ".join(str(error).split())[:150]
+        raise ValueError(f"{name} is no local file, and the Hugging Face hub cannot be reached or does not have it "
+                         f"({type(error).__name__}: {reason}): give a local copy with --source=FOLDER") from None
 
 
-def no_hub(name: str, error: Exception) -> ValueError:
-    reason = " ".join(str(error).split())[:150]
-    return ValueError(f"{name} is no local file, and the Hugging Face hub cannot be reached or does not have it "
-                      f"({type(error).__name__}: {reason}): give a local copy with --source=FOLDER")
+hub_dataset = functools.lru_cache(maxsize=1)(ask_hub)  # all splits, asked for once
 
 
 def hub_rows(name: str, split: str, column: str = "text", subset: str = "") -> Iterator[object]:

@@ -441,6 +441,13 @@ def test_meta_describes_what_was_written(tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"train.bin", "val.bin", "meta.json"}
 
 
+def test_words_and_bytes_are_counted_as_python_does():
+    texts = [" a bé\n\nc", "d", "  ", "e f ", ODD]
+    (_, counts), = dataset.tokenized(texts, train_tokenizer("char", texts))
+    assert counts["words"] == sum(len(text.encode().split()) for text in texts)
+    assert counts["bytes"] == sum(len(text.encode()) for text in texts) and counts["characters"] == sum(map(len, texts))
+
+
 def test_nanogpt_bins_work_as_they_are(tmp_path):
     meta = bins(tmp_path, train=[1, 2, 50256], val=[3])
     assert get_tokenizer(meta).vocab_size == 50257 and meta["eot"] == 50256

@@ -10,7 +10,6 @@ into this folder, streaming: nothing else is kept. What is interrupted goes on w
 import gc
 import hashlib
 import json
-import os
 import sys
 from collections import Counter
 from itertools import islice
@@ -22,7 +21,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 from checkpoint import write_atomically
 from configurator import configure, user_errors
-from dataset import finish_dataset, no_hub, stripped, tokenized, write_split
+from dataset import ask_hub, finish_dataset, stripped, tokenized, write_split, write_tokens
 from tokenizer import get_tokenizer, train_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -39,19 +38,15 @@ VALIDATION = 5000  # documents
 
 def open_stream(name: str, subset: str, source: str):
     """The rows one after the other, from the hub or from local files, as a `datasets` stream, whose place can be saved."""
-    from datasets import load_dataset
-
     if source:
+        from datasets import load_dataset
+
         files = sorted(str(path) for path in Path(source).rglob("*") if path.suffix in (".parquet", ".jsonl"))
         kinds = {Path(file).suffix for file in files}
         if len(kinds) != 1:
             raise ValueError(f"{source} must have .parquet or .jsonl files, and not both")
         return load_dataset("parquet" if kinds == {".parquet"} else "json", data_files=files, split="train", streaming=True)
-    print(f"asking the Hugging Face hub for {name} ...", file=sys.stderr)
-    try:
-        return load_dataset(name, subset or None, split="train", streaming=True)
-    except Exception as error:  # any way in which a connection fails
-        raise no_hub(name, error) from None
+    return ask_hub(name, subset, split="train", streaming=True)
 
 
 def prepare(folder: Path, name: str, subset: str, source: str, kind: str, vocab_size: int, shards: int,
@@ -82,18 +77,8 @@ def prepare(folder: Path, name: str, subset: str, source: str, kind: str, vocab_
         val = write_split(folder, "val", islice(documents, validation), made)
     parts = tokenized(tqdm(documents, desc="train", unit=" documents", smoothing=0), made)
     while not shards or len(written) < shards:
-        path, tokens = folder / f"train_{len(written):03}.bin.tmp", 0
-        with open(path, "wb") as file:
-            for ids, counts in parts:
-                file.write(ids)
-                digest.update(ids)
-                train.update(counts)
-                tokens += len(ids)
-                if tokens >= shard_tokens:
-                    break
-            file.flush()
-            os.fsync(file.fileno())
-        if not tokens:
+        path = folder / f"train_{len(written):03}.bin.tmp"
+        if not write_tokens(path, parts, train, digest, shard_tokens):
             path.unlink()
             break
         written.append(path)
