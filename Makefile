@@ -1,7 +1,7 @@
 # Each target only calls commands that the README shows.
 PYTHON ?= python3
 
-.PHONY: demo test venv
+.PHONY: demo test test-slow venv
 
 demo: venv
 	.venv/bin/python data/fables/prepare.py
@@ -11,6 +11,11 @@ demo: venv
 
 test: .venv/test-requirements
 	.venv/bin/python -m pytest
+
+# Also what needs llama.cpp, which pip compiles in ten minutes on two cores.
+test-slow: .venv/test-requirements
+	.venv/bin/python -m pip install --quiet --requirement requirements-slow.txt
+	.venv/bin/python -m pytest -m slow
 
 venv: .venv/requirements
 
