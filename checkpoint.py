@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from model import GPT, GPTConfig, from_hf, quantize_int8
+from tokenizer import read_nanogpt_characters, read_tokenizer_json
 
 VERSION = 1
 OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # what they call their weights on the Hugging Face hub
@@ -88,7 +89,7 @@ def read_checkpoint(path: Path) -> dict:
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} is not a checkpoint: it holds a {type(checkpoint).__name__}")
     if "iter_num" in checkpoint:
-        checkpoint = from_nanogpt(checkpoint)
+        checkpoint = from_nanogpt(checkpoint, path)
     kinds = dict(model=dict, model_args=dict, step=int, config=dict, meta=dict, version=int)
     wrong = [name for name, kind in kinds.items() if not isinstance(checkpoint.get(name), kind) or checkpoint[name] is False]
     if (wrong or checkpoint["step"] < 0 or not isinstance(checkpoint["config"].get("dataset"), str)
@@ -102,10 +103,20 @@ def read_checkpoint(path: Path) -> dict:
     return checkpoint
 
 
-def from_nanogpt(checkpoint: dict) -> dict:
-    """A nanoGPT ckpt.pt under our names: the same weights, with the exact GELU that they were trained with."""
+def from_nanogpt(checkpoint: dict, path: Path) -> dict:
+    """
+    A nanoGPT ckpt.pt under our names: the same weights, with the exact GELU that they were trained with. The characters of
+    one that knows characters are in the meta.pkl beside it or in data/.
+    """
     if lacking := {"model", "model_args", "config"} - set(checkpoint):
         raise ValueError(f"the nanoGPT checkpoint lacks {', '.join(sorted(lacking))}")
+    dataset, vocab_size = str(checkpoint["config"].get("dataset", "")), checkpoint["model_args"]["vocab_size"]
+    meta = {"dataset": dataset, "tokenizer": {"kind": "gpt2"}, "eot": 50256, "vocab_size": vocab_size, "splits": {}}
+    pickles = [file for file in (path.with_name("meta.pkl"), Path("data", dataset, "meta.pkl")) if file.is_file()]
+    if vocab_size < 50257 and not pickles:
+        raise ValueError(f"{path} knows {vocab_size} characters, but not which: put the meta.pkl of its data beside it")
+    if vocab_size < 50257:
+        meta |= {"tokenizer": read_nanogpt_characters(pickles[0]), "eot": -1}
     return {
         "model": {name.removeprefix("_orig_mod."): weight for name, weight in checkpoint["model"].items()},
         "model_args": checkpoint["model_args"] | {"gelu": "none"},
@@ -113,8 +124,7 @@ def from_nanogpt(checkpoint: dict) -> dict:
         "step": checkpoint["iter_num"],
         "best_val_loss": float(checkpoint.get("best_val_loss", "inf")),
         "config": checkpoint["config"],
-        "meta": {"dataset": checkpoint["config"].get("dataset", ""), "tokenizer": {"kind": "gpt2"}, "eot": 50256,
-                 "vocab_size": checkpoint["model_args"]["vocab_size"], "splits": {}},
+        "meta": meta,
         "version": VERSION,
     }
 
@@ -145,27 +155,26 @@ def hugging_face_folder(name: str) -> Path:
 
 
 def read_hugging_face(folder: Path) -> dict:
-    """A folder of GPT2LMHeadModel or Qwen3ForCausalLM with GPT-2's vocabulary, as a checkpoint of ours."""
+    """
+    A folder of GPT2LMHeadModel or Qwen3ForCausalLM as a checkpoint of ours. Its tokenizer is that of the meta.json which
+    export.py writes, else the BPE of its tokenizer.json, else GPT-2's.
+    """
     try:
         from safetensors.torch import load_file
     except ImportError:
         raise ValueError(f"to read {folder} a package is needed: pip install safetensors") from None
     try:
-        theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if theirs["model_type"] == "gpt2":
-            args = dict(arch="gpt2", block_size=theirs["n_positions"], n_layer=theirs["n_layer"], n_head=theirs["n_head"],
-                        n_embd=theirs["n_embd"], gelu="tanh" if theirs["activation_function"] == "gelu_new" else "none")
-        elif theirs["model_type"] == "qwen3":
-            args = dict(arch="qwen3", block_size=theirs["max_position_embeddings"], n_layer=theirs["num_hidden_layers"],
-                        n_head=theirs["num_attention_heads"], n_kv_head=theirs["num_key_value_heads"],
-                        head_dim=theirs["head_dim"], n_inner=theirs["intermediate_size"], n_embd=theirs["hidden_size"],
-                        rope_theta=theirs.get("rope_parameters", theirs)["rope_theta"],
-                        tied=theirs["tie_word_embeddings"], bias=False)
-        else:
-            raise ValueError(f"its model_type is {theirs['model_type']!r}, not 'gpt2' or 'qwen3'")
-        config = GPTConfig(**args, vocab_size=theirs["vocab_size"])
-        if not 50257 <= config.vocab_size <= 50432:
-            raise ValueError(f"its vocabulary of {config.vocab_size:,} is not GPT-2's, the only one that is known here")
+        config = config_from_hf(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        meta = {"dataset": "", "tokenizer": {"kind": "gpt2"}, "eot": 50256, "vocab_size": 50257, "splits": {}}
+        if (folder / "meta.json").exists():
+            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        elif (folder / "tokenizer.json").exists():
+            spec = read_tokenizer_json((folder / "tokenizer.json").read_text(encoding="utf-8"))
+            size = len(spec.get("vocab", range(50257)))
+            meta |= {"tokenizer": spec, "eot": size - 1, "vocab_size": size}
+        if not meta["vocab_size"] <= config.vocab_size <= meta["vocab_size"] + 4096:  # some pad it
+            raise ValueError(f"its vocabulary of {config.vocab_size:,} is not that of its tokenizer, {meta['vocab_size']:,}; "
+                             "without a tokenizer.json it would be GPT-2's")
         weights = {}
         for path in sorted(folder.glob("*.safetensors")):
             weights |= load_file(path)
@@ -177,8 +186,33 @@ def read_hugging_face(folder: Path) -> dict:
     except Exception as error:  # whatever a damaged file makes of the reader
         raise ValueError(f"{folder} is not a Hugging Face model that can be read here ({type(error).__name__}: "
                          f"{' '.join(str(error).split())[:150]})") from None
-    return {"model": weights, "model_args": asdict(config), "step": 0, "config": {"dataset": ""}, "version": VERSION,
-            "meta": {"dataset": "", "tokenizer": {"kind": "gpt2"}, "eot": 50256, "vocab_size": 50257, "splits": {}}}
+    return {"model": weights, "model_args": asdict(config), "step": 0, "config": {"dataset": meta["dataset"]}, "meta": meta,
+            "version": VERSION}
+
+
+def config_from_hf(theirs: dict) -> GPTConfig:
+    """Of the config.json of GPT2LMHeadModel or Qwen3ForCausalLM; ValueError where it asks for what our blocks cannot do."""
+    if theirs["model_type"] == "gpt2":
+        only = {"activation_function": ["gelu_new", "gelu_pytorch_tanh", "gelu"], "layer_norm_epsilon": [1e-5],
+                "scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False], "tie_word_embeddings": [True]}
+        args = dict(block_size=theirs["n_positions"], n_layer=theirs["n_layer"], n_head=theirs["n_head"],
+                    n_embd=theirs["n_embd"], gelu="none" if theirs.get("activation_function") == "gelu" else "tanh")
+    elif theirs["model_type"] == "qwen3":
+        only = {"hidden_act": ["silu"], "rms_norm_eps": [1e-6], "attention_bias": [False], "use_sliding_window": [False],
+                "rope_scaling": [None]}
+        rope = theirs.get("rope_parameters") or {"rope_theta": theirs["rope_theta"]}  # of transformers 5, of 4
+        if rope.get("rope_type", "default") != "default":
+            raise ValueError(f"its rope_type is {rope['rope_type']!r}; known here is 'default'")
+        args = dict(block_size=theirs["max_position_embeddings"], n_layer=theirs["num_hidden_layers"],
+                    n_head=theirs["num_attention_heads"], n_kv_head=theirs["num_key_value_heads"], head_dim=theirs["head_dim"],
+                    n_inner=theirs["intermediate_size"], n_embd=theirs["hidden_size"], rope_theta=float(rope["rope_theta"]),
+                    tied=theirs["tie_word_embeddings"], bias=False)
+    else:
+        raise ValueError(f"its model_type is {theirs['model_type']!r}, not 'gpt2' or 'qwen3'")
+    for name, known in only.items():
+        if theirs.get(name, known[0]) not in known:
+            raise ValueError(f"its {name} is {theirs[name]!r}; known here is {' or '.join(map(repr, known))}")
+    return GPTConfig(**args, arch=theirs["model_type"], vocab_size=theirs["vocab_size"])
 
 
 def load_checkpoint(out_dir: str | Path) -> dict:

@@ -1,4 +1,5 @@
 """What the tests share: running the scripts as a user does, and a small data set to run them on."""
+import base64
 import functools
 import hashlib
 import json
@@ -113,7 +114,7 @@ COMMIT = "5" * 40  # the only one that every data set has
 def hub(tmp_path) -> Iterator[ThreadingHTTPServer]:
     """
     A stand-in for the Hugging Face hub: serves tmp_path/hub/<owner>/<name>/ as data sets to scripts that run with its `env`;
-    `sent` has the paths that were asked for.
+    `sent` has the paths that were asked for. It takes models: `created` has their names, `uploaded` their files.
     """
     folder = tmp_path / "hub"
 
@@ -123,7 +124,7 @@ def hub(tmp_path) -> Iterator[ThreadingHTTPServer]:
             for name, value in {"Content-Length": len(body), **headers}.items():
                 self.send_header(name.replace("_", "-"), str(value))
             self.end_headers()
-            if self.command == "GET":
+            if self.command != "HEAD":
                 server.sent.append(self.path)
                 self.wfile.write(body)
 
@@ -151,11 +152,31 @@ def hub(tmp_path) -> Iterator[ThreadingHTTPServer]:
 
         do_HEAD = do_GET
 
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            if self.path == "/api/repos/create":
+                server.created.append("/".join(filter(None, map(json.loads(body).get, ("organization", "name")))))
+                self.answer(200, json.dumps({"url": f"{server.env['HF_ENDPOINT']}/{server.created[-1]}"}).encode())
+            elif self.path == "/api/validate-yaml":  # of a model card
+                self.answer(200, b"{}")
+            elif "/preupload/" in self.path:
+                files = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                         for file in json.loads(body)["files"]]
+                self.answer(200, json.dumps({"files": files}).encode())
+            elif "/commit/" in self.path:
+                for line in map(json.loads, body.splitlines()):
+                    if line["key"] == "file":
+                        server.uploaded[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                self.answer(200, json.dumps({"commitUrl": f"{server.env['HF_ENDPOINT']}/{server.created[-1]}/commit/{COMMIT}",
+                                             "commitOid": COMMIT}).encode())
+            else:
+                self.answer(404)
+
         def log_message(self, *args: object) -> None:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.sent = []
+    server.sent, server.created, server.uploaded = [], [], {}
     server.env = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0", "NO_PROXY": "*",
                   "no_proxy": "*", "HF_HOME": str(tmp_path / "hf")}
     threading.Thread(target=server.serve_forever, args=[0.05], daemon=True).start()

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from tokenizer import EOT, KINDS, leading
+from tokenizer import EOT, KINDS, leading, read_nanogpt_characters
 
 FORMAT_VERSION = 1
 POOL = 64  # batches
@@ -246,12 +246,14 @@ def load_meta(folder: Path) -> dict:
         raise ValueError(f"there is no data set {folder.name}; there are {known or 'none'} in {folder.parent}, and each one's "
                          f"prepare.py can write {folder.name} with --out_dir={folder}")
     if not (folder / "meta.json").is_file():
-        if (folder / "meta.pkl").is_file():
-            raise ValueError(f"{folder}/meta.pkl is a pickle, which could run anything; make the data set with `{prepare}`")
         if not any(folder.glob("train*.bin")) or any(folder.glob("*.tmp")):
             raise ValueError(f"the data set {folder.name} is not prepared: run `{prepare}`")
-        return {"format_version": FORMAT_VERSION, "dataset": folder.name, "tokenizer": {"kind": "gpt2"},
-                "vocab_size": 50257, "eot": 50256, "splits": {}}
+        meta = {"format_version": FORMAT_VERSION, "dataset": folder.name, "tokenizer": {"kind": "gpt2"}, "vocab_size": 50257,
+                "eot": 50256, "splits": {}}
+        if (folder / "meta.pkl").is_file():
+            spec = read_nanogpt_characters(folder / "meta.pkl")
+            meta |= {"tokenizer": spec, "vocab_size": len(spec["vocab"]), "eot": -1}
+        return meta
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         if type(meta["format_version"]) is not int or meta["format_version"] != FORMAT_VERSION:

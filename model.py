@@ -192,7 +192,7 @@ class CausalSelfAttention(nn.Module):
             q = rotate(self.q_norm(q.float()), *rope).type_as(v)
             k = rotate(self.k_norm(k.float()), *rope).type_as(v)
         if past is not None:
-            keys, values, begin = past  # (B, nh, block_size, hs), of which the first `begin` positions are filled
+            keys, values, begin = past  # (B, nh, size, hs), of which the first `begin` positions are filled
             keys[:, :, begin:begin + T], values[:, :, begin:begin + T] = k, v
             k, v = keys[:, :, :begin + T], values[:, :, :begin + T]
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0,
@@ -242,15 +242,16 @@ class Block(nn.Module):
 class KVCache:
     """
     Keys and values of the positions that a model has seen, so that a call computes those of new ones only. The buffers are
-    allocated once, for B rows of block_size positions, and written in place. Where prompts differ in length, `pad` (B) says
-    how many columns at the left of each row are padding: no other token sees them, and positions count from behind them.
+    allocated once, for B rows of `size` positions (0: block_size), and written in place. Where prompts differ in length,
+    `pad` (B) says how many columns at the left of each row are padding: no other token sees them, and positions count from
+    behind them.
     """
 
-    def __init__(self, model: "GPT", B: int, pad: torch.Tensor | None = None):
+    def __init__(self, model: "GPT", B: int, pad: torch.Tensor | None = None, size: int = 0):
         weight, attn = model.transformer.ln_f.weight, model.transformer.h[0].attn
         kind = weight.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        shape = B, attn.n_kv_head, model.config.block_size, attn.head_dim
+        shape = B, attn.n_kv_head, size or model.config.block_size, attn.head_dim
         self.layers = [tuple(torch.empty(shape, device=weight.device, dtype=dtype) for _ in "kv") for _ in model.transformer.h]
         self.length = 0  # positions filled
         self.pad = pad
@@ -418,7 +419,8 @@ class GPT(nn.Module):
                 if n - start > self.config.block_size:
                     start = n - (self.config.block_size if cache is None else max(1, self.config.block_size // 2))
                 shorter = None if pad is None else (pad - start).clamp(min=0)
-                cache = KVCache(self, B, shorter if shorter is not None and shorter.any() else None)
+                cache = KVCache(self, B, shorter if shorter is not None and shorter.any() else None,
+                                min(self.config.block_size, T + max_new_tokens - start))
             logits = self.lm_head(self.hidden(text[:, start + cache.length:n], cache)[:, -1]).float()  # (B, V)
             if repetition_penalty != 1 or no_repeat_ngram:
                 logits = penalize(logits, text[:, :n], pad, repetition_penalty, no_repeat_ngram)
@@ -784,11 +786,13 @@ def hf_names(config: GPTConfig) -> dict[str, list[str]]:
 
 
 def to_hf(model: GPT) -> dict[str, torch.Tensor]:
-    """The weights as GPT2LMHeadModel or Qwen3ForCausalLM names and shapes them."""
-    weights = {}
-    for ours, theirs in hf_names(model.config).items():
-        w = model.state_dict()[ours]
-        if ours.endswith("c_attn.weight") and model.config.arch == "qwen3":
+    """The weights as GPT2LMHeadModel, which always has biases, or Qwen3ForCausalLM names and shapes them."""
+    weights, state, config = {}, model.state_dict(), model.config
+    for ours, theirs in hf_names(config).items():
+        w = state[ours]
+        if config.arch == "gpt2" and not config.bias and (".ln_" in ours or is_transposed(ours)):
+            weights[ours.replace(".weight", ".bias")] = w.new_zeros(len(w))
+        if ours.endswith("c_attn.weight") and config.arch == "qwen3":
             parts = w.split(model.transformer.h[0].attn.rows)
         else:
             parts = w.chunk(len(theirs))
@@ -797,14 +801,21 @@ def to_hf(model: GPT) -> dict[str, torch.Tensor]:
 
 
 def from_hf(weights: dict[str, torch.Tensor], config: GPTConfig) -> dict[str, torch.Tensor]:
-    """A state dict of ours from theirs; ValueError names what is missing."""
-    names = hf_names(config)
+    """A state dict of ours from theirs; ValueError names what is missing, misshapen or left over."""
+    with NoWeights():
+        expected = {name: w.shape for name, w in to_hf(GPT(config)).items()}
     if config.tied:
-        weights = weights | {"lm_head.weight": weights.get(names["transformer.wte.weight"][0])}
-    if missing := [name for theirs in names.values() for name in theirs if weights.get(name) is None]:
+        weights = weights | {"lm_head.weight": weights.get(hf_names(config)["transformer.wte.weight"][0])}
+    if missing := [name for name in expected if weights.get(name) is None]:
         raise ValueError(f"the weights lack {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
+    for name, shape in expected.items():
+        if weights[name].shape != shape:
+            raise ValueError(f"{name} has the shape {tuple(weights[name].shape)}, not {tuple(shape)}")
+    buffers = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # constants that old files hold
+    if left := [name for name in weights if name not in expected and not name.endswith(buffers)]:
+        raise ValueError(f"the weights have {left[0]}, which has no place in the model")
     return {ours: torch.cat([weights[name].t() if is_transposed(name) else weights[name] for name in theirs])
-            for ours, theirs in names.items()}
+            for ours, theirs in hf_names(config).items()}
 
 
 def is_transposed(name: str) -> bool:

@@ -463,7 +463,7 @@ def test_nanogpt_bins_work_as_they_are(tmp_path):
     (lambda d: (d / "train.bin").write_bytes(b"ab"), "1 tokens"),
     (lambda d: (d / "train.bin").unlink(), "train.bin"),
     (lambda d: [(d / "meta.json").unlink(), (d / "meta.json.tmp").touch()], "not prepared"),
-    (lambda d: [(d / "meta.json").unlink(), (d / "meta.pkl").touch()], "pickle"),
+    (lambda d: [(d / "meta.json").unlink(), (d / "meta.pkl").touch()], "not what nanoGPT's"),
 ])
 def test_damaged_data_is_named(tmp_path, damage, says):
     tokenizer = train_tokenizer("char", ["hello"])

@@ -10,14 +10,18 @@ checkpoints keep of it, enough to build it again.
     pieces  words with the space before them, so that no letter is lost: the fables, whose entropy is known
 """
 import functools
+import hashlib
 import importlib.metadata
+import json
 import multiprocessing
 import os
+import pickle
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 
@@ -26,6 +30,11 @@ PAD, UNK = "<PAD>", "<UNK>"
 KINDS = ("gpt2", "bpe", "char", "word", "pieces")
 SAMPLE = 200_000_000  # characters of a text from which a vocabulary is learned
 TASK = 100_000  # characters that a thread encodes at a time
+VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+# how GPT-2's files write a byte: as the character of its number where that is visible, the others as those from 256 on
+LETTER_OF_BYTE = {byte: chr(byte) for byte in VISIBLE} | {byte: chr(256 + i) for i, byte in
+                                                         enumerate(sorted({*range(256)} - {*VISIBLE}))}
+GPT2_VOCAB_HASH = "28a4987fe397fcdd4bf3a21e2723815a3c16b18bca2bb4cbad0c2b8a0695de8a"  # sha256 of its tokens, a line each
 
 
 class BytePairTokenizer:
@@ -258,6 +267,51 @@ def leading(texts: Iterable[str], characters: int) -> Iterator[str]:
         characters -= len(text)
         if characters <= 0:
             return
+
+
+def read_tokenizer_json(text: str) -> dict:
+    """
+    The spec of a byte-level BPE that the library `tokenizers` wrote down, up to its <|endoftext|>: GPT-2's, Qwen3's, ours.
+    ValueError for what tiktoken would not encode alike.
+    """
+    theirs = json.loads(text)
+    vocab, merges = theirs["model"]["vocab"], theirs["model"].get("merges")
+    ids = vocab | {token["content"]: token["id"] for token in theirs["added_tokens"]}
+    if merges is None or EOT not in ids:
+        raise ValueError(f"its tokenizer.json is not a byte-level BPE with {EOT}")
+    tokens = sorted((i, token) for token, i in vocab.items() if i < ids[EOT])
+    pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in merges)
+    if [vocab["".join(pair)] for pair in pairs] != list(range(256, ids[EOT])) or len(tokens) != ids[EOT]:
+        raise ValueError("its tokenizer.json has tokens in another order than merges")
+    parts = theirs["pre_tokenizer"].get("pretokenizers", [theirs["pre_tokenizer"]])
+    patterns = [part["pattern"]["Regex"] for part in parts if part["type"] == "Split"]
+    byte = {letter: chr(byte) for byte, letter in LETTER_OF_BYTE.items()}
+    vocab = ["".join(byte[letter] for letter in token) for _, token in tokens] + [EOT]
+    if hashlib.sha256("\n".join(vocab).encode()).hexdigest() == GPT2_VOCAB_HASH:
+        return {"kind": "gpt2"}
+    from tiktoken_ext.openai_public import r50k_pat_str
+
+    return {"kind": "bpe", "pattern": patterns[0] if patterns else r50k_pat_str, "vocab": vocab}
+
+
+def read_nanogpt_characters(path: Path) -> dict:
+    """The spec of the characters in a nanoGPT data set's meta.pkl: plain values are read, a pickle of anything else refused."""
+    class Plain(pickle.Unpickler):
+        def find_class(self, module: str, name: str):
+            raise ValueError(f"it asks for {module}.{name}")
+
+    try:
+        with open(path, "rb") as file:
+            itos = Plain(file).load()["itos"]
+        vocab = [itos[i] for i in range(len(itos))]
+        if not all(isinstance(token, str) and len(token) == 1 for token in vocab):
+            raise ValueError("it lists other things than characters")
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle can make the reader fail in any way
+        raise ValueError(f"{path} is not what nanoGPT's prepare.py writes ({type(error).__name__}: "
+                         f"{' '.join(str(error).split())[:100]})") from None
+    return {"kind": "char", "vocab": vocab}
 
 
 def get_tokenizer(meta: dict):
