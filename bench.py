@@ -7,6 +7,7 @@ generation. Or plan: say beforehand, from formulas, what memory and time a train
     python bench.py --mode=data config/train_fables.py
     python bench.py --mode=loss config/train_fables.py --max_iters=300 --eval_interval=100 --seeds=3
     python bench.py --mode=generate --against=hf
+    python bench.py --mode=generate --run=out --against=out-q8_0.gguf --texts=1
     python bench.py --mode=plan config/train_small.py --device_memory=16GB --gpu=T4
 
 `--against` measures a peer in turns with us, at the faster of its eager and its compiled form and in nanoGPT's own data
@@ -20,6 +21,8 @@ import math
 import re
 import statistics
 import time
+from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -27,12 +30,13 @@ import torch
 from tqdm import tqdm
 
 import model as ours
+from checkpoint import load_checkpoint, load_model
 from configurator import coerce, configure, read_config_file, user_errors
 from dataset import TokenStream, TrainBatches, eval_batches, load_meta, prefetch
 
 # -----------------------------------------------------------------------------
 mode = "train"  # tokens per second; 'data': of batches alone; 'generate': of texts; 'loss': time to a loss; 'plan': see above
-against = ""  # a nanoGPT-style model.py with GPT and GPTConfig; or 'hf', the GPT2LMHeadModel of transformers
+against = ""  # a nanoGPT-style model.py with GPT and GPTConfig; 'hf', the GPT2LMHeadModel of transformers; FILE.gguf: llama.cpp
 rounds = 5  # modes train, data and generate: timed rounds; the figures are their medians
 steps = 5  # modes train and data: steps of a round
 their_config = ""  # mode loss: the config file of the peer's training; '': it gets our settings
@@ -40,6 +44,7 @@ target_loss = 0.0  # mode loss: nats per token on the whole validation split; 0:
 seeds = 1  # mode loss: runs of each side
 max_new_tokens = 64  # mode generate: after a prompt of a quarter of block_size, with top_k 40
 texts = "1,8,64"  # mode generate: texts at a time
+run = ""  # mode generate: a run or a Hugging Face folder, or gpt2 ... gpt2-xl, whose model to take; '': a new one
 device_memory = ""  # mode plan: what training must fit into: 4GB, 24 GB, 512MB, or bytes; '': unknown
 gpu = ""  # mode plan: T4, A100, RTX 3060, ...; '': this machine
 mfu = 0.3  # mode plan: share of the GPU's peak that training reaches; mode train measures it
@@ -99,7 +104,8 @@ class Side:
                      dropout=c.dropout, bias=c.bias)
         betas = (c.beta1, c.beta2)
         if self.is_ours:
-            self.raw_model = ours.GPT(ours.GPTConfig(**shape, arch=c.arch, n_kv_head=c.n_kv_head, tied=c.tied)).to(device)
+            self.raw_model = (load_model(run, device)[0] if run else
+                              ours.GPT(ours.GPTConfig(**shape, arch=c.arch, n_kv_head=c.n_kv_head, tied=c.tied)).to(device))
             self.raw_model.sample_softmax(c.softmax_words, word_counts)
             self.raw_model.remat = c.remat
             self.raw_model.loss_chunk = ours.resolve_loss_chunk(c.loss_chunk, device, c.vocab_size)
@@ -218,6 +224,33 @@ def hugging_face() -> SimpleNamespace:
 
         def configure_optimizers(self, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str):
             return torch.optim.AdamW(self.parameters(), learning_rate, betas, weight_decay=weight_decay, fused=True)
+
+    return SimpleNamespace(GPT=GPT, GPTConfig=SimpleNamespace)
+
+
+def llama_cpp(path: str) -> SimpleNamespace:
+    """A GGUF file in llama.cpp with the manners of a nanoGPT-style model.py, as far as generating one text goes."""
+    try:
+        from llama_cpp import Llama
+    except ImportError:
+        raise ValueError("--against=FILE.gguf needs a package: pip install llama-cpp-python") from None
+    if mode != "generate" or texts != "1" or not Path(path).is_file():
+        raise ValueError(f"--against=FILE.gguf takes a file that is there, --mode=generate and --texts=1, got {path}, {mode}, "
+                         f"{texts}")
+
+    class GPT(torch.nn.Module):
+        def __init__(self, c: SimpleNamespace):
+            super().__init__()
+            threads = torch.get_num_threads()
+            self.llama = Llama(path, n_ctx=c.block_size, n_threads=threads, n_threads_batch=threads, verbose=False)
+
+        def generate(self, idx: torch.Tensor, max_new_tokens: int, temperature: float, top_k: int):
+            self.llama.reset()  # or it would remember the prompt
+            stream = self.llama.generate(idx[0].tolist(), temp=temperature, top_k=top_k, top_p=1.0, min_p=0.0)
+            return list(islice(stream, max_new_tokens))
+
+        def configure_optimizers(self, *args) -> list:
+            return []
 
     return SimpleNamespace(GPT=GPT, GPTConfig=SimpleNamespace)
 
@@ -514,6 +547,13 @@ with user_errors():
             raise ValueError(f"{name} must be at least {least}, got {config[name]}")
     if mode not in ("train", "data", "loss", "generate", "plan"):
         raise ValueError(f"mode must be train, data, loss, generate or plan, got {mode!r}")
+    if run:
+        if mode != "generate":
+            raise ValueError(f"run is for --mode=generate, not {mode}")
+        theirs = load_checkpoint(run)["model_args"]
+        shape = {name: value for name, value in asdict(ours.GPTConfig(**theirs)).items() if name in config}
+        config |= shape
+        globals().update(shape)
     if mode == "generate" and max(1, block_size // 4) + 1 + max_new_tokens > block_size:
         raise ValueError(f"max_new_tokens ({max_new_tokens}) must fit behind a prompt of a quarter of block_size "
                          f"({block_size})")
@@ -526,7 +566,8 @@ with user_errors():
     chip, memory_limit = chip_of(gpu), bytes_of(device_memory) if device_memory else 0.0
     ours.schedule_factor(schedule, 0.0)
     ours.check_softmax_words(softmax_words, batch_size * block_size)
-    peer = hugging_face() if against == "hf" else load_peer(against) if against else None
+    peer = (hugging_face() if against == "hf" else llama_cpp(against) if against.endswith(".gguf") else
+            load_peer(against) if against else None)
     their_settings = {name: coerce(name, value, config[name]) for name, value in read_config_file(their_config).items()
                       if name in config} if their_config else {}
     device = ours.resolve_device(device)

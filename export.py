@@ -198,7 +198,7 @@ def add_gguf_tokenizer(writer, tokenizer, vocab_size: int) -> None:
 def hf_config(model: GPT, eot: int, dtype: str) -> dict:
     """config.json of GPT2LMHeadModel or Qwen3ForCausalLM."""
     c, attn = model.config, model.transformer.h[0].attn
-    ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), eot if eot >= 0 else None)
+    ends = {"bos_token_id": eot, "eos_token_id": eot} if eot >= 0 else {}
     if c.arch == "gpt2":
         return {
             "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "dtype": dtype, "vocab_size": c.vocab_size,
@@ -265,7 +265,8 @@ def export_hf(checkpoint: dict, folder: Path) -> None:
         new = Path(temporary)
         write_hf_tokenizer(tokenizer, new, model.config.block_size)
         save_file(weights, new / "model.safetensors", {"format": "pt"})
-        write_json(new / "generation_config.json", {key: i for key, i in config.items() if key.endswith("token_id")})
+        ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eot)
+        write_json(new / "generation_config.json", ends if tokenizer.eot >= 0 else {})
         write_json(new / "meta.json", checkpoint["meta"])  # for read_hugging_face, to which only GPT-2's vocabulary is known
         (new / "README.md").write_text(model_card(checkpoint, model, tokenizer.spec["kind"], push or folder.name),
                                        encoding="utf-8")

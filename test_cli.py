@@ -600,6 +600,14 @@ def test_bench_of_generation(tmp_path):
             assert row["weights_read_per_second"] == pytest.approx(4 * result["parameters"] * row["tokens_per_second"] / texts)
 
 
+def test_bench_of_a_trained_models_generation(trained):
+    """Its shape decides about everything: the peer's, the prompt, the parameters."""
+    done = run("bench.py", *BENCH, "--mode=generate", f"--run={trained}", "--against=hf", "--rounds=1", "--max_new_tokens=11",
+               "--texts=1")
+    assert done.returncode == 0 and "8 + 11 tokens" in done.stdout, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["parameters"] == load_model(trained, "cpu")[0].num_params()
+
+
 def test_bench_takes_training_configs(tmp_path):
     config = tmp_path / "config.py"
     config.write_text("dataset = 'fables'\nlearning_rate = 1e-3\nn_embd = 8\nmax_iters = 5\n")
@@ -688,6 +696,7 @@ def test_plan_of_time_and_batches():
     (["--schedule=step"], "schedule must"), (["--dtype=int8"], "dtype must"), (["--mode=data", "--dataset=none"], "none"),
     (["--n_head=3"], "multiple of n_head"), (["--patience=1"], "no setting 'patience'"),
     (["--their_config=none.py"], "no such config file"), (["--mode=generate", "--max_new_tokens=12"], "must fit behind"),
+    (["--run=out"], "run is for --mode=generate"), (["--mode=generate", "--run=none"], "no checkpoint in none"),
     (["--texts=1;8"], "texts takes numbers"), (["--texts=0"], "texts takes numbers"),
     (["--mode=plan", "--device_memory=4XB"], "such as 4GB"), (["--mode=plan", "--device_memory=0"], "such as 4GB"),
     (["--mode=plan", "--device_memory=-1GB"], "such as 4GB"), (["--mode=plan", "--gpu=T5"], "one of T4, V100"),
