@@ -1,7 +1,7 @@
 """
 Write a trained model in a form that other programs run.
 
-    python export.py --out_dir=out --format=hf      # out-hf: a folder for transformers, vLLM and the Hugging Face hub
+    python export.py --out_dir=out --format=hf      # out-hf: a folder for transformers and the Hugging Face hub
     python export.py --out_dir=out --format=gguf    # out-float16.gguf: a file for llama.cpp and what is built on it
     python export.py --out_dir=out --format=int8    # out-int8: a run whose best.pt has a quarter of the size
 

@@ -50,14 +50,22 @@ def encode_prompts(prompts: list[str], tokenizer, device: str) -> tuple[torch.Te
     """Prompts to token ids (B, T), padded at the left, and the lengths (B) of the padding."""
     # where it can, a prompt begins as in training, where every document follows the end of another
     rows = [[tokenizer.eot] * (tokenizer.eot >= 0) + tokenizer.encode(prompt) for prompt in prompts]
-    for prompt in set(prompts) if tokenizer.unk >= 0 else ():
-        if lacking := tokenizer.lacking(tokenizer.split(prompt)):
-            print(f"warning: the vocabulary lacks {lacking} of the prompt: the model reads <UNK> there", file=sys.stderr)
     if not all(rows):
         raise ValueError("this model has no end-of-text token to begin from: give it a prompt")
     T = max(map(len, rows))
     idx = torch.tensor([[0] * (T - len(row)) + row for row in rows], device=device)
     return idx, torch.tensor([T - len(row) for row in rows], device=device)
+
+
+def lacking_words(tokenizer, prompt: str) -> str:
+    """What to say of a prompt with words that the vocabulary lacks, which the model reads as <UNK>; '' where it has all."""
+    lacking = tokenizer.lacking(tokenizer.split(prompt)) if tokenizer.unk >= 0 else ""
+    return lacking and f"the vocabulary lacks {lacking} of the prompt: the model reads <UNK> there"
+
+
+def warn_of_lacking_words(tokenizer, prompt: str) -> None:
+    if lacking := lacking_words(tokenizer, prompt):
+        print(f"warning: {lacking}", file=sys.stderr)
 
 
 def text_after(tokenizer, before: list[int], ids: list[int]) -> str:
@@ -72,14 +80,17 @@ def before_stop(text: str, stop: str) -> str:
 
 
 def stream_text(model: GPT, tokenizer, prompts: list[str], max_new_tokens: int, stop: str = "",
-                **sampling) -> Iterator[list[tuple[str, bool]]]:
+                tokens: list[list[int]] | None = None, **sampling) -> Iterator[list[tuple[str, bool]]]:
     """
     After every token, for each prompt, its continuation so far and whether that has ended. What is in it stays: half a
-    character, or what may become a stop text, is held back. `sampling` is that of GPT.stream.
+    character, or what may become a stop text, is held back. `tokens`, an empty list, becomes the ids of prompts and
+    continuations. `sampling` is that of GPT.stream.
     """
     half_stops = {s[:i] for s in stop.split("||") for i in range(len(s))}
     idx, pad = encode_prompts(prompts, tokenizer, model.device)
-    before = [row[p:][-8:] for row, p in zip(idx.tolist(), pad.tolist())]
+    tokens = [] if tokens is None else tokens
+    tokens += [row[p:] for row, p in zip(idx.tolist(), pad.tolist())]
+    before = [row[-8:] for row in tokens]
     ids: list[list[int]] = [[] for _ in prompts]
     ended, texts = [False] * len(prompts), [""] * len(prompts)
     for n, new in enumerate(model.stream(idx, max_new_tokens, stop_token=tokenizer.eot, pad=pad, **sampling), 1):
@@ -87,7 +98,8 @@ def stream_text(model: GPT, tokenizer, prompts: list[str], max_new_tokens: int, 
             if ended[row]:
                 continue
             ended[row] = token == tokenizer.eot or n == max_new_tokens
-            ids[row] += [token] * (token != tokenizer.eot)
+            for known in (ids[row], tokens[row]):
+                known += [token] * (token != tokenizer.eot)
             text = text_after(tokenizer, before[row], ids[row])
             if (cut := before_stop(text, stop)) != text:
                 text, ended[row] = cut, True
@@ -112,6 +124,7 @@ def generate_text(prompt: str = "", max_length: int = 100, temperature: float = 
                   out_dir: str = "out", device: str = "auto", quantize: str = "", seed: int | None = None, **sampling) -> str:
     """The prompt with up to max_length tokens after it; ValueError for bad input. The model is loaded once."""
     model, tokenizer = load(out_dir, device, quantize)
+    warn_of_lacking_words(tokenizer, prompt)
     generator = torch.Generator(model.device)
     generator.seed() if seed is None else generator.manual_seed(seed)
     text = ""
@@ -150,12 +163,19 @@ def print_best(model: GPT, tokenizer, prompt: str) -> None:
     print(prompt + before_stop(text, stop))
 
 
+@torch.no_grad()
+def next_tokens(model: GPT, ids: list[int], n: int) -> list[tuple[int, float]]:
+    """The n most probable tokens after those given, with their probabilities, the most probable first."""
+    idx = torch.tensor([ids[-model.config.block_size:]], device=model.device)
+    x = model.hidden(idx)[:, -1]  # (1, C): the head is for the last token only
+    top = model.lm_head(x)[0].float().softmax(dim=-1).topk(min(n, model.config.vocab_size))
+    return list(zip(top.indices.tolist(), top.values.tolist()))
+
+
 def print_next_tokens(model: GPT, tokenizer, prompt: str) -> None:
     idx, _ = encode_prompts([prompt], tokenizer, model.device)
-    with torch.no_grad():
-        p = model(idx[:, -model.config.block_size:])[0][0, -1].float().softmax(dim=-1)
-    for share, token in zip(*(x.tolist() for x in p.topk(min(next_token, len(p))))):
-        print(f"{share:7.2%}  {tokenizer.decode([token])!r}" + "  (end of text)" * (token == tokenizer.eot))
+    for token, p in next_tokens(model, idx[0].tolist(), next_token):
+        print(f"{p:7.2%}  {tokenizer.decode([token])!r}" + "  (end of text)" * (token == tokenizer.eot))
 
 
 def read_prompt() -> str:
@@ -187,6 +207,7 @@ if __name__ == "__main__":
                 print()
                 break
         try:
+            warn_of_lacking_words(tokenizer, prompt)
             if next_token:
                 print_next_tokens(model, tokenizer, prompt)
             elif num_beams:
