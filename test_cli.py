@@ -20,7 +20,7 @@ from eval import compare_texts, distinct, leading_texts, repetition, score, size
 from model import GPT, GPTConfig, from_hf, quantize_int8
 from tokenizer import get_tokenizer
 
-SCRIPTS = ["train.py", "sample.py", "eval.py", "bench.py", "export.py",
+SCRIPTS = ["train.py", "sample.py", "eval.py", "bench.py", "export.py", "app.py",
            *sorted(f"data/{path.parent.name}/prepare.py" for path in HERE.glob("data/*/prepare.py"))]
 
 
