@@ -28,7 +28,7 @@ from tokenizer import (EOT, LETTER_OF_BYTE, PIECE, UNK, BytePairTokenizer, get_t
 
 # -----------------------------------------------------------------------------
 out_dir = "out"  # what to export: a run (its best.pt, else last.pt), a Hugging Face folder, or gpt2 ... gpt2-xl
-format = "hf"  # or 'gguf', 'int8'
+format = "int8"  # or 'hf', 'gguf'
 dtype = "auto"  # of the weights: hf float32 (auto), float16, bfloat16; gguf float16 (auto), float32, q8_0
 to = ""  # folder, or .gguf file, to write; '': named after out_dir
 overwrite = False  # True: replace what is there
@@ -385,7 +385,7 @@ if __name__ == "__main__":
     configure(globals(), skip_settings_of="train.py")
     with user_errors():
         if format not in DTYPES:
-            raise ValueError(f"format must be hf, gguf or int8, got {format!r}")
+            raise ValueError(f"format must be int8, hf or gguf, got {format!r}")
         dtype = DTYPES[format][0] if dtype == "auto" else dtype
         if dtype not in DTYPES[format]:
             raise ValueError(f"dtype must be auto, {', '.join(DTYPES[format])} with --format={format}, got {dtype!r}")

@@ -64,7 +64,7 @@ def make_run(folder: Path, shape: str, kind: str, padding: int = 0) -> GPT:
 
 
 def export(out_dir: Path, to: Path, *args: str) -> None:
-    done = run("export.py", f"--out_dir={out_dir}", f"--to={to}", *args)
+    done = run("export.py", f"--out_dir={out_dir}", f"--to={to}", "--format=hf", *args)
     assert done.returncode == 0 and done.stderr == "" and str(to) in done.stdout, done.stderr
 
 
@@ -89,7 +89,7 @@ def runs(tmp_path_factory) -> dict[str, tuple[Path, GPT]]:
 def test_transformers_says_the_same(runs, tmp_path, pair):
     """The same logits, greedy ids and text; and we read the folder back."""
     (out, model), kind = runs[pair], pair.split("-")[1]
-    export(out, tmp_path / "hf", "--format=hf")
+    export(out, tmp_path / "hf")
     theirs, tokenizer = transformers_of(tmp_path / "hf")
     ours = tokenizer_of(kind)
     idx = torch.randint(1, ours.vocab_size - 1, (2, 64), generator=torch.Generator().manual_seed(2))
@@ -216,7 +216,7 @@ def test_llama_cpp_says_the_same(runs, tmp_path, pair):
 # What cannot be, and the hub
 
 @pytest.mark.parametrize("args, says", [
-    (["--format=onnx"], "format must be hf, gguf or int8"),
+    (["--format=onnx"], "format must be int8, hf or gguf"),
     (["--dtype=q8_0"], "dtype must be auto, float32, float16, bfloat16 with --format=hf"),
     (["--format=gguf", "--dtype=int4"], "dtype must be auto, float16, float32, q8_0"),
     (["--push=me"], "push takes USER/NAME"),
@@ -235,8 +235,8 @@ def test_one_line_says_what_cannot_be(runs, tmp_path, args, says):
         export(runs["qwen3-bpe"][0], tmp_path / "int8", "--format=int8")
     before = sorted(path for path in tmp_path.rglob("*") if path.is_file())
     names = dict(there=there, int8=tmp_path / "int8", words=runs["gpt2-word"][0])
-    args = [f"--out_dir={runs['gpt2-gpt2'][0]}", f"--to={tmp_path / 'new'}", *(arg.format(**names) for arg in args)]
-    done = run("export.py", *args)
+    args = ["--format=hf", f"--to={tmp_path / 'new'}", *(arg.format(**names) for arg in args)]
+    done = run("export.py", f"--out_dir={runs['gpt2-gpt2'][0]}", *args)
     assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == before
 
