@@ -202,7 +202,8 @@ def test_llama_cpp_says_the_same(runs, tmp_path, pair):
             expected = model(torch.tensor([said]))[0][0]
         llama.eval(said)
         logits = torch.tensor(llama.scores[:len(said)])
-        assert (logits - expected).abs().max() < (0.01 if dtype == "float16" else 0.3) * expected.std()
+        error = (logits - expected).square().mean().sqrt() / expected.std()
+        assert error < (0.003 if dtype == "float16" else 0.06)  # measured: 0.0015 and 0.042 at most; of a wrong weight, about 1
         if dtype == "float16":
             llama.reset()
             theirs = [token for token, _ in zip(llama.generate(idx, temp=0), range(40))]
