@@ -172,6 +172,8 @@ def add_gguf_tokenizer(writer, tokenizer, vocab_size: int) -> None:
         writer.add_token_merges([" ".join(merge) for merge in merges])
     elif tokenizer.spec["kind"] == "word":
         raise ValueError("llama.cpp has nothing like the tokenizer 'word': --format=hf takes it")
+    elif tokenizer.eot < 0:  # it would take token 1 for it
+        raise ValueError("llama.cpp needs a token that ends a text, and this vocabulary has none: --format=hf takes it")
     else:
         tokens = [token.replace(" ", "\u2581") for token in tokenizer.vocab]  # how it writes a space
         if len(set(tokens)) < len(tokens):
@@ -179,17 +181,16 @@ def add_gguf_tokenizer(writer, tokenizer, vocab_size: int) -> None:
         writer.add_tokenizer_model("t5")
         writer.add_token_scores([-1.0] * vocab_size)
         writer.add_add_space_prefix(False)
-        writer.add_unk_token_id(max(tokenizer.unk, tokenizer.eot, 0))  # without an <UNK>, something must stand there
+        writer.add_unk_token_id(tokenizer.unk if tokenizer.unk >= 0 else tokenizer.eot)  # something must stand there
     specials = {tokenizer.eot, tokenizer.unk}
     types = [gguf.TokenType.CONTROL if i in specials else gguf.TokenType.NORMAL for i in range(len(tokens))]
     padding = vocab_size - len(tokens)  # ids of a padded vocabulary, which say nothing
     writer.add_token_list(tokens + [f"[PAD{i}]" for i in range(padding)])
     writer.add_token_types(types + [gguf.TokenType.UNUSED] * padding)
-    writer.add_add_bos_token(tokenizer.eot >= 0)
+    writer.add_add_bos_token(True)
     writer.add_add_eos_token(False)
-    if tokenizer.eot >= 0:
-        writer.add_bos_token_id(tokenizer.eot)
-        writer.add_eos_token_id(tokenizer.eot)
+    writer.add_bos_token_id(tokenizer.eot)
+    writer.add_eos_token_id(tokenizer.eot)
 
 
 # -----------------------------------------------------------------------------
@@ -267,7 +268,7 @@ def export_hf(checkpoint: dict, folder: Path) -> None:
         save_file(weights, new / "model.safetensors", {"format": "pt"})
         ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eot)
         write_json(new / "generation_config.json", ends if tokenizer.eot >= 0 else {})
-        write_json(new / "meta.json", checkpoint["meta"])  # for read_hugging_face, to which only GPT-2's vocabulary is known
+        write_json(new / "meta.json", checkpoint["meta"])  # what read_hugging_face knows our tokenizers by
         (new / "README.md").write_text(model_card(checkpoint, model, tokenizer.spec["kind"], push or folder.name),
                                        encoding="utf-8")
         write_json(new / "config.json", config)
@@ -317,7 +318,7 @@ def export_gguf(checkpoint: dict, path: Path) -> None:
             continue
         name = names.get_name(theirs, try_suffixes=(".weight", ".bias"))
         kind = kinds["float32" if w.dim() == 1 or name == "position_embd.weight" else dtype]
-        w = (w.t() if is_transposed(theirs) and c.arch == "gpt2" else w).contiguous().numpy()
+        w = (w.t() if is_transposed(theirs) else w).contiguous().numpy()
         if kind == kinds["q8_0"] and w.shape[-1] % 32:
             kind = kinds["float16"]
         writer.add_tensor(name, gguf.quants.quantize(w, kind), raw_dtype=kind)

@@ -374,6 +374,12 @@ def test_nanogpts_characters(tmp_path):
     torch.save({"model": GPT(GPTConfig(**shape)).state_dict(), "model_args": shape, "optimizer": {}, "iter_num": 7,
                 "best_val_loss": 3.5, "config": {"dataset": "bard_char"}}, tmp_path / "ckpt.pt")
     assert set(generate_text("to be", 20, out_dir=str(tmp_path), device="cpu")) <= set(chars)
+    export(tmp_path, tmp_path / "hf")
+    theirs, tokenizer = transformers_of(tmp_path / "hf")
+    said = theirs.generate(**tokenizer("to be", return_tensors="pt"), max_new_tokens=8, do_sample=False)
+    assert tokenizer.decode(said[0]) == generate_text("to be", 8, temperature=0, out_dir=str(tmp_path), device="cpu")
+    done = run("export.py", f"--out_dir={tmp_path}", "--format=gguf", f"--to={tmp_path / 'a.gguf'}")
+    assert done.returncode == 2 and "llama.cpp needs a token that ends a text" in done.stderr
     (tmp_path / "meta.pkl").write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR.")
     with pytest.raises(ValueError, match="it asks for os.system"):
         load_checkpoint(tmp_path)
