@@ -254,8 +254,8 @@ print(tokenizer.decode(ids[0], skip_special_tokens=True))
 """
 
 
-def export_hf(checkpoint: dict, folder: Path) -> None:
-    """A folder that transformers loads, complete or, where something fails, as it was before."""
+def export_hf(checkpoint: dict, folder: Path) -> list[Path]:
+    """A folder that transformers loads, complete or, where something fails, as it was before; its files, the weights first."""
     save_file = needed("safetensors.torch").save_file
     model, tokenizer = model_of(checkpoint)
     config = hf_config(model, tokenizer.eot, dtype)
@@ -275,11 +275,14 @@ def export_hf(checkpoint: dict, folder: Path) -> None:
         for file in new.iterdir():
             shutil.copymode(new / "config.json", file)  # safetensors lets nobody else read
             flush_to_disk(file)
-        for file in sorted(new.iterdir(), key=lambda file: file.name == "config.json"):  # which makes it a model: last
+        order = ["model.safetensors", "config.json"]  # the last one makes it a model
+        files = sorted(new.iterdir(), key=lambda file: order.index(file.name) if file.name in order else 0.5)
+        for file in files:
             os.replace(file, folder / file.name)
+    return [folder / file.name for file in files]
 
 
-def export_gguf(checkpoint: dict, path: Path) -> None:
+def export_gguf(checkpoint: dict, path: Path) -> list[Path]:
     """
     One GGUF file, for llama.cpp and its kin. Matrices and tables in dtype, but float16 where q8_0 has no whole blocks of 32;
     gains, biases and positions in float32, as llama.cpp's own converter has it.
@@ -331,12 +334,14 @@ def export_gguf(checkpoint: dict, path: Path) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    return [path]
 
 
-def export_int8(checkpoint: dict, folder: Path) -> None:
+def export_int8(checkpoint: dict, folder: Path) -> list[Path]:
     """A run of ours with matrices and tables of one byte a weight and one scale a row."""
     folder.mkdir(parents=True, exist_ok=True)
     save_checkpoint(folder, "best.pt", checkpoint | {"model": quantize_int8(checkpoint["model"])})
+    return [folder / "best.pt"]
 
 
 # -----------------------------------------------------------------------------
@@ -365,19 +370,16 @@ def model_of(checkpoint: dict) -> tuple[GPT, object]:
     return build_model(checkpoint, checkpoint["path"]), get_tokenizer(checkpoint["meta"])
 
 
-def upload(path: Path, name: str) -> None:
-    """Upload a folder or a file to the Hugging Face hub, to a model that is made where there is none."""
+def upload(files: list[Path], name: str) -> None:
+    """Upload files of one folder, and no others, to the Hugging Face hub, to a model that is made where there is none."""
     from huggingface_hub import HfApi
 
-    print(f"uploading {path} to {name} ...", file=sys.stderr)
+    print(f"uploading {', '.join(file.name for file in files)} to {name} ...", file=sys.stderr)
     try:
         where = HfApi().create_repo(name, exist_ok=True)
-        if path.is_dir():
-            HfApi().upload_folder(repo_id=name, folder_path=path)
-        else:
-            HfApi().upload_file(repo_id=name, path_or_fileobj=path, path_in_repo=path.name)
+        HfApi().upload_folder(repo_id=name, folder_path=files[0].parent, allow_patterns=[file.name for file in files])
     except Exception as error:  # any way in which an upload fails
-        raise ValueError(f"{path} is written, but could not be uploaded ({' '.join(str(error).split())[:200]}): `hf auth "
+        raise ValueError(f"{files[0]} is written, but could not be uploaded ({' '.join(str(error).split())[:200]}): `hf auth "
                          "login` gives access, and the same command with --overwrite=True tries again") from None
     print(where)
 
@@ -399,8 +401,7 @@ if __name__ == "__main__":
         if path.is_file() != (format == "gguf") and path.exists():
             raise ValueError(f"--format={format} writes a {'file' if format == 'gguf' else 'folder'}, and {path} is none")
         checkpoint = load_checkpoint(out_dir)
-        {"hf": export_hf, "gguf": export_gguf, "int8": export_int8}[format](checkpoint, path)
-        written = {"hf": path / "model.safetensors", "gguf": path, "int8": path / "best.pt"}[format]
-        print(f"{written}: {written.stat().st_size / 1e6:,.1f} MB")
+        files = {"hf": export_hf, "gguf": export_gguf, "int8": export_int8}[format](checkpoint, path)
+        print(f"{files[0]}: {files[0].stat().st_size / 1e6:,.1f} MB")
         if push:
-            upload(path, push)
+            upload(files, push)

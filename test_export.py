@@ -279,14 +279,16 @@ def test_the_card_has_what_was_measured(runs, tmp_path):
     ("gguf", {"story.gguf"}),
 ])
 def test_push_uploads_what_was_written(hub, runs, tmp_path, format, files):
-    """Up to the request: a stand-in for the hub gets the name of the model and every file as it is on the disk."""
-    to = tmp_path / ("story.gguf" if format == "gguf" else "story")
-    args = [f"--out_dir={runs['untied-pieces'][0]}", f"--format={format}", f"--to={to}", "--push=me/story"]
+    """Up to the request: a stand-in for the hub gets the name of the model and what was written, no other file."""
+    to = tmp_path / "there" / ("story.gguf" if format == "gguf" else "")
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "private.txt").touch()
+    args = ["--overwrite=True", f"--out_dir={runs['untied-pieces'][0]}", f"--format={format}", f"--to={to}", "--push=me/story"]
     done = run("export.py", *args, **hub.env, HF_TOKEN="hf_x")
     assert done.returncode == 0 and done.stdout.rstrip().endswith("/me/story"), done.stderr
     assert hub.created == ["me/story"] and set(hub.uploaded) == files
     assert all(body == ((to / name) if to.is_dir() else to).read_bytes() for name, body in hub.uploaded.items())
-    done = run("export.py", *args, "--overwrite=True", **hub.env | {"HF_ENDPOINT": "http://127.0.0.1:1", "HF_TOKEN": "hf_x"})
+    done = run("export.py", *args, **hub.env | {"HF_ENDPOINT": "http://127.0.0.1:1", "HF_TOKEN": "hf_x"})
     assert done.returncode == 2 and "is written, but could not be uploaded" in done.stderr and "Traceback" not in done.stderr
 
 
