@@ -90,6 +90,11 @@ def read_checkpoint(path: Path) -> dict:
         raise ValueError(f"{path} is not a checkpoint: it holds a {type(checkpoint).__name__}")
     if "iter_num" in checkpoint:
         checkpoint = from_nanogpt(checkpoint, path)
+    return checked(checkpoint, path)
+
+
+def checked(checkpoint: dict, path: Path) -> dict:
+    """The checkpoint, if it has what every one has; else ValueError."""
     kinds = dict(model=dict, model_args=dict, step=int, config=dict, meta=dict, version=int)
     wrong = [name for name, kind in kinds.items() if not isinstance(checkpoint.get(name), kind) or checkpoint[name] is False]
     if (wrong or checkpoint["step"] < 0 or not isinstance(checkpoint["config"].get("dataset"), str)
@@ -156,8 +161,8 @@ def hugging_face_folder(name: str) -> Path:
 
 def read_hugging_face(folder: Path) -> dict:
     """
-    A folder of GPT2LMHeadModel or Qwen3ForCausalLM as a checkpoint of ours. Its tokenizer is that of the meta.json which
-    export.py writes, else the BPE of its tokenizer.json, else GPT-2's.
+    A folder of GPT2LMHeadModel or Qwen3ForCausalLM as a checkpoint of ours. export.py writes what else belongs to one into
+    meta.json; without it, the tokenizer is the BPE of its tokenizer.json, else GPT-2's.
     """
     try:
         from safetensors.torch import load_file
@@ -166,8 +171,10 @@ def read_hugging_face(folder: Path) -> dict:
     try:
         config = config_from_hf(json.loads((folder / "config.json").read_text(encoding="utf-8")))
         meta = {"dataset": "", "tokenizer": {"kind": "gpt2"}, "eot": 50256, "vocab_size": 50257, "splits": {}}
+        trained = {"step": 0, "config": {"dataset": ""}, "meta": meta}
         if (folder / "meta.json").exists():
-            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            trained |= json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            meta = trained["meta"]
         elif (folder / "tokenizer.json").exists():
             spec = read_tokenizer_json((folder / "tokenizer.json").read_text(encoding="utf-8"))
             size = len(spec.get("vocab", range(50257)))
@@ -186,8 +193,7 @@ def read_hugging_face(folder: Path) -> dict:
     except Exception as error:  # whatever a damaged file makes of the reader
         raise ValueError(f"{folder} is not a Hugging Face model that can be read here ({type(error).__name__}: "
                          f"{' '.join(str(error).split())[:150]})") from None
-    return {"model": weights, "model_args": asdict(config), "step": 0, "config": {"dataset": meta["dataset"]}, "meta": meta,
-            "version": VERSION}
+    return checked(trained | {"model": weights, "model_args": asdict(config), "version": VERSION}, folder / "meta.json")
 
 
 def config_from_hf(theirs: dict) -> GPTConfig:

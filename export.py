@@ -268,7 +268,8 @@ def export_hf(checkpoint: dict, folder: Path) -> list[Path]:
         save_file(weights, new / "model.safetensors", {"format": "pt"})
         ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eot)
         write_json(new / "generation_config.json", ends if tokenizer.eot >= 0 else {})
-        write_json(new / "meta.json", checkpoint["meta"])  # what read_hugging_face knows our tokenizers by
+        config_of_run = {key: checkpoint["config"][key] for key in ("dataset", "batching") if key in checkpoint["config"]}
+        write_json(new / "meta.json", {"step": checkpoint["step"], "config": config_of_run, "meta": checkpoint["meta"]})
         (new / "README.md").write_text(model_card(checkpoint, model, tokenizer.spec["kind"], push or folder.name),
                                        encoding="utf-8")
         write_json(new / "config.json", config)

@@ -59,7 +59,8 @@ def make_run(folder: Path, shape: str, kind: str, padding: int = 0) -> GPT:
             "splits": {}}
     folder.mkdir(parents=True, exist_ok=True)
     save_checkpoint(folder, "best.pt", {"model": model.state_dict(), "model_args": vars(model.config), "step": 7,
-                                        "best_val_loss": 1.0, "config": {"dataset": "tales"}, "meta": meta})
+                                        "best_val_loss": 1.0, "meta": meta,
+                                        "config": {"dataset": "tales", "batching": "by_length", "seed": 1}})
     return model
 
 
@@ -102,6 +103,7 @@ def test_transformers_says_the_same(runs, tmp_path, pair):
     assert tokenizer.decode(ids[0], skip_special_tokens=True) == (said.lower() if kind == "word" else said).replace(UNK, "")
     again, checkpoint = load_model(tmp_path / "hf", "cpu")
     assert torch.allclose(again(idx)[0], model(idx)[0], atol=1e-5) and checkpoint["meta"]["tokenizer"] == ours.spec
+    assert checkpoint["step"] == 7 and checkpoint["config"] == {"dataset": "tales", "batching": "by_length"}
     assert generate_text(PROMPT, 40, temperature=0, out_dir=str(tmp_path / "hf"), device="cpu") == said
 
 
@@ -359,6 +361,15 @@ def test_what_a_folder_lacks_is_named(tmp_path, config, weights, says):
         weights(w)
         save_file(w, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=re.escape(says)):
+        load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", "5", '{"meta": 5}', '{"step": "7"}', '{"config": []}',
+                                    '{"meta": {"vocab_size": 320}}'])
+def test_a_damaged_description_is_named(tmp_path, damage):
+    make_qwen3(tmp_path)
+    (tmp_path / "meta.json").write_text(damage)
+    with pytest.raises(ValueError, match=f"{tmp_path}.* (cannot|can) be read"):
         load_checkpoint(tmp_path)
 
 
