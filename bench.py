@@ -30,7 +30,7 @@ import torch
 from tqdm import tqdm
 
 import model as ours
-from checkpoint import load_checkpoint, load_model
+from checkpoint import load_model
 from configurator import coerce, configure, read_config_file, user_errors
 from dataset import TokenStream, TrainBatches, eval_batches, load_meta, prefetch
 
@@ -104,7 +104,7 @@ class Side:
                      dropout=c.dropout, bias=c.bias)
         betas = (c.beta1, c.beta2)
         if self.is_ours:
-            self.raw_model = (load_model(run, device)[0] if run else
+            self.raw_model = (trained if run else
                               ours.GPT(ours.GPTConfig(**shape, arch=c.arch, n_kv_head=c.n_kv_head, tied=c.tied)).to(device))
             self.raw_model.sample_softmax(c.softmax_words, word_counts)
             self.raw_model.remat = c.remat
@@ -547,11 +547,12 @@ with user_errors():
             raise ValueError(f"{name} must be at least {least}, got {config[name]}")
     if mode not in ("train", "data", "loss", "generate", "plan"):
         raise ValueError(f"mode must be train, data, loss, generate or plan, got {mode!r}")
+    device = ours.resolve_device(device)
     if run:
         if mode != "generate":
             raise ValueError(f"run is for --mode=generate, not {mode}")
-        theirs = load_checkpoint(run)["model_args"]
-        shape = {name: value for name, value in asdict(ours.GPTConfig(**theirs)).items() if name in config}
+        trained = load_model(run, device)[0]
+        shape = {name: value for name, value in asdict(trained.config).items() if name in config}
         config |= shape
         globals().update(shape)
     if mode == "generate" and max(1, block_size // 4) + 1 + max_new_tokens > block_size:
@@ -570,7 +571,6 @@ with user_errors():
             load_peer(against) if against else None)
     their_settings = {name: coerce(name, value, config[name]) for name, value in read_config_file(their_config).items()
                       if name in config} if their_config else {}
-    device = ours.resolve_device(device)
     ours.resolve_dtype(dtype, device)
     data_tokens = 0  # of the training split, where it is known
     from_data = mode in ("data", "loss")

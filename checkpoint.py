@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from model import GPT, GPTConfig, from_hf, quantize_int8
-from tokenizer import read_nanogpt_characters, read_tokenizer_json
+from tokenizer import meta_of, read_nanogpt_characters, read_tokenizer_json
 
 VERSION = 1
 OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # what they call their weights on the Hugging Face hub
@@ -116,12 +116,12 @@ def from_nanogpt(checkpoint: dict, path: Path) -> dict:
     if lacking := {"model", "model_args", "config"} - set(checkpoint):
         raise ValueError(f"the nanoGPT checkpoint lacks {', '.join(sorted(lacking))}")
     dataset, vocab_size = str(checkpoint["config"].get("dataset", "")), checkpoint["model_args"]["vocab_size"]
-    meta = {"dataset": dataset, "tokenizer": {"kind": "gpt2"}, "eot": 50256, "vocab_size": vocab_size, "splits": {}}
-    pickles = [file for file in (path.with_name("meta.pkl"), Path("data", dataset, "meta.pkl")) if file.is_file()]
-    if vocab_size < 50257 and not pickles:
-        raise ValueError(f"{path} knows {vocab_size} characters, but not which: put the meta.pkl of its data beside it")
+    spec = {"kind": "gpt2"}
     if vocab_size < 50257:
-        meta |= {"tokenizer": read_nanogpt_characters(pickles[0]), "eot": -1}
+        pickles = [file for file in (path.with_name("meta.pkl"), Path("data", dataset, "meta.pkl")) if file.is_file()]
+        if not pickles:
+            raise ValueError(f"{path} knows {vocab_size} characters, but not which: put the meta.pkl of its data beside it")
+        spec = read_nanogpt_characters(pickles[0])
     return {
         "model": {name.removeprefix("_orig_mod."): weight for name, weight in checkpoint["model"].items()},
         "model_args": checkpoint["model_args"] | {"gelu": "none"},
@@ -129,7 +129,7 @@ def from_nanogpt(checkpoint: dict, path: Path) -> dict:
         "step": checkpoint["iter_num"],
         "best_val_loss": float(checkpoint.get("best_val_loss", "inf")),
         "config": checkpoint["config"],
-        "meta": meta,
+        "meta": meta_of(spec, dataset) | {"vocab_size": vocab_size},
         "version": VERSION,
     }
 
@@ -170,15 +170,12 @@ def read_hugging_face(folder: Path) -> dict:
         raise ValueError(f"to read {folder} a package is needed: pip install safetensors") from None
     try:
         config = config_from_hf(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-        meta = {"dataset": "", "tokenizer": {"kind": "gpt2"}, "eot": 50256, "vocab_size": 50257, "splits": {}}
-        trained = {"step": 0, "config": {"dataset": ""}, "meta": meta}
+        trained = {"step": 0, "config": {"dataset": ""}, "meta": meta_of({"kind": "gpt2"})}
         if (folder / "meta.json").exists():
             trained |= json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-            meta = trained["meta"]
         elif (folder / "tokenizer.json").exists():
-            spec = read_tokenizer_json((folder / "tokenizer.json").read_text(encoding="utf-8"))
-            size = len(spec.get("vocab", range(50257)))
-            meta |= {"tokenizer": spec, "eot": size - 1, "vocab_size": size}
+            trained["meta"] = meta_of(read_tokenizer_json((folder / "tokenizer.json").read_text(encoding="utf-8")))
+        meta = trained["meta"]
         if not meta["vocab_size"] <= config.vocab_size <= meta["vocab_size"] + 4096:  # some pad it
             raise ValueError(f"its vocabulary of {config.vocab_size:,} is not that of its tokenizer, {meta['vocab_size']:,}; "
                              "without a tokenizer.json it would be GPT-2's")

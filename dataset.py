@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from tokenizer import EOT, KINDS, leading, read_nanogpt_characters
+from tokenizer import EOT, KINDS, leading, meta_of, read_nanogpt_characters
 
 FORMAT_VERSION = 1
 POOL = 64  # batches
@@ -248,12 +248,9 @@ def load_meta(folder: Path) -> dict:
     if not (folder / "meta.json").is_file():
         if not any(folder.glob("train*.bin")) or any(folder.glob("*.tmp")):
             raise ValueError(f"the data set {folder.name} is not prepared: run `{prepare}`")
-        meta = {"format_version": FORMAT_VERSION, "dataset": folder.name, "tokenizer": {"kind": "gpt2"}, "vocab_size": 50257,
-                "eot": 50256, "splits": {}}
-        if (folder / "meta.pkl").is_file():
-            spec = read_nanogpt_characters(folder / "meta.pkl")
-            meta |= {"tokenizer": spec, "vocab_size": len(spec["vocab"]), "eot": -1}
-        return meta
+        pickled = folder / "meta.pkl"
+        spec = read_nanogpt_characters(pickled) if pickled.is_file() else {"kind": "gpt2"}
+        return {"format_version": FORMAT_VERSION} | meta_of(spec, folder.name)
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         if type(meta["format_version"]) is not int or meta["format_version"] != FORMAT_VERSION:

@@ -802,10 +802,11 @@ def to_hf(model: GPT) -> dict[str, torch.Tensor]:
 
 def from_hf(weights: dict[str, torch.Tensor], config: GPTConfig) -> dict[str, torch.Tensor]:
     """A state dict of ours from theirs; ValueError names what is missing, misshapen or left over."""
+    names = hf_names(config)
     with NoWeights():
         expected = {name: w.shape for name, w in to_hf(GPT(config)).items()}
     if config.tied:
-        weights = weights | {"lm_head.weight": weights.get(hf_names(config)["transformer.wte.weight"][0])}
+        weights = weights | {"lm_head.weight": weights.get(names["transformer.wte.weight"][0])}
     if missing := [name for name in expected if weights.get(name) is None]:
         raise ValueError(f"the weights lack {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
     for name, shape in expected.items():
@@ -815,7 +816,7 @@ def from_hf(weights: dict[str, torch.Tensor], config: GPTConfig) -> dict[str, to
     if left := [name for name in weights if name not in expected and not name.endswith(buffers)]:
         raise ValueError(f"the weights have {left[0]}, which has no place in the model")
     return {ours: torch.cat([weights[name].t() if is_transposed(name) else weights[name] for name in theirs])
-            for ours, theirs in hf_names(config).items()}
+            for ours, theirs in names.items()}
 
 
 def is_transposed(name: str) -> bool:

@@ -90,17 +90,16 @@ def stream_text(model: GPT, tokenizer, prompts: list[str], max_new_tokens: int, 
     idx, pad = encode_prompts(prompts, tokenizer, model.device)
     tokens = [] if tokens is None else tokens
     tokens += [row[p:] for row, p in zip(idx.tolist(), pad.tolist())]
-    before = [row[-8:] for row in tokens]
-    ids: list[list[int]] = [[] for _ in prompts]
+    begins = [len(row) for row in tokens]  # of the continuations
     ended, texts = [False] * len(prompts), [""] * len(prompts)
     for n, new in enumerate(model.stream(idx, max_new_tokens, stop_token=tokenizer.eot, pad=pad, **sampling), 1):
         for row, token in enumerate(new.tolist()):
             if ended[row]:
                 continue
             ended[row] = token == tokenizer.eot or n == max_new_tokens
-            for known in (ids[row], tokens[row]):
-                known += [token] * (token != tokenizer.eot)
-            text = text_after(tokenizer, before[row], ids[row])
+            tokens[row] += [token] * (token != tokenizer.eot)
+            begin = begins[row]
+            text = text_after(tokenizer, tokens[row][max(0, begin - 8):begin], tokens[row][begin:])
             if (cut := before_stop(text, stop)) != text:
                 text, ended[row] = cut, True
             elif not ended[row]:

@@ -271,8 +271,8 @@ def leading(texts: Iterable[str], characters: int) -> Iterator[str]:
 
 def read_tokenizer_json(text: str) -> dict:
     """
-    The spec of a byte-level BPE that the library `tokenizers` wrote down, up to its <|endoftext|>: GPT-2's, Qwen3's, ours.
-    ValueError for what tiktoken would not encode alike.
+    The spec of a byte-level BPE that the library `tokenizers` wrote down, up to its <|endoftext|>: GPT-2's, Qwen3's, ours. Its
+    normalisation of Unicode is left out. ValueError for what tiktoken would not encode alike.
     """
     theirs = json.loads(text)
     vocab, merges = theirs["model"]["vocab"], theirs["model"].get("merges")
@@ -312,6 +312,13 @@ def read_nanogpt_characters(path: Path) -> dict:
         raise ValueError(f"{path} is not what nanoGPT's prepare.py writes ({type(error).__name__}: "
                          f"{' '.join(str(error).split())[:100]})") from None
     return {"kind": "char", "vocab": vocab}
+
+
+def meta_of(spec: dict, dataset: str = "") -> dict:
+    """What meta.json would say of a data set of which no more is known than its tokenizer."""
+    vocab = spec.get("vocab")
+    size, eot = (len(vocab), vocab.index(EOT) if EOT in vocab else -1) if vocab else (50257, 50256)  # none: GPT-2's
+    return {"dataset": dataset, "tokenizer": spec, "vocab_size": size, "eot": eot, "splits": {}}
 
 
 def get_tokenizer(meta: dict):
