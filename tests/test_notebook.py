@@ -14,7 +14,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbformat.v4 import new_code_cell
 
-from conftest import HERE, read_log, run
+from helpers import HERE, read_log, run
 from sample import generate_text
 
 TINY = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=64", "--batch_size=2", "--max_iters=300",

@@ -1,7 +1,7 @@
 """
 Accidents of every kind: whatever happens to a run, going on with it ends in the same weights, log and best checkpoint.
 
-    python test_crash.py --kills=100 --rank_kills=10 --inputs=10000
+    python tests/test_crash.py --kills=100 --rank_kills=10 --inputs=10000
 
 kills runs and ranks at random instants, feeds damaged files and settings to the scripts, and prints a table; the suite
 does the same with fewer.
@@ -25,11 +25,11 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+sys.path.insert(0, str(Path(__file__).parent.parent))  # for `python tests/test_crash.py`
+
 from checkpoint import find_resumable, read_checkpoint
 from configurator import settings_of
-from conftest import HERE, TINY, read_log, run, train
-from test_cli import SCRIPTS
-from test_train import assert_same, damage_by
+from helpers import HERE, SCRIPTS, TINY, assert_same, damage_by, read_log, run, train
 
 LONGER = ["--max_iters=40", "--lr_decay_iters=40", "--eval_interval=4", "--init_from=auto"]
 

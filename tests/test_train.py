@@ -1,4 +1,4 @@
-"""The training loop: resuming, ranks, accumulation, checkpoints. Runs of train.py as a user starts them."""
+"""The training loop: resuming, ranks, accumulation, fine-tuning, bad steps and loggers, by runs of train.py."""
 import hashlib
 import json
 import math
@@ -11,26 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint import build_model, find_resumable, load_model, read_checkpoint, save_checkpoint
+from checkpoint import load_model, read_checkpoint
 from configurator import read_config_file
-from conftest import HERE, TINY, read_log, run, train
 from dataset import TokenStream, TrainBatches, load_meta
+from helpers import HERE, TINY, assert_same, read_log, run, train
 from model import GPT, GPTConfig
-
-
-def assert_same(a, b, where="checkpoint"):
-    """Equality to the last bit, through dicts, lists and tensors."""
-    assert type(a) is type(b), where
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_same(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b)):
-            assert_same(x, y, f"{where}[{i}]")
-    else:
-        assert a.equal(b) if isinstance(a, torch.Tensor) else a == b, where
 
 
 @pytest.mark.parametrize("how", [[], ["--batching=by_length"], ["--arch=qwen3", "--n_kv_head=1", "--optimizer=muon",
@@ -174,50 +159,6 @@ def test_epochs_are_passes_over_the_data(tmp_path, fables_data, batching):
     assert ("padding: " in done.stdout) == (batching == "by_length")
 
 
-@pytest.fixture(scope="module")
-def openai_folder(tmp_path_factory) -> Path:
-    """A tiny GPT-2 as transformers saves it."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("hf") / "gpt2"
-    GPT2LMHeadModel(GPT2Config(n_positions=64, n_embd=16, n_layer=2, n_head=2, vocab_size=50304,
-                               activation_function="gelu")).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def gpt2_data(tmp_path_factory) -> Path:
-    """Fables as GPT-2 tokens."""
-    folder = tmp_path_factory.mktemp("data") / "gpt2"
-    done = run("data/fables/prepare.py", f"--out_dir={folder}", "--train_stories=60", "--val_stories=8", "--tokenizer=gpt2")
-    assert done.returncode == 0, done.stderr
-    return folder
-
-
-def test_hugging_face_folders_load(openai_folder, tmp_path):
-    from transformers import GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
-
-    torch.manual_seed(0)
-    Qwen3ForCausalLM(Qwen3Config(vocab_size=50257, hidden_size=16, intermediate_size=40, num_hidden_layers=2, head_dim=12,
-                                 num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64,
-                                 tie_word_embeddings=False)).save_pretrained(tmp_path / "qwen3")
-    idx = torch.randint(50257, (2, 64))
-    for folder, kind in ((openai_folder, GPT2LMHeadModel), (tmp_path / "qwen3", Qwen3ForCausalLM)):
-        model, checkpoint = load_model(folder, "cpu")
-        assert checkpoint["meta"]["tokenizer"] == {"kind": "gpt2"} and checkpoint["step"] == 0
-        with torch.no_grad():
-            assert torch.allclose(model(idx)[0], kind.from_pretrained(folder)(idx).logits, atol=1e-5)
-    config = json.loads((openai_folder / "config.json").read_text())
-    for change, says in (({"model_type": "llama"}, "'llama'"), ({"vocab_size": 99}, "vocabulary of 99"),
-                         ({"n_layer": 3}, "lack"), ({"n_embd": "x"}, "n_embd")):
-        (tmp_path / "bad").mkdir(exist_ok=True)
-        shutil.copy(openai_folder / "model.safetensors", tmp_path / "bad")
-        (tmp_path / "bad/config.json").write_text(json.dumps(config | change))
-        with pytest.raises(ValueError, match=says):
-            load_model(tmp_path / "bad", "cpu")
-
-
 def test_training_goes_on_from_another_model(openai_folder, gpt2_data, tmp_path):
     """From OpenAI's format, with a shorter context; then from that run; both begin with the loss of what they began from."""
     first, second = tmp_path / "first", tmp_path / "second"
@@ -273,81 +214,6 @@ def test_every_config_trains(name, tmp_path, fables_data, gpt2_data, openai_fold
     losses = [record["val_loss"] for record in read_log(tmp_path / "out") if "val_loss" in record]
     assert read_checkpoint(tmp_path / "out/best.pt")["step"] > 0 and min(losses) < losses[0]
     assert "done: step 20" in done.stdout or said.get("patience")
-
-
-# -----------------------------------------------------------------------------
-# Checkpoint files
-
-def test_checkpoints_hold_what_they_should(trained, fables_data):
-    last, best = read_checkpoint(trained / "last.pt"), read_checkpoint(trained / "best.pt")
-    assert set(best) == {"model", "model_args", "step", "best_val_loss", "config", "meta", "version"}
-    assert set(last) == set(best) | {"optimizer", "scaler", "watch", "stale", "seconds", "lr_scale"}
-    assert last["meta"] == load_meta(fables_data) and last["step"] == 6
-    assert set(last["model"]) == set(GPT(GPTConfig(**last["model_args"])).state_dict())
-    assert best["best_val_loss"] == min(r["val_loss"] for r in read_log(trained) if "val_loss" in r)
-    assert {path.name for path in trained.iterdir()} == {"last.pt", "best.pt", "prev.pt", "log.jsonl", "loss.png", "lock"}
-    assert read_checkpoint(trained / "prev.pt")["step"] == 3
-
-
-def damage_by(kind: str, raw: bytes) -> bytes:
-    middle = len(raw) // 2
-    return {"truncated": raw[:middle], "empty": b"", "zeroed": bytes(len(raw)), "text": b"hello",
-            "flipped": raw[:middle] + bytes([raw[middle] ^ 1]) + raw[middle + 1:]}[kind]
-
-
-@pytest.mark.parametrize("kind", ["truncated", "empty", "zeroed", "text", "flipped"])
-def test_damaged_last_falls_back_to_prev(tmp_path, trained, kind, capsys):
-    shutil.copytree(trained, tmp_path / "out")
-    last = tmp_path / "out/last.pt"
-    last.write_bytes(damage_by(kind, last.read_bytes()))
-    with pytest.raises(ValueError, match="damaged"):
-        read_checkpoint(last)
-    assert find_resumable(tmp_path / "out")["step"] == 3
-    assert "continuing from" in capsys.readouterr().err
-    (tmp_path / "out/prev.pt").write_bytes(b"")
-    with pytest.raises(ValueError, match="damaged"):
-        find_resumable(tmp_path / "out")
-
-
-def test_failed_save_keeps_the_old_file(tmp_path):
-    save_checkpoint(tmp_path, "last.pt", {"step": 1})
-    with pytest.raises(Exception):
-        save_checkpoint(tmp_path, "last.pt", {"step": 2, "bad": (i for i in range(3))})  # cannot be pickled
-    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
-    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 1
-
-
-def test_code_in_a_checkpoint_is_not_run(tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return (open, (str(tmp_path / "owned"), "w"))
-
-    torch.save({"model": Evil()}, tmp_path / "last.pt")
-    with pytest.raises(ValueError, match="damaged or not a checkpoint"):
-        read_checkpoint(tmp_path / "last.pt")
-    assert not (tmp_path / "owned").exists()
-
-
-def test_missing_and_misshapen_weights_are_named(trained):
-    checkpoint = read_checkpoint(trained / "best.pt")
-    del checkpoint["model"]["transformer.h.1.mlp.c_fc.bias"]
-    with pytest.raises(ValueError, match="transformer.h.1.mlp.c_fc.bias"):
-        build_model(checkpoint, "best.pt")
-    checkpoint = read_checkpoint(trained / "best.pt")
-    checkpoint["model_args"]["n_embd"] = 18
-    with pytest.raises(ValueError, match="best.pt does not fit"):
-        build_model(checkpoint, "best.pt")
-
-
-def test_nanogpt_checkpoints_load(tmp_path):
-    shape = dict(n_layer=1, n_head=2, n_embd=8, block_size=16, bias=False, vocab_size=50304, dropout=0.0)
-    theirs = GPT(GPTConfig(**shape, gelu="none")).eval()
-    torch.save({"model": {f"_orig_mod.{k}": v for k, v in theirs.state_dict().items()}, "model_args": shape,
-                "optimizer": {}, "iter_num": 7, "best_val_loss": torch.tensor(3.5), "config": {"dataset": "openwebtext"}},
-               tmp_path / "ckpt.pt")
-    model, checkpoint = load_model(tmp_path, "cpu")
-    idx = torch.randint(50257, (1, 9))
-    assert model(idx)[0].equal(theirs(idx)[0]) and (checkpoint["step"], checkpoint["best_val_loss"]) == (7, 3.5)
 
 
 # -----------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import torch
 
 import app
 from checkpoint import VERSION, load_model, save_checkpoint
-from conftest import HERE, run
+from helpers import HERE, run
 from model import GPT, GPTConfig
 from sample import generate_text
 from tokenizer import get_tokenizer

@@ -1,23 +1,20 @@
-"""Models on their way out and in: what transformers and llama.cpp make of our exports, and we of their folders."""
+"""export.py: what transformers and llama.cpp make of our exports, int8, and the hub."""
 import json
-import pickle
 import random
-import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from checkpoint import load_checkpoint, load_model, save_checkpoint
-from conftest import run, train
+from checkpoint import load_model, save_checkpoint
 from export import needed, write_hf_tokenizer
+from helpers import HERE, PROMPT, TEXT, export, one_line_error, run, transformers_of
 from model import GPT, GPTConfig
 from sample import generate_text
-from tokenizer import EOT, UNK, get_tokenizer, gpt2_tokenizer, read_tokenizer_json, train_tokenizer
+from tokenizer import EOT, UNK, gpt2_tokenizer, train_tokenizer
 
 SHAPES = {
     "gpt2": dict(arch="gpt2", n_layer=2, n_head=2, n_embd=32, block_size=64),
@@ -27,9 +24,6 @@ SHAPES = {
 }
 PAIRS = [("gpt2", "gpt2", 47), ("nanogpt", "char", 0), ("qwen3", "bpe", 0), ("untied", "pieces", 3), ("gpt2", "word", 0),
          ("gpt2", "char", 0)]
-PROMPT = "Once upon a time"
-TEXT = "Once upon a time, the cat's owner said: \"Don't!\"\n\n" \
-       "Then 12 dogs -- well-fed -- ran\taway.  Fin\u00e9 \u4e2d\U0001f600 ...\n"
 
 
 def tokenizer_of(kind: str):
@@ -62,18 +56,6 @@ def make_run(folder: Path, shape: str, kind: str, padding: int = 0) -> GPT:
                                         "best_val_loss": 1.0, "meta": meta,
                                         "config": {"dataset": "tales", "batching": "by_length", "seed": 1}})
     return model
-
-
-def export(out_dir: Path, to: Path, *args: str) -> None:
-    done = run("export.py", f"--out_dir={out_dir}", f"--to={to}", "--format=hf", *args)
-    assert done.returncode == 0 and done.stderr == "" and str(to) in done.stdout, done.stderr
-
-
-def transformers_of(folder: Path):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    return (AutoModelForCausalLM.from_pretrained(folder).eval(),
-            AutoTokenizer.from_pretrained(folder, trust_remote_code=(folder / "tokenization_word.py").exists()))
 
 
 @pytest.fixture(scope="module")
@@ -295,108 +277,31 @@ def test_push_uploads_what_was_written(hub, runs, tmp_path, format, files):
 
 
 # -----------------------------------------------------------------------------
-# What comes in
+# int8
 
-def make_qwen3(folder: Path) -> None:
-    """A Qwen3 as its makers publish them: bfloat16, a byte-level BPE of its own, special tokens behind the end of text."""
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
-
-    made = Tokenizer(models.BPE())
-    made.normalizer = normalizers.NFC()
-    pattern = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-               r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-    made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"),
-                                                  pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    made.decoder = decoders.ByteLevel()
-    made.train_from_iterator([TEXT] * 50, trainers.BpeTrainer(vocab_size=300, show_progress=False,
-                                                              initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    made.add_special_tokens([EOT, "<|im_start|>", "<|im_end|>"])
-    PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|im_end|>", pad_token=EOT).save_pretrained(folder)
-    torch.manual_seed(0)
-    Qwen3ForCausalLM(Qwen3Config(vocab_size=320, hidden_size=16, intermediate_size=40, num_hidden_layers=2, head_dim=12,
-                                 num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64, rope_parameters={
-                                     "rope_type": "default", "rope_theta": 1e6})).bfloat16().save_pretrained(folder)
-
-
-def test_a_qwen3_of_others_comes_with_its_tokenizer(tmp_path):
-    make_qwen3(tmp_path)
-    theirs, tokenizer = transformers_of(tmp_path)
-    model, checkpoint = load_model(tmp_path, "cpu")
-    ours = get_tokenizer(checkpoint["meta"])
-    for text in (TEXT, PROMPT, "I'LL  go 123\r\n\n\u00e9"):
-        assert ours.encode(text) == tokenizer(text).input_ids and ours.decode(ours.encode(text)) == text
-    assert ours.decode([ours.eot]) == EOT
-    idx = torch.tensor([ours.encode(TEXT)[:60]])
-    with torch.no_grad():
-        assert torch.allclose(model(idx)[0], theirs.float()(idx).logits, atol=1e-5)
-    assert generate_text(PROMPT, 5, temperature=0, out_dir=str(tmp_path), device="cpu").startswith(PROMPT)
-
-
-def test_gpt2s_own_tokenizer_is_known_as_such(tmp_path):
-    write_hf_tokenizer(gpt2_tokenizer(), tmp_path, 64)
-    assert read_tokenizer_json((tmp_path / "tokenizer.json").read_text()) == {"kind": "gpt2"}
-
-
-@pytest.mark.parametrize("config, weights, says", [
-    ({}, lambda w: w.pop("model.norm.weight"), "lack model.norm.weight"),
-    ({}, lambda w: w.update({"model.layers.1.mlp.up_proj.weight": torch.zeros(40, 15)}),
-     "model.layers.1.mlp.up_proj.weight has the shape (40, 15), not (40, 16)"),
-    ({}, lambda w: w.update({"model.layers.2.mlp.up_proj.weight": torch.zeros(40, 16)}), "up_proj.weight, which has no place"),
-    ({"hidden_act": "gelu"}, None, "its hidden_act is 'gelu'; known here is 'silu'"),
-    ({"attention_bias": True}, None, "its attention_bias is True"),
-    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, None, "its rope_type is 'yarn'"),
-    ({"vocab_size": 290}, None, "vocabulary of 290"),
-    ({"num_hidden_layers": "2"}, None, "n_layer takes int"),
-    ({"model_type": "llama"}, None, "'llama'"),
-])
-def test_what_a_folder_lacks_is_named(tmp_path, config, weights, says):
-    from safetensors.torch import load_file, save_file
-
-    make_qwen3(tmp_path)
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | config))
-    if weights:
-        w = load_file(tmp_path / "model.safetensors")
-        weights(w)
-        save_file(w, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=re.escape(says)):
-        load_checkpoint(tmp_path)
-
-
-@pytest.mark.parametrize("damage", ["{", "[]", "5", '{"meta": 5}', '{"step": "7"}', '{"config": []}',
-                                    '{"meta": {"vocab_size": 320}}'])
-def test_a_damaged_description_is_named(tmp_path, damage):
-    make_qwen3(tmp_path)
-    (tmp_path / "meta.json").write_text(damage)
-    with pytest.raises(ValueError, match=f"{tmp_path}.* (cannot|can) be read"):
-        load_checkpoint(tmp_path)
-
-
-def test_nanogpts_characters(tmp_path):
-    """Its data set of characters trains, and its checkpoint samples, by the meta.pkl that nanoGPT writes beside them."""
-    text = "to be, or not to be\n" * 40
-    chars = sorted(set(text))
-    meta = {"vocab_size": len(chars), "itos": dict(enumerate(chars)), "stoi": {c: i for i, c in enumerate(chars)}}
-    for name, part in (("train", text[:700]), ("val", text[700:])):
-        np.array([meta["stoi"][c] for c in part], dtype=np.uint16).tofile(tmp_path / f"{name}.bin")
-    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
-    train(tmp_path, tmp_path / "out")
-    assert load_checkpoint(tmp_path / "out")["meta"]["tokenizer"] == {"kind": "char", "vocab": chars}
-    shape = dict(n_layer=1, n_head=2, n_embd=8, block_size=16, bias=False, vocab_size=len(chars), dropout=0.0)
-    torch.save({"model": GPT(GPTConfig(**shape)).state_dict(), "model_args": shape, "optimizer": {}, "iter_num": 7,
-                "best_val_loss": 3.5, "config": {"dataset": "bard_char"}}, tmp_path / "ckpt.pt")
-    assert set(generate_text("to be", 20, out_dir=str(tmp_path), device="cpu")) <= set(chars)
-    export(tmp_path, tmp_path / "hf")
-    theirs, tokenizer = transformers_of(tmp_path / "hf")
-    said = theirs.generate(**tokenizer("to be", return_tensors="pt"), max_new_tokens=8, do_sample=False)
-    assert tokenizer.decode(said[0]) == generate_text("to be", 8, temperature=0, out_dir=str(tmp_path), device="cpu")
-    done = run("export.py", f"--out_dir={tmp_path}", "--format=gguf", f"--to={tmp_path / 'a.gguf'}")
-    assert done.returncode == 2 and "llama.cpp needs a token that ends a text" in done.stderr
-    (tmp_path / "meta.pkl").write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR.")
-    with pytest.raises(ValueError, match="it asks for os.system"):
-        load_checkpoint(tmp_path)
-    assert not (tmp_path / "ran").exists()
-    (tmp_path / "meta.pkl").unlink()
-    with pytest.raises(ValueError, match="put the meta.pkl of its data beside it"):
-        load_checkpoint(tmp_path)
+def test_int8(tmp_path, trained):
+    shutil.copytree(trained, tmp_path / "out")
+    done = run("export.py", f"--out_dir={tmp_path}/out")
+    assert done.returncode == 0 and f"{tmp_path}/out-int8/best.pt" in done.stdout, done.stderr
+    weights = [torch.load(tmp_path / name / "best.pt", weights_only=True)["model"] for name in ("out", "out-int8")]
+    sizes = [sum({w.data_ptr(): w.nbytes for w in state.values()}.values()) for state in weights]
+    assert sizes[1] < 0.5 * sizes[0]  # rows of 16 weights; of 384, it is 0.253
+    told = [run("sample.py", "--start=Once upon", *args).stdout for args in (
+        [f"--out_dir={tmp_path}/out", "--quantize=int8"], [f"--out_dir={tmp_path}/out-int8"],
+        [f"--out_dir={tmp_path}/out-int8", "--quantize=int8"])]
+    assert told[0].startswith("Once upon") and told[0] == told[1] == told[2]
+    losses = []
+    for args in ([f"--out_dir={tmp_path}/out"], [f"--out_dir={tmp_path}/out", "--quantize=int8"],
+                 [f"--out_dir={tmp_path}/out-int8"]):
+        done = run("eval.py", *args, "--valid_samples=0")
+        assert done.returncode == 0, done.stderr
+        losses.append(json.loads(Path(args[0].removeprefix("--out_dir="), "metrics_summary.json").read_text()))
+    assert losses[0]["parameters"] == losses[2]["parameters"]
+    assert {(one["size_float32_bytes"], one["size_int8_bytes"]) for one in losses} == {tuple(sizes)}
+    assert losses[1]["loss"] == losses[2]["loss"] and abs(losses[1]["loss"] - losses[0]["loss"]) < 0.01
+    before = (tmp_path / "out-int8/best.pt").read_bytes()
+    assert "--overwrite=True" in one_line_error(run("export.py", f"--out_dir={tmp_path}/out"))
+    assert "format must be" in one_line_error(run("export.py", f"--out_dir={tmp_path}/out", "--format=int4"))
+    assert "no checkpoint" in one_line_error(run("export.py", f"--out_dir={tmp_path}/none"))
+    assert "no checkpoint" in one_line_error(run("export.py", f"--out_dir={tmp_path}/out", "--to=x", f"--out_dir={tmp_path}"))
+    assert before == (tmp_path / "out-int8/best.pt").read_bytes() and not (HERE / "x").exists()

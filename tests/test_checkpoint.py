@@ -1,0 +1,74 @@
+"""Checkpoints: their contents, damaged files, missing weights and missing runs."""
+import shutil
+
+import pytest
+import torch
+
+from checkpoint import build_model, find_resumable, read_checkpoint, save_checkpoint
+from dataset import load_meta
+from helpers import HERE, damage_by, one_line_error, read_log, run
+from model import GPT, GPTConfig
+
+
+def test_missing_things_name_the_command_that_makes_them(tmp_path, trained):
+    assert "train.py --out_dir=" in one_line_error(run("sample.py", f"--out_dir={tmp_path}"))
+    assert "train.py --out_dir=" in one_line_error(run("eval.py", f"--out_dir={tmp_path}"))
+    shutil.copytree(HERE / "data/tinystories", tmp_path / "tinystories", ignore=shutil.ignore_patterns("*.bin", "*.json"))
+    error = one_line_error(run("train.py", f"--dataset={tmp_path}/tinystories", f"--out_dir={tmp_path}/out"))
+    assert f"run `python {tmp_path}/tinystories/prepare.py`" in error
+    assert "not prepared" in one_line_error(run("eval.py", f"--out_dir={trained}", f"--dataset={tmp_path}/tinystories"))
+
+
+def test_checkpoints_hold_what_they_should(trained, fables_data):
+    last, best = read_checkpoint(trained / "last.pt"), read_checkpoint(trained / "best.pt")
+    assert set(best) == {"model", "model_args", "step", "best_val_loss", "config", "meta", "version"}
+    assert set(last) == set(best) | {"optimizer", "scaler", "watch", "stale", "seconds", "lr_scale"}
+    assert last["meta"] == load_meta(fables_data) and last["step"] == 6
+    assert set(last["model"]) == set(GPT(GPTConfig(**last["model_args"])).state_dict())
+    assert best["best_val_loss"] == min(r["val_loss"] for r in read_log(trained) if "val_loss" in r)
+    assert {path.name for path in trained.iterdir()} == {"last.pt", "best.pt", "prev.pt", "log.jsonl", "loss.png", "lock"}
+    assert read_checkpoint(trained / "prev.pt")["step"] == 3
+
+
+@pytest.mark.parametrize("kind", ["truncated", "empty", "zeroed", "text", "flipped"])
+def test_damaged_last_falls_back_to_prev(tmp_path, trained, kind, capsys):
+    shutil.copytree(trained, tmp_path / "out")
+    last = tmp_path / "out/last.pt"
+    last.write_bytes(damage_by(kind, last.read_bytes()))
+    with pytest.raises(ValueError, match="damaged"):
+        read_checkpoint(last)
+    assert find_resumable(tmp_path / "out")["step"] == 3
+    assert "continuing from" in capsys.readouterr().err
+    (tmp_path / "out/prev.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match="damaged"):
+        find_resumable(tmp_path / "out")
+
+
+def test_failed_save_keeps_the_old_file(tmp_path):
+    save_checkpoint(tmp_path, "last.pt", {"step": 1})
+    with pytest.raises(Exception):
+        save_checkpoint(tmp_path, "last.pt", {"step": 2, "bad": (i for i in range(3))})  # cannot be pickled
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 1
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "owned"), "w"))
+
+    torch.save({"model": Evil()}, tmp_path / "last.pt")
+    with pytest.raises(ValueError, match="damaged or not a checkpoint"):
+        read_checkpoint(tmp_path / "last.pt")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_missing_and_misshapen_weights_are_named(trained):
+    checkpoint = read_checkpoint(trained / "best.pt")
+    del checkpoint["model"]["transformer.h.1.mlp.c_fc.bias"]
+    with pytest.raises(ValueError, match="transformer.h.1.mlp.c_fc.bias"):
+        build_model(checkpoint, "best.pt")
+    checkpoint = read_checkpoint(trained / "best.pt")
+    checkpoint["model_args"]["n_embd"] = 18
+    with pytest.raises(ValueError, match="best.pt does not fit"):
+        build_model(checkpoint, "best.pt")
