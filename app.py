@@ -33,10 +33,11 @@ from pathlib import Path
 import torch
 
 import sample
-from checkpoint import load_model
-from configurator import coerce, configure, from_text, settings_of, user_errors
-from model import GPT, keep_freed_memory, resolve_device
-from tokenizer import get_tokenizer
+from lib.checkpoint import load_model
+from lib.configurator import coerce, configure, from_text, settings_of, user_errors
+from lib.machine import keep_freed_memory, resolve_device
+from lib.tokenizer import get_tokenizer
+from model import GPT
 
 # -----------------------------------------------------------------------------
 folder = "."  # its runs, and those one and two folders below it, are what the page offers

@@ -30,9 +30,10 @@ import torch
 from tqdm import tqdm
 
 import model as ours
-from checkpoint import load_model
-from configurator import coerce, configure, read_config_file, user_errors
-from dataset import TokenStream, TrainBatches, eval_batches, load_meta, prefetch
+from lib import machine
+from lib.checkpoint import load_model
+from lib.configurator import coerce, configure, read_config_file, user_errors
+from lib.dataset import TokenStream, TrainBatches, eval_batches, load_meta, prefetch
 
 # -----------------------------------------------------------------------------
 mode = "train"  # tokens per second; 'data': of batches alone; 'generate': of texts; 'loss': time to a loss; 'plan': see above
@@ -108,11 +109,11 @@ class Side:
                               ours.GPT(ours.GPTConfig(**shape, arch=c.arch, n_kv_head=c.n_kv_head, tied=c.tied)).to(device))
             self.raw_model.sample_softmax(c.softmax_words, word_counts)
             self.raw_model.remat = c.remat
-            self.raw_model.loss_chunk = ours.resolve_loss_chunk(c.loss_chunk, device, c.vocab_size)
+            self.raw_model.loss_chunk = machine.resolve_loss_chunk(c.loss_chunk, device, c.vocab_size)
             self.optimizers = self.raw_model.configure_optimizers(c.weight_decay, c.learning_rate, betas, device_type,
                                                                   c.optimizer)
-            self.dtype = ours.resolve_dtype(c.dtype, device)
-            self.dtype = ours.measured_dtype(self.raw_model) if self.dtype == "auto" else self.dtype
+            self.dtype = machine.resolve_dtype(c.dtype, device)
+            self.dtype = machine.measured_dtype(self.raw_model) if self.dtype == "auto" else self.dtype
         else:
             self.raw_model = module.GPT(module.GPTConfig(**shape)).to(device)
             made = self.raw_model.configure_optimizers(c.weight_decay, c.learning_rate, betas, device_type)
@@ -137,7 +138,7 @@ class Side:
         self.raw_model.zero_grad(set_to_none=True)
 
     def take_turn(self) -> None:
-        ours.keep_freed_memory(self.is_ours)  # a setting of the whole process, and of our train.py alone
+        machine.keep_freed_memory(self.is_ours)  # a setting of the whole process, and of our train.py alone
 
     def step(self, micro_batches: list[tuple[torch.Tensor, torch.Tensor]], lr: float) -> None:
         for o in self.optimizers:
@@ -270,7 +271,7 @@ def bench_train() -> dict:
             side.take_turn()
             timed(side.times, lambda: [side.step([batch], 1e-4) for _ in range(steps)])
     mine = sides[0]
-    peak, peak_source = ours.peak_flops(device, mine.dtype)
+    peak, peak_source = machine.peak_flops(device, mine.dtype)
     mfu = mine.tokens_per_second() * mine.raw_model.flops_per_token() / peak
     print(f"{mine.raw_model.num_params():,} parameters, batch {batch_size} x {block_size}, {device}, torch "
           f"{torch.__version__}; medians of {rounds} rounds of {steps} steps")
@@ -371,7 +372,7 @@ def bench_generate() -> dict:
     weights = [4 * float_model.num_params(), float_model.num_params()]  # bytes, about
     prompt = max(1, block_size // 4)  # tokens
     numbers = torch.randn(64 << 20, device=device)  # 256 MB, which no cache holds
-    bandwidth = 4 * numbers.numel() / ours.median_seconds(numbers.sum, synchronize=device)
+    bandwidth = 4 * numbers.numel() / machine.median_seconds(numbers.sum, synchronize=device)
     print(f"{float_model.num_params():,} parameters, {prompt} + {max_new_tokens} tokens, {device}, torch {torch.__version__}; "
           f"medians of {rounds} rounds; memory is read at {bandwidth / 1e9:.1f} GB/s")
     result = dict(parameters=float_model.num_params(), bandwidth=bandwidth)
@@ -411,9 +412,9 @@ def bytes_of(text: str) -> float:
 
 def chip_of(gpu: str) -> str:
     """The name in PEAK_FLOPS that is meant; '' for ''."""
-    names = {"": ""} | {chip.lower(): chip for chip in ours.PEAK_FLOPS}
+    names = {"": ""} | {chip.lower(): chip for chip in machine.PEAK_FLOPS}
     if gpu.lower() not in names:
-        raise ValueError(f"gpu must be one of {', '.join(ours.PEAK_FLOPS)}, or '' for this machine; got {gpu!r}")
+        raise ValueError(f"gpu must be one of {', '.join(machine.PEAK_FLOPS)}, or '' for this machine; got {gpu!r}")
     return names[gpu.lower()]
 
 
@@ -482,12 +483,12 @@ def training_memory(model: ours.GPT, B: int, accumulation: int, optimizer: str, 
 def bench_plan() -> dict:
     """Memory, time and the best batch size of a training, from formulas: no weights are made and no data read."""
     kind = "cuda" if chip else device_type
-    number = "16 bits" if chip and dtype == "auto" else ours.resolve_dtype(dtype, device)
+    number = "16 bits" if chip and dtype == "auto" else machine.resolve_dtype(dtype, device)
     number = "float32" if number == "auto" else number  # what a CPU is faster with, only a measurement could say
     with ours.NoWeights():
         model = ours.GPT(ours.GPTConfig(arch, block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias,
                                         n_kv_head=n_kv_head, tied=tied))
-    model.remat, model.loss_chunk = remat, ours.resolve_loss_chunk(loss_chunk, kind, vocab_size)
+    model.remat, model.loss_chunk = remat, machine.resolve_loss_chunk(loss_chunk, kind, vocab_size)
     model.sample_softmax(softmax_words, word_counts)
     rows = batch_size * gradient_accumulation_steps  # of a step
     holes = 0.4 if kind == "cpu" else 0.1  # between tensors: glibc leaves more of them than torch's allocator for GPUs
@@ -522,7 +523,7 @@ def bench_plan() -> dict:
         print(f"how long {max_epochs:g} epochs take depends on the data set {dataset}, which is not prepared: give --tokens")
     trained = tokens or int(max_epochs * data_tokens) or max_iters * rows * block_size
     flops = trained * model.flops_per_token()
-    peak, source = (ours.PEAK_FLOPS[chip], "16-bit datasheet") if chip else ours.peak_flops(device, number)
+    peak, source = (machine.PEAK_FLOPS[chip], "16-bit datasheet") if chip else machine.peak_flops(device, number)
     seconds = flops / (mfu * peak)
     print(f"{trained:,} tokens, {math.ceil(trained / (rows * block_size)):,} steps: {flops:.3g} FLOPs, "
           + (f"{seconds / 3600:,.1f} hours" if seconds > 7200 else f"{seconds / 60:.1f} minutes")
@@ -547,7 +548,7 @@ with user_errors():
             raise ValueError(f"{name} must be at least {least}, got {config[name]}")
     if mode not in ("train", "data", "loss", "generate", "plan"):
         raise ValueError(f"mode must be train, data, loss, generate or plan, got {mode!r}")
-    device = ours.resolve_device(device)
+    device = machine.resolve_device(device)
     if run:
         if mode != "generate":
             raise ValueError(f"run is for --mode=generate, not {mode}")
@@ -571,7 +572,7 @@ with user_errors():
             load_peer(against) if against else None)
     their_settings = {name: coerce(name, value, config[name]) for name, value in read_config_file(their_config).items()
                       if name in config} if their_config else {}
-    ours.resolve_dtype(dtype, device)
+    machine.resolve_dtype(dtype, device)
     data_tokens = 0  # of the training split, where it is known
     from_data = mode in ("data", "loss")
     if from_data or (Path("data") / dataset / "meta.json").exists():

@@ -20,12 +20,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import OPENAI, load_model, write_atomically
-from configurator import configure, user_errors
-from dataset import TokenStream, eval_batches, load_meta, prefetch
-from model import (GPT, GPTConfig, NoWeights, check_sampling, keep_freed_memory, measured_dtype, median_seconds,
-                   resolve_device, resolve_dtype)
-from tokenizer import get_tokenizer
+from lib.checkpoint import OPENAI, load_model, write_atomically
+from lib.configurator import configure, user_errors
+from lib.dataset import TokenStream, eval_batches, load_meta, prefetch
+from lib.machine import (
+    keep_freed_memory, measured_dtype, median_seconds, resolve_device, resolve_dtype,
+)
+from lib.tokenizer import get_tokenizer
+from model import GPT, GPTConfig, NoWeights, check_sampling
 
 # -----------------------------------------------------------------------------
 out_dir = "out"  # the run to measure: its best.pt, else last.pt

@@ -20,11 +20,14 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import build_model, load_checkpoint, save_checkpoint
-from configurator import configure, user_errors
-from model import GPT, is_transposed, quantize_int8, to_hf
-from tokenizer import (EOT, LETTER_OF_BYTE, PIECE, UNK, BytePairTokenizer, get_tokenizer, join_words, nltk_tools,
-                       split_words)
+from lib.checkpoint import build_model, load_checkpoint, save_checkpoint
+from lib.configurator import configure, user_errors
+from lib.convert import is_transposed, to_hf
+from lib.tokenizer import (
+    BytePairTokenizer, EOT, LETTER_OF_BYTE, PIECE, UNK, get_tokenizer, join_words, nltk_tools,
+    split_words,
+)
+from model import GPT, quantize_int8
 
 # -----------------------------------------------------------------------------
 out_dir = "out"  # what to export: a run (its best.pt, else last.pt), a Hugging Face folder, or gpt2 ... gpt2-xl

@@ -19,10 +19,11 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import load_model
-from configurator import configure, fail, user_errors
-from model import GPT, check_sampling, keep_freed_memory, resolve_device
-from tokenizer import get_tokenizer
+from lib.checkpoint import load_model
+from lib.configurator import configure, fail, user_errors
+from lib.machine import keep_freed_memory, resolve_device
+from lib.tokenizer import get_tokenizer
+from model import GPT, check_sampling
 
 # -----------------------------------------------------------------------------
 out_dir = "out"  # the run to sample from: its best.pt, else last.pt

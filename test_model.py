@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import GPT, GPTConfig, KVCache, from_hf, to_hf
+from lib.convert import from_hf, to_hf
+from model import GPT, GPTConfig, KVCache
 
 
 @pytest.mark.parametrize("gelu, theirs", [("tanh", "gelu_new"), ("none", "gelu")])

@@ -24,11 +24,15 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from checkpoint import OPENAI, find_resumable, load_checkpoint, lock_run, save_checkpoint, write_atomically
-from configurator import configure, fail, user_errors
-from dataset import TokenStream, TrainBatches, eval_batches, load_meta, prefetch
-from model import (GPT, GPTConfig, check_softmax_words, keep_freed_memory, measured_dtype, peak_flops, resolve_device,
-                   resolve_dtype, resolve_loss_chunk, schedule_factor, scheduled_lr)
+from lib.checkpoint import (
+    OPENAI, find_resumable, load_checkpoint, lock_run, save_checkpoint, write_atomically,
+)
+from lib.configurator import configure, fail, user_errors
+from lib.dataset import TokenStream, TrainBatches, eval_batches, load_meta, prefetch
+from lib.machine import (
+    keep_freed_memory, measured_dtype, peak_flops, resolve_device, resolve_dtype, resolve_loss_chunk,
+)
+from model import GPT, GPTConfig, check_softmax_words, schedule_factor, scheduled_lr
 
 # -----------------------------------------------------------------------------
 # The defaults: the model of config/train_small.py, 30M parameters on TinyStories, in steps that one machine takes.

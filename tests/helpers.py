@@ -26,7 +26,7 @@ SCRIPTS = ["train.py", "sample.py", "eval.py", "bench.py", "export.py", "app.py"
 FORK_SERVER = """
 import atexit, json, os, runpy, signal, sys, threading, traceback
 import matplotlib.figure, torch._dynamo, torch.distributed, tqdm
-import checkpoint, configurator, dataset, model, tokenizer
+import lib.checkpoint, lib.configurator, lib.corpus, lib.dataset, lib.tokenizer, model
 for line in sys.stdin:
     args, streams = json.loads(line)
     pid = os.fork()

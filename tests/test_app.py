@@ -18,11 +18,11 @@ import pytest
 import torch
 
 import app
-from checkpoint import VERSION, load_model, save_checkpoint
-from helpers import HERE, run
+from lib.checkpoint import VERSION, load_model, save_checkpoint
+from lib.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
+from helpers import HERE, run
 from sample import generate_text
-from tokenizer import get_tokenizer
 
 SERVER = ["--device=cpu", "--max_tokens=1000000", "--max_prompt=500", "--at_once=1", "--queue_size=20"]
 REQUEST = dict(run="fables", device="cpu", int8=False, prompt="Once upon", max_new_tokens=40, temperature=0.8, top_k=0, top_p=1,

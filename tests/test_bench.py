@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from checkpoint import load_model
-from dataset import load_meta
+from lib.checkpoint import load_model
+from lib.dataset import load_meta
 from helpers import HERE, one_line_error, run
 
 BENCH = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=2", "--vocab_size=50", "--rounds=3",

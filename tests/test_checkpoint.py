@@ -4,10 +4,10 @@ import shutil
 import pytest
 import torch
 
-from checkpoint import build_model, find_resumable, read_checkpoint, save_checkpoint
-from dataset import load_meta
-from helpers import HERE, damage_by, one_line_error, read_log, run
+from lib.checkpoint import build_model, find_resumable, read_checkpoint, save_checkpoint
+from lib.dataset import load_meta
 from model import GPT, GPTConfig
+from helpers import HERE, damage_by, one_line_error, read_log, run
 
 
 def test_missing_things_name_the_command_that_makes_them(tmp_path, trained):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from configurator import coerce, from_text, settings_of
+from lib.configurator import coerce, from_text, settings_of
 from helpers import HERE, SCRIPTS, TINY, one_line_error, run
 
 

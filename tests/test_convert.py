@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoint import load_checkpoint, load_model
+from lib.checkpoint import load_checkpoint, load_model
+from lib.convert import from_hf, to_hf
+from lib.tokenizer import EOT, get_tokenizer, gpt2_tokenizer, read_tokenizer_json
+from model import GPT, GPTConfig
 from export import write_hf_tokenizer
 from helpers import PROMPT, TEXT, export, run, tiny, train, transformers_of
-from model import GPT, GPTConfig, from_hf, to_hf
 from sample import generate_text
-from tokenizer import EOT, get_tokenizer, gpt2_tokenizer, read_tokenizer_json
 
 
 def test_missing_weights_are_named():

@@ -15,12 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import dataset
-from checkpoint import write_atomically
+from lib import corpus
+from lib.checkpoint import write_atomically
+from lib.corpus import finish_dataset, write_split
+from lib.dataset import TokenStream, load_meta
+from lib.tokenizer import EOT, UNK, get_tokenizer, gpt2_tokenizer, train_tokenizer
 from data.fineweb import prepare as fineweb
-from dataset import TokenStream, finish_dataset, load_meta, write_split
 from helpers import HERE, ODD, SPLITS, prepare
-from tokenizer import EOT, UNK, get_tokenizer, gpt2_tokenizer, train_tokenizer
 
 
 def test_meta_describes_what_was_written(tmp_path, capsys):
@@ -38,7 +39,7 @@ def test_meta_describes_what_was_written(tmp_path, capsys):
 
 def test_words_and_bytes_are_counted_as_python_does():
     texts = [" a bé\n\nc", "d", "  ", "e f ", ODD]
-    (_, counts), = dataset.tokenized(texts, train_tokenizer("char", texts))
+    (_, counts), = corpus.tokenized(texts, train_tokenizer("char", texts))
     assert counts["words"] == sum(len(text.encode().split()) for text in texts)
     assert counts["bytes"] == sum(len(text.encode()) for text in texts) and counts["characters"] == sum(map(len, texts))
 
@@ -87,16 +88,16 @@ def test_a_data_set_of_the_hub(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     write_source(tmp_path / "source", "parquet")
     for split, texts in DOCUMENTS.items():
-        assert list(dataset.hub_documents(str(tmp_path / "source"), split)) == texts
+        assert list(corpus.hub_documents(str(tmp_path / "source"), split)) == texts
     for path in (tmp_path / "source/data").glob("validation*"):
         path.unlink()
-    dataset.hub_dataset.cache_clear()
+    corpus.hub_dataset.cache_clear()
     held_out = [text for i, text in enumerate(DOCUMENTS["train"]) if i % 20 == 19]
-    assert list(dataset.hub_documents(str(tmp_path / "source"), "val")) == held_out
-    assert list(dataset.hub_documents(str(tmp_path / "source"), "train")) == [
+    assert list(corpus.hub_documents(str(tmp_path / "source"), "val")) == held_out
+    assert list(corpus.hub_documents(str(tmp_path / "source"), "train")) == [
         text for text in DOCUMENTS["train"] if text not in held_out]
     with pytest.raises(ValueError, match="no column 'story', only text"):
-        dataset.hub_documents(str(tmp_path / "source"), "train", "story")
+        corpus.hub_documents(str(tmp_path / "source"), "train", "story")
 
 
 def test_any_text(tmp_path):
@@ -211,7 +212,7 @@ def test_a_stream_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, layout
             pq.write_table(table, path, row_group_size=20)
         else:
             path.write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()))
-    monkeypatch.setattr(dataset, "PART", 1000)  # characters at a time
+    monkeypatch.setattr(corpus, "PART", 1000)  # characters at a time
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
 
     def make(stop: int = 0) -> None:
@@ -306,7 +307,7 @@ def test_crash_between_the_renames(tmp_path, monkeypatch, crash_at):
             raise KeyboardInterrupt
         replace(*args)
 
-    monkeypatch.setattr(dataset.os, "replace", stop_there)
+    monkeypatch.setattr(corpus.os, "replace", stop_there)
     if crash_at == 3:  # only three renames: it succeeds
         make()
         assert load_meta(tmp_path)

@@ -27,8 +27,8 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # for `python tests/test_crash.py`
 
-from checkpoint import find_resumable, read_checkpoint
-from configurator import settings_of
+from lib.checkpoint import find_resumable, read_checkpoint
+from lib.configurator import settings_of
 from helpers import HERE, SCRIPTS, TINY, assert_same, damage_by, read_log, run, train
 
 LONGER = ["--max_iters=40", "--lr_decay_iters=40", "--eval_interval=4", "--init_from=auto"]

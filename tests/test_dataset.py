@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from dataset import (TokenStream, TrainBatches, eval_batches, finish_dataset, load_meta, prefetch,
-                     shuffled, write_split)
+from lib.corpus import finish_dataset, write_split
+from lib.dataset import TokenStream, TrainBatches, eval_batches, load_meta, prefetch, shuffled
+from lib.tokenizer import get_tokenizer, train_tokenizer
 from helpers import SPLITS
-from tokenizer import get_tokenizer, train_tokenizer
 
 
 def bins(folder: Path, **splits: list[int]) -> dict:

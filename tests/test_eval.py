@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoint import load_model
-from dataset import TokenStream, eval_batches, load_meta
+from lib.checkpoint import load_model
+from lib.convert import from_hf
+from lib.dataset import TokenStream, eval_batches, load_meta
+from lib.tokenizer import get_tokenizer
+from model import GPT, GPTConfig, quantize_int8
 from eval import compare_texts, distinct, leading_texts, repetition, score, sizes
 from helpers import one_line_error, run, train
-from model import GPT, GPTConfig, from_hf, quantize_int8
-from tokenizer import get_tokenizer
 
 
 @pytest.mark.parametrize("batching", ["windows", "by_length"])

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint import load_model, save_checkpoint
+from lib.checkpoint import load_model, save_checkpoint
+from lib.tokenizer import EOT, UNK, gpt2_tokenizer, train_tokenizer
+from model import GPT, GPTConfig
 from export import needed, write_hf_tokenizer
 from helpers import HERE, PROMPT, TEXT, export, one_line_error, run, transformers_of
-from model import GPT, GPTConfig
 from sample import generate_text
-from tokenizer import EOT, UNK, gpt2_tokenizer, train_tokenizer
 
 SHAPES = {
     "gpt2": dict(arch="gpt2", n_layer=2, n_head=2, n_embd=32, block_size=64),

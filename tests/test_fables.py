@@ -6,9 +6,9 @@ import re
 import pytest
 
 from data.fables import prepare as fables
-from dataset import TokenStream, load_meta
+from lib.dataset import TokenStream, load_meta
+from lib.tokenizer import EOT, get_tokenizer
 from helpers import prepare
-from tokenizer import EOT, get_tokenizer
 
 STORIES = fables.write_stories("test", 2000)
 

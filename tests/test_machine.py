@@ -2,7 +2,7 @@
 import pytest
 
 from helpers import tiny
-from model import measured_dtype, median_seconds, peak_flops, resolve_device, resolve_dtype
+from lib.machine import measured_dtype, median_seconds, peak_flops, resolve_device, resolve_dtype
 
 
 def test_device_and_dtype():

@@ -4,7 +4,8 @@ import torch
 from torch.nn import functional as F
 
 from helpers import in_int8, randomize, tiny
-from model import Int8Linear, KVCache, Linear, measured_dtype, quantize_int8
+from lib.machine import measured_dtype
+from model import Int8Linear, KVCache, Linear, quantize_int8
 
 
 @pytest.mark.parametrize("shape", [(1, 24), (1, 1, 24), (5, 24), (2, 3, 24), (129, 24)])

@@ -8,7 +8,7 @@ import torch
 
 from helpers import one_line_error, run, train
 from sample import stream_text
-from tokenizer import EOT, ListTokenizer, gpt2_tokenizer
+from lib.tokenizer import EOT, ListTokenizer, gpt2_tokenizer
 
 
 def say_by_heart(tokenizer, texts: list[str]):

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import tokenizer as tokenizer_module
+from lib import tokenizer as tokenizer_module
 from data.fables import prepare as fables
 from helpers import ODD
-from tokenizer import EOT, UNK, get_tokenizer, gpt2_tokenizer, split_words, train_tokenizer
+from lib.tokenizer import EOT, UNK, get_tokenizer, gpt2_tokenizer, split_words, train_tokenizer
 
 STORIES = fables.write_stories("test", 20)
 

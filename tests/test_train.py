@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint import load_model, read_checkpoint
-from configurator import read_config_file
-from dataset import TokenStream, TrainBatches, load_meta
-from helpers import HERE, TINY, assert_same, read_log, run, train
+from lib.checkpoint import load_model, read_checkpoint
+from lib.configurator import read_config_file
+from lib.dataset import TokenStream, TrainBatches, load_meta
 from model import GPT, GPTConfig
+from helpers import HERE, TINY, assert_same, read_log, run, train
 
 
 @pytest.mark.parametrize("how", [[], ["--batching=by_length"], ["--arch=qwen3", "--n_kv_head=1", "--optimizer=muon",

@@ -427,9 +427,9 @@ def parse(text: str) -> tuple[list[int], float]:
 def main() -> None:
     here = Path(__file__).parent
     sys.path.insert(0, str(here.parents[1]))
-    from configurator import configure, user_errors
-    from dataset import finish_dataset, write_split
-    from tokenizer import EOT, train_tokenizer
+    from lib.configurator import configure, user_errors
+    from lib.corpus import finish_dataset, write_split
+    from lib.tokenizer import EOT, train_tokenizer
 
     configure(globals())
     with user_errors():

@@ -19,10 +19,10 @@ from tqdm import tqdm
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
-from checkpoint import write_atomically
-from configurator import configure, user_errors
-from dataset import ask_hub, finish_dataset, stripped, tokenized, write_split, write_tokens
-from tokenizer import get_tokenizer, train_tokenizer
+from lib.checkpoint import write_atomically
+from lib.configurator import configure, user_errors
+from lib.corpus import ask_hub, finish_dataset, stripped, tokenized, write_split, write_tokens
+from lib.tokenizer import get_tokenizer, train_tokenizer
 
 # -----------------------------------------------------------------------------
 source = ""  # a local copy, a folder of .parquet or .jsonl files with a column `text`; '': the hub

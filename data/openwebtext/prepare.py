@@ -12,7 +12,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
-from configurator import configure, user_errors
+from lib.configurator import configure, user_errors
 from data.fineweb.prepare import prepare
 
 # -----------------------------------------------------------------------------

@@ -14,9 +14,9 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
-from configurator import configure, user_errors
-from dataset import write_dataset
-from tokenizer import train_tokenizer
+from lib.configurator import configure, user_errors
+from lib.corpus import write_dataset
+from lib.tokenizer import train_tokenizer
 
 # -----------------------------------------------------------------------------
 source = ""  # a local copy of the text, or any other text file; '': download it

@@ -12,9 +12,9 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
-from configurator import configure, user_errors
-from dataset import hub_documents, local_documents, write_dataset
-from tokenizer import train_tokenizer
+from lib.configurator import configure, user_errors
+from lib.corpus import hub_documents, local_documents, write_dataset
+from lib.tokenizer import train_tokenizer
 
 # -----------------------------------------------------------------------------
 source = ""  # a local copy: .txt with <|endoftext|> between stories, .jsonl or .parquet; a file, or a folder of train and val

@@ -15,9 +15,9 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
-from configurator import configure, user_errors
-from dataset import finish_dataset, hub_rows, read_rows, split_of, write_split
-from tokenizer import train_tokenizer
+from lib.configurator import configure, user_errors
+from lib.corpus import finish_dataset, hub_rows, read_rows, split_of, write_split
+from lib.tokenizer import train_tokenizer
 
 # -----------------------------------------------------------------------------
 source = ""  # a local copy: a folder of wiki.train.raw, ... or .parquet files, one line of text a row; '': the hub

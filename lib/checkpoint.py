@@ -16,8 +16,9 @@ from pathlib import Path
 
 import torch
 
-from model import GPT, GPTConfig, from_hf, quantize_int8
-from tokenizer import meta_of, read_nanogpt_characters, read_tokenizer_json
+from lib.convert import from_hf
+from lib.tokenizer import meta_of, read_nanogpt_characters, read_tokenizer_json
+from model import GPT, GPTConfig, quantize_int8
 
 VERSION = 1
 OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # what they call their weights on the Hugging Face hub

@@ -1,0 +1,1 @@
+"""What the scripts share; CONTRIBUTING.md says which file owns what."""
