@@ -1,7 +1,7 @@
 # Each target only calls commands that the README shows.
 PYTHON ?= python3
 
-.PHONY: demo test test-slow venv
+.PHONY: demo test test-slow lint venv
 
 demo: venv
 	.venv/bin/python data/fables/prepare.py
@@ -11,6 +11,9 @@ demo: venv
 
 test: .venv/test-requirements
 	.venv/bin/python -m pytest
+
+lint: .venv/test-requirements
+	.venv/bin/python -m ruff check .
 
 # Also what needs llama.cpp, which pip compiles in ten minutes on two cores.
 test-slow: .venv/test-requirements

@@ -1,11 +1,11 @@
 """
-Write a trained model in a form that other programs run.
+Write a trained model in a format that other programs read.
 
-    python export.py --out_dir=out --format=hf      # out-hf: a folder for transformers and the Hugging Face hub
-    python export.py --out_dir=out --format=gguf    # out-float16.gguf: a file for llama.cpp and what is built on it
-    python export.py --out_dir=out --format=int8    # out-int8: a run whose best.pt has a quarter of the size
+    python export.py --out_dir=out --format=hf    # out-hf: a folder for transformers and its hub
+    python export.py --out_dir=out --format=gguf  # out-float16.gguf: a file for llama.cpp
+    python export.py --out_dir=out --format=int8  # out-int8: a run with a quarter of the size
 
-The tokenizer goes with the model. sample.py, eval.py and app.py take out-hf and out-int8 as --out_dir.
+The tokenizer is exported with the model. sample.py, eval.py and app.py read out-hf and out-int8.
 """
 import contextlib
 import importlib
@@ -20,46 +20,55 @@ from pathlib import Path
 
 import torch
 
+import lib.tokenizer
 from lib.checkpoint import build_model, load_checkpoint, save_checkpoint
-from lib.configurator import configure, user_errors
-from lib.convert import is_transposed, to_hf
-from lib.tokenizer import (
-    BytePairTokenizer, EOT, LETTER_OF_BYTE, PIECE, UNK, get_tokenizer, join_words, nltk_tools,
-    split_words,
-)
-from model import GPT, quantize_int8
+from lib.configurator import configure, one_of, user_errors
+from lib.convert import config_to_hf, is_transposed, to_hf
+from lib.files import sync_file
+from lib.quantize import quantize_int8
+from lib.tokenizer import EOT, LETTER_OF_BYTE, PIECE, UNK, BytePairTokenizer, get_tokenizer
+from model import GPT
 
 # -----------------------------------------------------------------------------
-out_dir = "out"  # what to export: a run (its best.pt, else last.pt), a Hugging Face folder, or gpt2 ... gpt2-xl
+out_dir = "out"  # a run (its best.pt, else last.pt), a Hugging Face folder, or gpt2 ... gpt2-xl
 format = "int8"  # or 'hf', 'gguf'
-dtype = "auto"  # of the weights: hf float32 (auto), float16, bfloat16; gguf float16 (auto), float32, q8_0
-to = ""  # folder, or .gguf file, to write; '': named after out_dir
-overwrite = False  # True: replace what is there
-push = ""  # USER/NAME: upload it to the Hugging Face hub under this name
+dtype = "auto"  # hf: float32 (auto), float16, bfloat16; gguf: float16 (auto), float32, q8_0
+to = ""  # folder or .gguf file to write; '': named after out_dir
+overwrite = False  # True: replace existing files
+push = ""  # USER/NAME: also upload to the Hugging Face hub under this name
+if __name__ == "__main__":
+    configure(globals(), skip_settings_of="train.py", format=one_of("int8", "hf", "gguf"))
 # -----------------------------------------------------------------------------
 
-DTYPES = {"hf": ["float32", "float16", "bfloat16"], "gguf": ["float16", "float32", "q8_0"], "int8": ["int8"]}  # auto first
-METRICS = ("loss", "floor", "perplexity", "word_perplexity", "bits_per_byte", "accuracy", "accuracy_top5", "valid_share")
+DTYPES = {"hf": ["float32", "float16", "bfloat16"], "gguf": ["float16", "float32", "q8_0"],
+          "int8": ["int8"]}  # the first is 'auto'
+METRICS = ("loss", "floor", "perplexity", "word_perplexity", "bits_per_byte", "accuracy",
+           "accuracy_top5", "valid_share")  # of metrics_summary.json, for the model card
 
 
 # -----------------------------------------------------------------------------
 # Tokenizers
 
+def spell(token: bytes) -> str:
+    """Return a token as GPT-2's files write it, with a visible character for every byte."""
+    return "".join(LETTER_OF_BYTE[byte] for byte in token)
+
+
 def byte_level(tokenizer: BytePairTokenizer) -> tuple[list[str], list[tuple[str, str]]]:
     """
-    A byte-level BPE as GPT-2 wrote it down: its tokens by id and its merges in their order, with a visible character for
-    every byte. tiktoken knows only ranks: a token was merged from the two parts that the merges before it leave of it.
-    """
-    def spell(token: bytes) -> str:
-        return "".join(LETTER_OF_BYTE[byte] for byte in token)
+    Return the tokens of a byte-level BPE by id, and its merges in their order.
 
+    tiktoken knows only ranks. A token was merged from the two parts that remain of it after all
+    earlier merges.
+    """
     ranks = tokenizer.encoding._mergeable_ranks
     vocab, merges = [""] * tokenizer.vocab_size, []
     for token, rank in sorted(ranks.items(), key=lambda pair: pair[1]):
         vocab[rank] = spell(token)
         parts = [token[i:i + 1] for i in range(len(token))]
         while len(parts) > 2:
-            i = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], rank))
+            pairs = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
+            i = pairs.index(min(pairs))
             parts[i:i + 2] = [parts[i] + parts[i + 1]]
         if len(parts) == 2:
             merges.append((spell(parts[0]), spell(parts[1])))
@@ -67,8 +76,10 @@ def byte_level(tokenizer: BytePairTokenizer) -> tuple[list[str], list[tuple[str,
     return vocab, merges
 
 
-# tokenization_word.py of an exported 'word' tokenizer, before the functions of tokenizer.py that it calls
-WORD_TOKENIZER = '''"""A tokenizer of lower-cased words, as NLTK splits and joins them: pip install nltk"""
+# tokenization_word.py of an exported tokenizer 'word': this text and these of our functions
+WORD_FUNCTIONS = ("nltk_tools", "split_words", "join_words")
+WORD_TOKENIZER = '''\
+"""A tokenizer of lower-cased words, as NLTK splits and joins them: pip install nltk"""
 import functools
 import json
 
@@ -119,75 +130,95 @@ class WordTokenizer(PreTrainedTokenizer):
 
 def write_hf_tokenizer(tokenizer, folder: Path, block_size: int) -> None:
     """
-    Ours as files of which transformers makes a tokenizer that gives the same ids, with the end of text in front where there
-    is one, as sample.py begins. The words of NLTK take a Python file beside them, and so trust_remote_code=True.
+    Write the files of a transformers tokenizer that returns the same ids as ours.
+
+    A text starts with end-of-text, if there is one, as in sample.py. The tokenizer 'word' also
+    gets a Python file, and so needs trust_remote_code=True.
     """
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size,
-              "model_input_names": ["input_ids", "attention_mask"], "clean_up_tokenization_spaces": False}
+              "model_input_names": ["input_ids", "attention_mask"],
+              "clean_up_tokenization_spaces": False}
     if tokenizer.eot >= 0:
         config |= dict.fromkeys(("bos_token", "eos_token", "pad_token"), EOT)
     if tokenizer.unk >= 0:
         config["unk_token"] = UNK
     if tokenizer.spec["kind"] == "word":
-        config |= {"tokenizer_class": "WordTokenizer", "auto_map": {"AutoTokenizer": ["tokenization_word.WordTokenizer", None]}}
-        functions = (inspect.getsource(f) for f in (nltk_tools, split_words, join_words))
-        (folder / "tokenization_word.py").write_text("\n\n".join([WORD_TOKENIZER, *functions]), encoding="utf-8")
+        config |= {"tokenizer_class": "WordTokenizer",
+                   "auto_map": {"AutoTokenizer": ["tokenization_word.WordTokenizer", None]}}
+        functions = (getattr(lib.tokenizer, name) for name in WORD_FUNCTIONS)
+        code = "\n\n".join([WORD_TOKENIZER, *map(inspect.getsource, functions)])
+        (folder / "tokenization_word.py").write_text(code, encoding="utf-8")
         write_json(folder / "vocab.json", tokenizer.vocab)
     else:
-        rust_tokenizer(tokenizer).save(str(folder / "tokenizer.json"))
+        to_rust(tokenizer).save(str(folder / "tokenizer.json"))
     write_json(folder / "tokenizer_config.json", config)
 
 
-def rust_tokenizer(tokenizer):
-    """Ours as one of the library `tokenizers`. What 'char' or 'pieces' lack is an error there too, unless there is <UNK>."""
+def to_rust(tokenizer):
+    """
+    Return our tokenizer as one of the library `tokenizers`.
+
+    Without <UNK> in the vocabulary, unknown text is an error there too.
+    """
     needed("tokenizers")
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers.processors import TemplateProcessing
 
     if isinstance(tokenizer, BytePairTokenizer):
         vocab, merges = byte_level(tokenizer)
-        made = Tokenizer(models.BPE({token: i for i, token in enumerate(vocab)}, merges))
-        split = pre_tokenizers.Split(Regex(tokenizer.encoding._pat_str), "isolated")
-        made.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-        made.decoder = decoders.ByteLevel()
+        rust = Tokenizer(models.BPE({token: i for i, token in enumerate(vocab)}, merges))
+        rust.pre_tokenizer = pre_tokenizers.Sequence([
+            pre_tokenizers.Split(Regex(tokenizer.encoding._pat_str), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        rust.decoder = decoders.ByteLevel()
     else:
-        made = Tokenizer(models.WordLevel(tokenizer.ids, unk_token=UNK))
+        rust = Tokenizer(models.WordLevel(tokenizer.ids, unk_token=UNK))
         pattern = r"[\s\S]" if tokenizer.spec["kind"] == "char" else PIECE.pattern
-        made.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
-        made.decoder = decoders.Fuse()
+        rust.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
+        rust.decoder = decoders.Fuse()
     specials = [name for name, i in ((EOT, tokenizer.eot), (UNK, tokenizer.unk)) if i >= 0]
-    made.add_special_tokens([AddedToken(name, special=True) for name in specials])
+    rust.add_special_tokens([AddedToken(name, special=True) for name in specials])
     if tokenizer.eot >= 0:
-        made.post_processor = processors.TemplateProcessing(f"{EOT} $A", f"{EOT} $A {EOT} $B", [(EOT, tokenizer.eot)])
-    return made
+        rust.post_processor = TemplateProcessing(f"{EOT} $A", f"{EOT} $A {EOT} $B",
+                                                 [(EOT, tokenizer.eot)])
+    return rust
 
 
 def add_gguf_tokenizer(writer, tokenizer, vocab_size: int) -> None:
     """
-    Ours as one of llama.cpp: a BPE as GPT-2's; characters and pieces as a unigram model in which every token costs the same,
-    so that the fewest are taken, which are ours. The end of text comes in front, as in sample.py.
+    Write our tokenizer as one of llama.cpp.
+
+    A BPE is written as GPT-2's. Characters and pieces become a unigram model with equal scores,
+    which splits a text into the fewest tokens: ours. A text starts with end-of-text, as in
+    sample.py.
     """
     import gguf
 
     if isinstance(tokenizer, BytePairTokenizer):
         tokens, merges = byte_level(tokenizer)
+        is_qwen = tokenizer.encoding._pat_str.startswith("(?i:")
         writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre("qwen2" if tokenizer.encoding._pat_str.startswith("(?i:") else "gpt-2")
+        writer.add_tokenizer_pre("qwen2" if is_qwen else "gpt-2")
         writer.add_token_merges([" ".join(merge) for merge in merges])
     elif tokenizer.spec["kind"] == "word":
-        raise ValueError("llama.cpp has nothing like the tokenizer 'word': --format=hf takes it")
-    elif tokenizer.eot < 0:  # it would take token 1 for it
-        raise ValueError("llama.cpp needs a token that ends a text, and this vocabulary has none: --format=hf takes it")
+        raise ValueError("llama.cpp has nothing like the tokenizer 'word': use --format=hf")
+    elif tokenizer.eot < 0:  # it would use token 1
+        raise ValueError("llama.cpp needs a token that ends a text, and this vocabulary has no "
+                         "such token: use --format=hf")
     else:
-        tokens = [token.replace(" ", "\u2581") for token in tokenizer.vocab]  # how it writes a space
+        tokens = [token.replace(" ", "\u2581") for token in tokenizer.vocab]  # its sign for a space
         if len(set(tokens)) < len(tokens):
-            raise ValueError("the vocabulary has the character \u2581, which llama.cpp takes for a space: --format=hf takes it")
+            raise ValueError("the vocabulary has the character \u2581, which llama.cpp uses for a "
+                             "space: use --format=hf")
         writer.add_tokenizer_model("t5")
         writer.add_token_scores([-1.0] * vocab_size)
         writer.add_add_space_prefix(False)
-        writer.add_unk_token_id(tokenizer.unk if tokenizer.unk >= 0 else tokenizer.eot)  # something must stand there
+        # it needs some id
+        writer.add_unk_token_id(tokenizer.unk if tokenizer.unk >= 0 else tokenizer.eot)
     specials = {tokenizer.eot, tokenizer.unk}
-    types = [gguf.TokenType.CONTROL if i in specials else gguf.TokenType.NORMAL for i in range(len(tokens))]
-    padding = vocab_size - len(tokens)  # ids of a padded vocabulary, which say nothing
+    types = [gguf.TokenType.CONTROL if i in specials else gguf.TokenType.NORMAL
+             for i in range(len(tokens))]
+    padding = vocab_size - len(tokens)  # unused ids of a padded vocabulary
     writer.add_token_list(tokens + [f"[PAD{i}]" for i in range(padding)])
     writer.add_token_types(types + [gguf.TokenType.UNUSED] * padding)
     writer.add_add_bos_token(True)
@@ -197,42 +228,19 @@ def add_gguf_tokenizer(writer, tokenizer, vocab_size: int) -> None:
 
 
 # -----------------------------------------------------------------------------
-# Models
-
-def hf_config(model: GPT, eot: int, dtype: str) -> dict:
-    """config.json of GPT2LMHeadModel or Qwen3ForCausalLM."""
-    c, attn = model.config, model.transformer.h[0].attn
-    ends = {"bos_token_id": eot, "eos_token_id": eot} if eot >= 0 else {}
-    if c.arch == "gpt2":
-        return {
-            "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "dtype": dtype, "vocab_size": c.vocab_size,
-            "n_positions": c.block_size, "n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd,
-            "activation_function": "gelu_new" if c.gelu == "tanh" else "gelu", "layer_norm_epsilon": 1e-5,
-            "resid_pdrop": c.dropout, "embd_pdrop": c.dropout, "attn_pdrop": c.dropout, "tie_word_embeddings": True, **ends}
-    return {
-        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "dtype": dtype, "vocab_size": c.vocab_size,
-        "max_position_embeddings": c.block_size, "num_hidden_layers": c.n_layer, "num_attention_heads": attn.n_head,
-        "num_key_value_heads": attn.n_kv_head, "head_dim": attn.head_dim, "hidden_size": c.n_embd,
-        "intermediate_size": model.transformer.h[0].mlp.rows[0], "hidden_act": "silu", "rms_norm_eps": 1e-6,
-        "rope_theta": c.rope_theta, "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},  # of 4, of 5
-        "attention_bias": False, "tie_word_embeddings": c.tied, **ends}
-
+# Model card
 
 def model_card(checkpoint: dict, model: GPT, kind: str, name: str) -> str:
-    """README.md of the folder; `kind` is that of the tokenizer. With what eval.py measured, where it measured this step."""
+    """Return the README.md of a model for transformers. kind: of the tokenizer."""
     c, params = model.config, model.num_params
-    text = (f"A {'GPT-2' if c.arch == 'gpt2' else 'Qwen3'} of {params():,} parameters ({params(non_embedding=True):,} without "
-            f"embeddings): {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, a context of {c.block_size:,} tokens, a "
-            f"vocabulary of {c.vocab_size:,} (tokenizer: {kind}).")
+    arch = "GPT-2" if c.arch == "gpt2" else "Qwen3"
+    text = (f"A {arch} of {params():,} parameters ({params(non_embedding=True):,} without "
+            f"embeddings): {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, a context of "
+            f"{c.block_size:,} tokens, a vocabulary of {c.vocab_size:,} (tokenizer: {kind}).")
     if checkpoint["step"]:
-        text += f" Trained on {Path(checkpoint['config']['dataset']).name} for {checkpoint['step']:,} steps."
-    summary, measured = {}, ""
-    with contextlib.suppress(OSError, ValueError):
-        summary = json.loads(Path(out_dir, "metrics_summary.json").read_text(encoding="utf-8"))
-    if rows := [f"| {key} | {summary[key]:.4f} |" for key in METRICS if isinstance(summary.get(key), float)]:
-        if summary.get("step") == checkpoint["step"]:
-            measured = "\n".join([f"\nMeasured over {summary['tokens']:,} tokens of {summary['dataset']}, split "
-                                  f"{summary['split']}; the loss is in nats per token:\n", "| | |", "|---|---|", *rows, ""])
+        dataset = Path(checkpoint["config"]["dataset"]).name
+        text += f" Trained on {dataset} for {checkpoint['step']:,} steps."
+    measured = measured_table(checkpoint["step"])
     remote = ", trust_remote_code=True" if kind == "word" else ""
     return f"""---
 library_name: transformers
@@ -257,155 +265,206 @@ print(tokenizer.decode(ids[0], skip_special_tokens=True))
 """
 
 
-def export_hf(checkpoint: dict, folder: Path) -> list[Path]:
-    """A folder that transformers loads, complete or, where something fails, as it was before; its files, the weights first."""
+def measured_table(step: int) -> str:
+    """Return the metrics that eval.py measured at this step as a table, or ''."""
+    summary = {}
+    with contextlib.suppress(OSError, ValueError):
+        path = Path(out_dir, "metrics_summary.json")
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    rows = [f"| {key} | {summary[key]:.4f} |" for key in METRICS
+            if isinstance(summary.get(key), float)]
+    if not rows or summary.get("step") != step:
+        return ""
+    head = (f"\nMeasured over {summary['tokens']:,} tokens of {summary['dataset']}, split "
+            f"{summary['split']}; the loss is in nats per token:\n")
+    return "\n".join([head, "| | |", "|---|---|", *rows, ""])
+
+
+# -----------------------------------------------------------------------------
+# Formats
+
+def export_hf(checkpoint: dict, folder: Path, dtype: str) -> list[Path]:
+    """Write a folder for transformers, or after an error nothing. Return its files."""
     save_file = needed("safetensors.torch").save_file
-    model, tokenizer = model_of(checkpoint)
-    config = hf_config(model, tokenizer.eot, dtype)
-    weights = {name: w.to(getattr(torch, dtype)) for name, w in to_hf(model).items()
-               if not (name == "lm_head.weight" and model.config.tied)}
+    model, tokenizer = load_float_model(checkpoint)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".export") as temporary:
         new = Path(temporary)
         write_hf_tokenizer(tokenizer, new, model.config.block_size)
+        weights = {name: w.to(getattr(torch, dtype)) for name, w in to_hf(model).items()
+                   if not (name == "lm_head.weight" and model.config.tied)}
         save_file(weights, new / "model.safetensors", {"format": "pt"})
         ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eot)
         write_json(new / "generation_config.json", ends if tokenizer.eot >= 0 else {})
-        config_of_run = {key: checkpoint["config"][key] for key in ("dataset", "batching") if key in checkpoint["config"]}
-        write_json(new / "meta.json", {"step": checkpoint["step"], "config": config_of_run, "meta": checkpoint["meta"]})
-        (new / "README.md").write_text(model_card(checkpoint, model, tokenizer.spec["kind"], push or folder.name),
-                                       encoding="utf-8")
-        write_json(new / "config.json", config)
+        config = checkpoint["config"]
+        kept = {key: config[key] for key in ("dataset", "batching") if key in config}
+        write_json(new / "meta.json",
+                   {"step": checkpoint["step"], "config": kept, "meta": checkpoint["meta"]})
+        card = model_card(checkpoint, model, tokenizer.spec["kind"], push or folder.name)
+        (new / "README.md").write_text(card, encoding="utf-8")
+        write_json(new / "config.json", config_to_hf(model.config, tokenizer.eot, dtype))
         for file in new.iterdir():
-            shutil.copymode(new / "config.json", file)  # safetensors lets nobody else read
-            flush_to_disk(file)
-        order = ["model.safetensors", "config.json"]  # the last one makes it a model
-        files = sorted(new.iterdir(), key=lambda file: order.index(file.name) if file.name in order else 0.5)
+            shutil.copymode(new / "config.json", file)  # safetensors makes its file private
+            sync_file(file)
+        order = {"model.safetensors": 0, "config.json": 2}  # config.json makes it a model
+        files = sorted(new.iterdir(), key=lambda file: order.get(file.name, 1))
         for file in files:
             os.replace(file, folder / file.name)
     return [folder / file.name for file in files]
 
 
-def export_gguf(checkpoint: dict, path: Path) -> list[Path]:
+def export_gguf(checkpoint: dict, path: Path, dtype: str) -> list[Path]:
     """
-    One GGUF file, for llama.cpp and its kin. Matrices and tables in dtype, but float16 where q8_0 has no whole blocks of 32;
-    gains, biases and positions in float32, as llama.cpp's own converter has it.
+    Write a GGUF file, for llama.cpp and programs that are built on it.
+
+    Matrices and embeddings are in dtype, or float16 where their rows are not whole q8_0 blocks of
+    32. Gains, biases and positions are in float32, as llama.cpp's own converter writes them.
     """
     gguf = needed("gguf")
-    model, tokenizer = model_of(checkpoint)
-    c, attn = model.config, model.transformer.h[0].attn
+    model, tokenizer = load_float_model(checkpoint)
+    c = model.config
     if c.arch == "gpt2" and c.gelu != "tanh":
-        print("warning: llama.cpp knows GPT-2 only with the GELU that OpenAI used; this model has the exact one, so that its "
-              "texts may differ there", file=sys.stderr)
+        print("warning: llama.cpp has only OpenAI's approximate GELU for GPT-2; this model uses "
+              "the exact one, so its samples may differ there", file=sys.stderr)
     temporary = path.with_name(path.name + ".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(temporary, c.arch)
-    writer.add_name(path.stem)
-    writer.add_file_type({"float32": gguf.LlamaFileType.ALL_F32, "float16": gguf.LlamaFileType.MOSTLY_F16,
-                          "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}[dtype])
-    writer.add_context_length(c.block_size)
-    writer.add_embedding_length(c.n_embd)
-    writer.add_block_count(c.n_layer)
-    writer.add_feed_forward_length(model.transformer.h[0].mlp.rows[0])
-    writer.add_head_count(attn.n_head)
-    if c.arch == "gpt2":
-        writer.add_layer_norm_eps(1e-5)
-    else:
-        writer.add_head_count_kv(attn.n_kv_head)
-        writer.add_key_length(attn.head_dim)
-        writer.add_value_length(attn.head_dim)
-        writer.add_layer_norm_rms_eps(1e-6)
-        writer.add_rope_freq_base(c.rope_theta)
+    add_gguf_fields(writer, path.stem, model, dtype)
     add_gguf_tokenizer(writer, tokenizer, c.vocab_size)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[c.arch.upper()], c.n_layer)
-    kinds = {"float32": gguf.GGMLQuantizationType.F32, "float16": gguf.GGMLQuantizationType.F16,
-             "q8_0": gguf.GGMLQuantizationType.Q8_0}
-    for theirs, w in to_hf(model).items():
-        if theirs == "lm_head.weight" and c.tied:
-            continue
-        name = names.get_name(theirs, try_suffixes=(".weight", ".bias"))
-        kind = kinds["float32" if w.dim() == 1 or name == "position_embd.weight" else dtype]
-        w = (w.t() if is_transposed(theirs) else w).contiguous().numpy()
-        if kind == kinds["q8_0"] and w.shape[-1] % 32:
-            kind = kinds["float16"]
-        writer.add_tensor(name, gguf.quants.quantize(w, kind), raw_dtype=kind)
+    add_gguf_tensors(writer, model, dtype)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        flush_to_disk(temporary)
+        sync_file(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     return [path]
 
 
-def export_int8(checkpoint: dict, folder: Path) -> list[Path]:
-    """A run of ours with matrices and tables of one byte a weight and one scale a row."""
+def add_gguf_fields(writer, name: str, model: GPT, dtype: str) -> None:
+    import gguf
+
+    c, kinds = model.config, gguf.LlamaFileType
+    writer.add_name(name)
+    writer.add_file_type({"float32": kinds.ALL_F32, "float16": kinds.MOSTLY_F16,
+                          "q8_0": kinds.MOSTLY_Q8_0}[dtype])
+    writer.add_context_length(c.block_size)
+    writer.add_embedding_length(c.n_embd)
+    writer.add_block_count(c.n_layer)
+    writer.add_feed_forward_length(c.n_inner)
+    writer.add_head_count(c.n_head)
+    if c.arch == "gpt2":
+        writer.add_layer_norm_eps(1e-5)
+    else:
+        writer.add_head_count_kv(c.n_kv_head)
+        writer.add_key_length(c.head_dim)
+        writer.add_value_length(c.head_dim)
+        writer.add_layer_norm_rms_eps(1e-6)
+        writer.add_rope_freq_base(c.rope_theta)
+
+
+def add_gguf_tensors(writer, model: GPT, dtype: str) -> None:
+    import gguf
+
+    c, kinds = model.config, gguf.GGMLQuantizationType
+    matrix_kind = {"float32": kinds.F32, "float16": kinds.F16, "q8_0": kinds.Q8_0}[dtype]
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[c.arch.upper()], c.n_layer)
+    for theirs, w in to_hf(model).items():
+        if theirs == "lm_head.weight" and c.tied:
+            continue
+        name = names.get_name(theirs, try_suffixes=(".weight", ".bias"))
+        kind = kinds.F32 if w.dim() == 1 or name == "position_embd.weight" else matrix_kind
+        w = (w.t() if is_transposed(theirs) else w).contiguous().numpy()
+        if kind == kinds.Q8_0 and w.shape[-1] % 32:
+            kind = kinds.F16
+        writer.add_tensor(name, gguf.quants.quantize(w, kind), raw_dtype=kind)
+
+
+def export_int8(checkpoint: dict, folder: Path, dtype: str) -> list[Path]:
+    """Write a run with int8 matrices and embeddings."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(folder, "best.pt", checkpoint | {"model": quantize_int8(checkpoint["model"])})
+    weights = quantize_int8(checkpoint["model"])
+    save_checkpoint(folder, "best.pt", checkpoint | {"model": weights})
     return [folder / "best.pt"]
 
 
 # -----------------------------------------------------------------------------
+# What the formats share
 
 def needed(module: str):
-    """A module that only some exports need."""
+    """Import a module that only some formats need."""
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise ValueError(f"--format={format} needs a package: pip install {module.split('.')[0]}") from None
-
-
-def flush_to_disk(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+        package = module.split(".")[0]
+        raise ValueError(f"--format={format} needs a package: pip install {package}") from None
 
 
 def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def model_of(checkpoint: dict) -> tuple[GPT, object]:
-    """Its model and its tokenizer; ValueError for weights that were rounded already."""
+def load_float_model(checkpoint: dict) -> tuple[GPT, object]:
+    """Return the model and the tokenizer of a checkpoint. Raise ValueError if it is in int8."""
     if any(w.dtype == torch.int8 for w in checkpoint["model"].values()):
         raise ValueError(f"{out_dir} is in int8 already: export the run that it was made from")
     return build_model(checkpoint, checkpoint["path"]), get_tokenizer(checkpoint["meta"])
 
 
-def upload(files: list[Path], name: str) -> None:
-    """Upload files of one folder, and no others, to the Hugging Face hub, to a model that is made where there is none."""
+def upload(files: list[Path], name: str) -> object:
+    """Upload files of one folder, and no others, to a model on the hub. Return its address."""
     from huggingface_hub import HfApi
 
-    print(f"uploading {', '.join(file.name for file in files)} to {name} ...", file=sys.stderr)
+    names = [file.name for file in files]
+    print(f"uploading {', '.join(names)} to {name} ...", file=sys.stderr)
     try:
-        where = HfApi().create_repo(name, exist_ok=True)
-        HfApi().upload_folder(repo_id=name, folder_path=files[0].parent, allow_patterns=[file.name for file in files])
-    except Exception as error:  # any way in which an upload fails
-        raise ValueError(f"{files[0]} is written, but could not be uploaded ({' '.join(str(error).split())[:200]}): `hf auth "
-                         "login` gives access, and the same command with --overwrite=True tries again") from None
-    print(where)
+        url = HfApi().create_repo(name, exist_ok=True)
+        HfApi().upload_folder(repo_id=name, folder_path=files[0].parent, allow_patterns=names)
+    except Exception as error:  # an upload can fail in any way
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{files[0]} is written, but could not be uploaded ({reason}): log in "
+                         "with `hf auth login`, then retry with --overwrite=True") from None
+    return url
+
+
+# -----------------------------------------------------------------------------
+# Command line
+
+def resolve_dtype() -> str:
+    """Return the type of the exported weights. Raise ValueError if the format does not have it."""
+    if dtype == "auto":
+        return DTYPES[format][0]
+    if dtype not in DTYPES[format]:
+        raise ValueError(f"dtype must be auto, {', '.join(DTYPES[format])} with --format={format}, "
+                         f"got {dtype!r}")
+    return dtype
+
+
+def resolve_path(dtype: str) -> Path:
+    """Return the folder or file to write. Raise ValueError if that would destroy something."""
+    name = out_dir.rstrip("/")
+    path = Path(to or (f"{name}-{dtype}.gguf" if format == "gguf" else f"{name}-{format}"))
+    if (path.is_file() or path.is_dir() and any(path.iterdir())) and not overwrite:
+        raise ValueError(f"{path} exists already: --overwrite=True replaces it, --to=OTHER writes "
+                         "elsewhere")
+    if path.exists() and path.is_file() != (format == "gguf"):
+        kind, other = ("file", "folder") if format == "gguf" else ("folder", "file")
+        raise ValueError(f"--format={format} writes a {kind}, and {path} is a {other}")
+    return path
 
 
 if __name__ == "__main__":
-    configure(globals(), skip_settings_of="train.py")
     with user_errors():
-        if format not in DTYPES:
-            raise ValueError(f"format must be int8, hf or gguf, got {format!r}")
-        dtype = DTYPES[format][0] if dtype == "auto" else dtype
-        if dtype not in DTYPES[format]:
-            raise ValueError(f"dtype must be auto, {', '.join(DTYPES[format])} with --format={format}, got {dtype!r}")
+        weight_dtype = resolve_dtype()
         if push and not re.fullmatch(r"[\w.-]+/[\w.-]+", push):
             raise ValueError(f"push takes USER/NAME, got {push!r}")
-        name = out_dir.rstrip("/")
-        path = Path(to or (f"{name}-{dtype}.gguf" if format == "gguf" else f"{name}-{format}"))
-        if (path.is_file() or path.is_dir() and any(path.iterdir())) and not overwrite:
-            raise ValueError(f"{path} is there already: --overwrite=True replaces it, --to=OTHER writes elsewhere")
-        if path.is_file() != (format == "gguf") and path.exists():
-            raise ValueError(f"--format={format} writes a {'file' if format == 'gguf' else 'folder'}, and {path} is none")
+        path = resolve_path(weight_dtype)
         checkpoint = load_checkpoint(out_dir)
-        files = {"hf": export_hf, "gguf": export_gguf, "int8": export_int8}[format](checkpoint, path)
+        export = {"hf": export_hf, "gguf": export_gguf, "int8": export_int8}[format]
+        files = export(checkpoint, path, weight_dtype)
         print(f"{files[0]}: {files[0].stat().st_size / 1e6:,.1f} MB")
         if push:
-            upload(files, push)
+            print(upload(files, push))

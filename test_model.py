@@ -3,17 +3,18 @@ import math
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
-
-from helpers import in_int8, randomize, tiny  # first: sets OMP_NUM_THREADS before torch is imported
-
 import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from helpers import in_int8, randomize, tiny
+from lib.checkpoint import model_from_weights
 from lib.convert import from_hf, to_hf
+from lib.decoding import Sampling, beam_search
 from model import GPT, GPTConfig, KVCache
 
 
@@ -38,10 +39,10 @@ def test_qwen3_is_that_of_hugging_face(changes):
 
     model = tiny(arch="qwen3", **changes)
     randomize(model)
-    c, attn, mlp = model.config, model.transformer.h[0].attn, model.transformer.h[0].mlp
+    c = model.config
     hf = Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=mlp.rows[0], num_hidden_layers=c.n_layer,
-        num_attention_heads=c.n_head, num_key_value_heads=attn.n_kv_head, head_dim=attn.head_dim,
+        vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.n_inner, num_hidden_layers=c.n_layer,
+        num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, head_dim=c.head_dim,
         max_position_embeddings=c.block_size, rope_theta=c.rope_theta, tie_word_embeddings=c.tied, bos_token_id=None,
         eos_token_id=None, pad_token_id=None)).eval()
     hf.load_state_dict(to_hf(model))
@@ -65,12 +66,13 @@ def assert_same_as_hugging_face(model: GPT, hf) -> None:
         assert model.generate(idx, 12, temperature=0, pad=pad).equal(greedy)
         greedy = hf.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=12, do_sample=False, pad_token_id=0,
                              repetition_penalty=1.4, no_repeat_ngram_size=2)
-        assert model.generate(idx, 12, temperature=0, repetition_penalty=1.4, no_repeat_ngram=2).equal(greedy)
+        sampler = Sampling(temperature=0, repetition_penalty=1.4, no_repeat_ngram=2)
+        assert model.generate(idx, 12, sampler=sampler).equal(greedy)
         for row, stop in ((idx[:1], -1), (idx[1:2], int(greedy[1, 20])), (idx[2:], int(idx[2, 3]))):
             for length_penalty in (-1.0, 0.0, 2.0):
                 best = hf.generate(row, attention_mask=torch.ones_like(row), max_new_tokens=12, do_sample=False, num_beams=4,
                                    length_penalty=length_penalty, eos_token_id=stop if stop >= 0 else None, pad_token_id=0)
-                ours = model.beam_search(row, 12, 4, length_penalty, stop_token=stop)
+                ours = beam_search(model, row, 12, 4, length_penalty, stop_token=stop)
                 assert ours.equal(best[:, :ours.size(1)]) and not best[:, ours.size(1):].any()
 
 
@@ -149,7 +151,8 @@ def test_generation_repeats_with_the_seed_and_stops():
     idx = torch.zeros(4, 1, dtype=torch.long)
 
     def run(**how):
-        return model.generate(idx, 40, generator=torch.Generator().manual_seed(3), **how)
+        sampler = Sampling(generator=torch.Generator().manual_seed(3))
+        return model.generate(idx, 40, sampler=sampler, **how)
 
     free = run()
     assert free.equal(run()) and free.shape == (4, 41)  # further than block_size
@@ -167,7 +170,7 @@ def test_the_cache_changes_no_logit(changes, pieces):
     model = tiny(**changes)
     randomize(model)
     idx = torch.randint(61, (3, 12))
-    cache = KVCache(model, 3)
+    cache = KVCache(32)
     with torch.no_grad():
         logits = torch.cat([model(piece, cache=cache)[0] for piece in idx.split(pieces, dim=1)], dim=1)
         torch.testing.assert_close(logits, model(idx)[0], rtol=1e-4, atol=1e-5)
@@ -179,7 +182,7 @@ def test_padding_at_the_left_changes_no_logit(changes, pieces):
     model = tiny(**changes)
     randomize(model)
     idx, pad = torch.randint(61, (3, 9)), torch.tensor([0, 5, 2])
-    cache = KVCache(model, 3, pad)
+    cache = KVCache(32, pad)
     with torch.no_grad():
         logits = torch.cat([model(piece, cache=cache)[0] for piece in idx.split(pieces, dim=1)], dim=1)
         for row, n in enumerate(pad.tolist()):
@@ -208,7 +211,7 @@ def test_generation_past_block_size_keeps_the_newest_half(arch):
 def test_a_model_made_from_weights_is_the_same_model(changes):
     model = tiny(**changes)
     randomize(model)
-    again = GPT.from_weights(model.config, model.state_dict())
+    again = model_from_weights(model.config, model.state_dict())
     idx = torch.randint(61, (2, 9))
     assert torch.equal(again.eval()(idx)[0], model(idx)[0])
     assert [n for n, _ in again.named_parameters()] == [n for n, _ in model.named_parameters()]
@@ -216,8 +219,8 @@ def test_a_model_made_from_weights_is_the_same_model(changes):
     for wrong in ({"lm_head.weight_scale": torch.ones(61)}, {"transformer.ln_f.weight_scale": torch.ones(32)},
                   {"lm_head.weight": torch.zeros(61, 32, dtype=torch.int8)}, {"lm_head.weight": torch.zeros(60, 32)}):
         with pytest.raises((RuntimeError, TypeError)):
-            GPT.from_weights(model.config, model.state_dict() | wrong)
-    half = GPT.from_weights(model.config, {name: w.bfloat16() for name, w in model.state_dict().items()})
+            model_from_weights(model.config, model.state_dict() | wrong)
+    half = model_from_weights(model.config, {name: w.bfloat16() for name, w in model.state_dict().items()})
     assert {p.dtype for p in half.parameters()} == {torch.float32}
 
 
@@ -240,13 +243,78 @@ def test_too_long_and_empty_input():
             with pytest.raises(ValueError, match="token ids from"):
                 model.generate(torch.tensor([[3, token]]), 1)
             with pytest.raises(ValueError, match="token ids from"):
-                model.beam_search(torch.tensor([[3, token]]), 1, 2)
+                beam_search(model, torch.tensor([[3, token]]), 1, 2)
+
+
+ALONE = """
+import sys
+sys.path.insert(0, ".")
+sys.modules.update(dict.fromkeys(("numpy", "lib", "tiktoken", "datasets"), None))  # not importable
+import torch
+from model import GPT, GPTConfig
+
+torch.manual_seed(0)
+model = GPT(GPTConfig(block_size=8, vocab_size=5, n_layer=1, n_head=2, n_embd=16))
+optimizer = model.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu")
+idx = torch.arange(9)[None] % 4
+for _ in range(60):
+    loss = model(idx[:, :-1], idx[:, 1:])[1]
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+print("learned" if loss < 0.1 else loss)
+print(model.eval().generate(idx[:, :1], 7, temperature=0)[0].tolist())
+model.crop_block_size(4)
+print(model.generate(idx[:, :1], 8, temperature=0.8, top_k=3).shape)
+"""
 
 
 def test_model_file_works_alone(tmp_path):
     shutil.copy("model.py", tmp_path)
-    code = ("import torch, model; gpt = model.GPT(model.GPTConfig(n_layer=1, n_embd=12, n_head=1)); "
-            "print(gpt.generate(torch.zeros(1, 1).long(), 3).shape)")
-    done = subprocess.run([sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, '.'); {code}"], cwd=tmp_path,
-                          capture_output=True, text=True)
-    assert "torch.Size([1, 4])" in done.stdout, done.stderr
+    done = subprocess.run([sys.executable, "-I", "-c", ALONE], cwd=tmp_path, capture_output=True,
+                          text=True)
+    assert done.stdout == "learned\n[0, 1, 2, 3, 0, 1, 2, 3]\ntorch.Size([1, 9])\n", done.stderr
+
+
+@pytest.mark.parametrize("changes", [{}, dict(arch="qwen3")])
+def test_a_shorter_context_changes_no_logit(changes):
+    model, idx = tiny(**changes), torch.randint(61, (2, 8))
+    randomize(model)
+    before = model(idx)[0]
+    model.crop_block_size(8)
+    assert model(idx)[0].equal(before) and model.config.block_size == 8
+    with pytest.raises(ValueError, match="block_size"):
+        model(torch.zeros(1, 9, dtype=torch.long))
+    with pytest.raises(ValueError, match="more than the model's 8"):
+        model.crop_block_size(9)
+
+
+def test_generate_samples_the_top_k_with_their_probabilities():
+    model = tiny()
+    randomize(model)
+    idx = torch.zeros(4000, 1, dtype=torch.long)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        best = (model(idx[:1])[0][0, -1] / 0.7).topk(3)
+    sampled = model.generate(idx, 1, temperature=0.7, top_k=3)[:, -1]
+    frequencies = torch.bincount(sampled, minlength=61) / len(sampled)
+    expected = torch.zeros(61).scatter(0, best.indices, best.values.softmax(-1))
+    assert (frequencies - expected).abs().max() < 0.03
+    with pytest.raises(ValueError, match="temperature"):
+        model.generate(idx, 1, temperature=-1)
+
+
+def test_mfu_is_the_share_of_the_peak():
+    model = tiny()
+    flops = 3 * 32 * model.flops_per_token()  # 3 sequences
+    assert model.estimate_mfu(3, dt=0.5, peak_flops=4 * flops) == pytest.approx(0.5)
+
+
+def test_resolved_configurations_describe_the_same_model():
+    """Checkpoints hold resolved values; older ones have zeros."""
+    for changes in ({}, dict(arch="qwen3"), dict(arch="qwen3", n_kv_head=2, head_dim=6, n_inner=48)):
+        config = tiny(**changes).config
+        assert GPTConfig(**asdict(config)) == config
+        assert config.n_kv_head and config.head_dim and config.n_inner
+    assert GPTConfig(n_kv_head=12, head_dim=64, n_inner=3072) == GPTConfig()
+    assert GPTConfig(arch="qwen3").n_inner == 2048 and not GPTConfig(arch="qwen3").bias

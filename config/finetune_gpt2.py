@@ -1,13 +1,13 @@
-# OpenAI's smallest GPT-2 (124M parameters, 0.5 GB to download) taught a text of yours: 32 x 1,024 = 32,768 tokens a step.
-# The data: python data/text/prepare.py --source=book.txt
+# Fine-tune OpenAI's smallest GPT-2 (124M parameters, a download of 0.5 GB) on your own text.
+# Data: python data/text/prepare.py --source=book.txt. Tokens per step: 32 x 1,024 = 32,768.
 out_dir = "out-finetune-gpt2"
-init_from = "gpt2"  # or 'gpt2-medium', 'gpt2-large', 'gpt2-xl', or a folder with config.json and model.safetensors
+init_from = "gpt2"  # or gpt2-medium, gpt2-large, gpt2-xl, or a Hugging Face folder
 dataset = "text"
 gradient_accumulation_steps = 32
 batch_size = 1
 block_size = 1024
 
-n_layer = 12  # those of the model, so that --init_from=resume finds the settings that it needs
+n_layer = 12  # the model's own sizes, which --init_from=resume compares with the checkpoint
 n_head = 12
 n_embd = 768
 dropout = 0.1
@@ -19,5 +19,5 @@ max_iters = 100
 warmup_iters = 0
 eval_interval = 5
 eval_iters = 40
-patience = 3  # a model of this size soon knows a book by heart
+patience = 3  # a model of this size soon overfits a single book
 always_save_checkpoint = False

@@ -1,13 +1,14 @@
-# The model that `python train.py config/train_small.py` left in out/, taught a text of yours: 2 x 16 x 128 = 4,096 tokens a
-# step, three times through the text at a low rate. The data: python data/text/prepare.py --source=book.txt
+# Fine-tune the model of `python train.py config/train_small.py`, saved in out/, on your own text:
+# three epochs at a low learning rate. Data: python data/text/prepare.py --source=book.txt.
+# Tokens per step: 2 x 16 x 128 = 4,096.
 out_dir = "out-finetune-tinystories"
-init_from = "out"  # the folder of any run whose tokenizer is that of the data
+init_from = "out"  # the folder of a run with the same tokenizer as the data
 dataset = "text"
 gradient_accumulation_steps = 2
 batch_size = 16
 block_size = 128
 
-n_layer = 6  # those of the model, so that --init_from=resume finds the settings that it needs
+n_layer = 6  # the model's own sizes, which --init_from=resume compares with the checkpoint
 n_head = 6
 n_embd = 384
 dropout = 0.1

@@ -1,21 +1,7 @@
-# 0.80M parameters on the works of Shakespeare, character by character: 12 x 64 = 768 characters a step.
-out_dir = "out-char-micro"
-dataset = "shakespeare_char"
-gradient_accumulation_steps = 1
-batch_size = 12
-block_size = 64
+# 0.80M parameters on Shakespeare's characters. Tokens per step: 12 x 64 = 768.
+exec(open("config/train_char_nano.py").read())
 
+out_dir = "out-char-micro"
 n_layer = 4
 n_head = 4
 n_embd = 128
-dropout = 0.0
-bias = False
-
-learning_rate = 1e-3
-min_lr = 1e-4
-max_iters = 2000
-warmup_iters = 100
-beta2 = 0.99  # few tokens a step
-eval_interval = 250
-eval_iters = 0  # whole split
-always_save_checkpoint = False

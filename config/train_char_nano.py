@@ -1,4 +1,4 @@
-# 0.09M parameters on the works of Shakespeare, character by character: 12 x 64 = 768 characters a step.
+# 0.09M parameters on Shakespeare's characters. Tokens per step: 12 x 64 = 768.
 out_dir = "out-char-nano"
 dataset = "shakespeare_char"
 gradient_accumulation_steps = 1
@@ -15,7 +15,7 @@ learning_rate = 1e-3
 min_lr = 1e-4
 max_iters = 2000
 warmup_iters = 100
-beta2 = 0.99  # few tokens a step
+beta2 = 0.99  # few tokens per step
 eval_interval = 250
-eval_iters = 0  # whole split
+eval_iters = 0  # the whole split
 always_save_checkpoint = False

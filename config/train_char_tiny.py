@@ -1,21 +1,13 @@
-# 1.8M parameters on the works of Shakespeare, character by character: 16 x 128 = 2,048 characters a step.
+# 1.8M parameters on Shakespeare's characters. Tokens per step: 16 x 128 = 2,048.
+exec(open("config/train_char_nano.py").read())
+
 out_dir = "out-char-tiny"
-dataset = "shakespeare_char"
-gradient_accumulation_steps = 1
 batch_size = 16
 block_size = 128
 
 n_layer = 4
 n_head = 4
 n_embd = 192
-dropout = 0.2  # the text is soon known by heart
-bias = False
+dropout = 0.2  # the text is small: the model would overfit
 
-learning_rate = 1e-3
-min_lr = 1e-4
 max_iters = 3000
-warmup_iters = 100
-beta2 = 0.99  # few tokens a step
-eval_interval = 250
-eval_iters = 0  # whole split
-always_save_checkpoint = False

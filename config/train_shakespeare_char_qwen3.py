@@ -1,5 +1,9 @@
-# The loss of train_shakespeare_char_cpu.py in a fraction of its time: the same width, depth and batches, but Qwen3's
-# blocks, a head of its own, and Muon, all at a high rate that falls to zero in few steps.
+# Shakespeare's characters with nanoGPT's loss in a sixth of its time: 0.87M parameters reach 1.866
+# nats per token in 16.2 s on two cores of an AMD EPYC, mean of three seeds. nanoGPT's model and
+# recipe (train_shakespeare_char_cpu.py) reach 1.886 in 97.6 s.
+#
+# The same depth, width and batches, but Qwen3's blocks, an untied output layer, Muon, and few steps
+# at a high learning rate that falls to zero.
 out_dir = "out-shakespeare-char-qwen3"
 dataset = "shakespeare_char"
 gradient_accumulation_steps = 1
@@ -18,12 +22,12 @@ learning_rate = 1.2e-2
 schedule = "linear"
 min_lr = 0.0
 max_iters = 190
-warmup_iters = 0  # the projections that begin at zero are warm-up enough
+warmup_iters = 0  # projections that start at zero are warm-up enough
 weight_decay = 0.0
-beta1 = 0.85  # of Muon and AdamW: short memory for a short run
+beta1 = 0.85  # of Muon and AdamW: a short average for a short run
 beta2 = 0.99
 eval_interval = 190
-eval_iters = 0  # whole split: 111,540 characters
+eval_iters = 0  # the whole split: 111,540 characters
 log_interval = 19
-dtype = "float32"  # known: to measure it would take as long as fifteen steps
-compile = False  # at this size it costs more time than it saves
+dtype = "float32"  # dtype='auto' would first measure, which takes as long as fifteen steps
+compile = False  # takes longer than it saves at this size

@@ -1,6 +1,8 @@
-# 30M parameters on TinyStories: 32 x 32 x 128 = 131,072 tokens a step, so that 20,000 steps see 2.6 billion, the text six
-# times: half a day on a good GPU. The recipe is that of the tutorials that made this size known; it is slow to learn.
-# `python train.py config/train_small.py config/tuned.py` is not, and train_small_qwen3.py is for a laptop.
+# 30M parameters on TinyStories: half a day on a good GPU.
+# Tokens per step: 32 x 32 x 128 = 131,072; 20,000 steps see 2.6 billion tokens, six epochs.
+#
+# The recipe of the tutorials that made this size popular, which learns slowly. Faster: add
+# config/tuned.py after this file, or use train_small_qwen3.py on a laptop.
 dataset = "tinystories"
 gradient_accumulation_steps = 32
 batch_size = 32

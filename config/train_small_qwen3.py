@@ -1,6 +1,10 @@
-# The loss of train_small.py in a fraction of its time: the same depth and width, but Qwen3's blocks, Muon, a sampled
-# softmax, and few steps at a high rate that falls to zero. Measured on a laptop's two cores, where it takes ten minutes.
-# For the whole text, on a GPU: --max_iters=20000 --batch_size=64 --softmax_words=0 --compile=True, not yet measured.
+# 29.9M parameters on TinyStories in ten minutes on a laptop. It reaches 2.786 nats per token (0.996
+# bits per byte) in 621 s on two cores of an AMD EPYC, mean of two seeds, on a sample of 8,593
+# stories; nanoGPT's model and recipe take 3,413 s for 2.857.
+#
+# The depth and width of train_small.py, but Qwen3's blocks, Muon, a sampled softmax, and few steps
+# at a high learning rate that falls to zero. For all of TinyStories on a GPU, not measured yet:
+# --max_iters=20000 --batch_size=64 --softmax_tokens=0 --compile=True
 out_dir = "out-small-qwen3"
 dataset = "tinystories"
 gradient_accumulation_steps = 1
@@ -18,11 +22,11 @@ learning_rate = 8e-3
 schedule = "linear"
 min_lr = 0.0
 max_iters = 200
-warmup_iters = 0  # the projections that begin at zero are warm-up enough
+warmup_iters = 0  # projections that start at zero are warm-up enough
 weight_decay = 0.0
-beta1 = 0.85  # of Muon and AdamW: short memory for a short run
+beta1 = 0.85  # of Muon and AdamW: a short average for a short run
 beta2 = 0.99
 eval_interval = 200
 log_interval = 10
-softmax_words = 3072  # of 50,257: the head would cost more than all the rest
-compile = False  # would cost more time than it saves in so few steps
+softmax_tokens = 3072  # of 50,257: the whole softmax would cost more than the rest of the model
+compile = False  # takes longer than it saves in so few steps

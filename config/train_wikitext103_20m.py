@@ -1,5 +1,5 @@
-# 19.3M parameters, 12.9M of them the table of GPT-2's words, on WikiText-103: 4 x 16 x 512 = 32,768 tokens a step, three
-# times through 119M tokens in 10,900 steps.
+# 19.3M parameters on WikiText-103, 12.9M of them the embeddings of GPT-2's tokens.
+# Tokens per step: 4 x 16 x 512 = 32,768; three epochs of 119M tokens are 10,900 steps.
 out_dir = "out-wikitext103"
 dataset = "wikitext103"
 gradient_accumulation_steps = 4

@@ -1,7 +1,6 @@
-# GPT-2's size with half its context, 124M parameters, on WikiText-2 and a GPU of 4 GB: articles one a row, those of like
-# length together; 4 x 4 rows of up to 512 tokens a step. The logits of 256 tokens at a time and activations that are
-# computed twice make it fit: `python bench.py --mode=plan config/train_wikitext2_4gb.py --device_memory=4GB --gpu=T4`.
-# 2.4M tokens are soon known by heart, so dropout is high and best.pt is what counts.
+# 124M parameters, GPT-2's size with half its context, on WikiText-2 and a GPU with 4 GB.
+# Each step has 4 x 4 rows: one article per row, of up to 512 tokens, with others of similar length.
+# The model overfits 2.4M tokens: dropout is high, and the result is best.pt, not last.pt.
 out_dir = "out-wikitext2"
 dataset = "wikitext2"
 batching = "by_length"
@@ -22,9 +21,9 @@ max_epochs = 10.0
 warmup_iters = 100
 beta2 = 0.95
 eval_interval = 100
-eval_iters = 0  # whole split
+eval_iters = 0  # the whole split
 patience = 5
 always_save_checkpoint = False
-loss_chunk = 256
-remat = True
+loss_chunk = 256  # the logits of 256 tokens at a time: saves memory
+remat = True  # activations are computed again in the backward pass: saves memory
 compile = False  # rows of many lengths

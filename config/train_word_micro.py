@@ -1,22 +1,7 @@
-# 2.1M parameters on the works of Shakespeare, word by word: 12 x 64 = 768 words a step.
-# The data: python data/shakespeare/prepare.py --tokenizer=word --out_dir=data/shakespeare_word
+# 2.1M parameters on Shakespeare's words. Tokens per step: 12 x 64 = 768.
+# Data: python data/shakespeare/prepare.py --tokenizer=word --out_dir=data/shakespeare_word
+exec(open("config/train_char_micro.py").read())
+
 out_dir = "out-word-micro"
 dataset = "shakespeare_word"
-gradient_accumulation_steps = 1
-batch_size = 12
-block_size = 64
-
-n_layer = 4
-n_head = 4
-n_embd = 128
-dropout = 0.2  # the text is soon known by heart
-bias = False
-
-learning_rate = 1e-3
-min_lr = 1e-4
-max_iters = 2000
-warmup_iters = 100
-beta2 = 0.99  # few tokens a step
-eval_interval = 250
-eval_iters = 0  # whole split
-always_save_checkpoint = False
+dropout = 0.2  # the text is small: the model would overfit

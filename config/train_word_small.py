@@ -1,22 +1,6 @@
-# 14.6M parameters on the works of Shakespeare, word by word: 32 x 256 = 8,192 words a step.
-# The data: python data/shakespeare/prepare.py --tokenizer=word --out_dir=data/shakespeare_word
+# 14.6M parameters on Shakespeare's words. Tokens per step: 32 x 256 = 8,192.
+# Data: python data/shakespeare/prepare.py --tokenizer=word --out_dir=data/shakespeare_word
+exec(open("config/train_char_small.py").read())
+
 out_dir = "out-word-small"
 dataset = "shakespeare_word"
-gradient_accumulation_steps = 1
-batch_size = 32
-block_size = 256
-
-n_layer = 6
-n_head = 6
-n_embd = 384
-dropout = 0.2  # the text is soon known by heart
-bias = False
-
-learning_rate = 1e-3
-min_lr = 1e-4
-max_iters = 5000
-warmup_iters = 100
-beta2 = 0.99  # few tokens a step
-eval_interval = 250
-eval_iters = 0  # whole split
-always_save_checkpoint = False

@@ -1,11 +1,14 @@
 """
-Settings as plain globals. A script lists them at its top, each with its reason in a comment, and then calls
+Settings as plain globals.
 
-    config = configure(globals())
+A script lists them at its top, each with its reason in a comment, and then calls
 
-which applies `python X.py [config/file.py ...] [--key=value ...]` from left to right, later wins. A config file is
-Python: it runs in a namespace of its own, and every public name that it leaves there must be a setting of the script.
-`--help` prints the settings with the defaults and comments of the script's own source.
+    config, given = configure(globals(), batch_size=at_least(1), optimizer=one_of("adamw", "muon"))
+
+which applies `python X.py [config/file.py ...] [--key=value ...]` from left to right; the last
+value wins. A config file is Python. It runs in a namespace of its own, and every public name that
+it leaves there must be a setting of the script. `--help` prints the settings with their defaults
+and comments, which are read from the script's source.
 """
 import ast
 import contextlib
@@ -13,58 +16,93 @@ import difflib
 import math
 import os
 import sys
+import time
 import traceback
 import types
+from collections.abc import Callable
 from pathlib import Path
 
-NANOGPT_ONLY = {"wandb_log", "wandb_project", "wandb_run_name"}  # its config files name these; here they do nothing
+NANOGPT_ONLY = {"wandb_log", "wandb_project", "wandb_run_name"}  # accepted in its files, unused
+RENAMED = {"softmax_words": "softmax_tokens"}  # old names of settings
 
 
 def fail(message: object) -> None:
-    """Print one line and leave with status 2. Of many ranks only the first one speaks."""
+    """Print one error line and exit with status 2. Of many ranks only rank 0 prints."""
     if os.environ.get("RANK", "0") == "0":
         print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
+    else:
+        time.sleep(2)  # torchrun ends all ranks when the first one exits: rank 0 prints before
     sys.exit(2)
 
 
 @contextlib.contextmanager
 def user_errors():
-    """Around code that reads what a user gave: a ValueError or OSError in it is theirs to mend, so one line says it."""
+    """Report a ValueError or OSError as one line: use it around code that reads user input."""
     try:
         yield
     except (ValueError, OSError) as error:
         fail(error)
 
 
+def at_least(low: float, below: float = math.inf, at_most: float = math.inf) -> Callable:
+    """Return a rule for configure(): low <= value, value < below and value <= at_most."""
+    text = f"at least {low}"
+    text += f" and below {below}" if below < math.inf else ""
+    text += f" and at most {at_most}" if at_most < math.inf else ""
+
+    def check(name: str, value: float) -> None:
+        if not (low <= value <= at_most and value < below):
+            raise ValueError(f"{name} must be {text}, got {value}")
+
+    return check
+
+
+def one_of(*choices: str) -> Callable:
+    """Return a rule for configure(): the value is one of the choices."""
+    def check(name: str, value: str) -> None:
+        if value not in choices:
+            *most, last = (choice or "empty" for choice in choices)
+            raise ValueError(f"{name} must be {', '.join(most)} or {last}, got {value!r}")
+
+    return check
+
+
 def settings_of(script: str | Path) -> dict[str, str]:
-    """Names and comments of a script's settings: its lower-case globals, down to the call of configure()."""
+    """Return the names and comments of a script's settings, its globals above configure()."""
     source = Path(script).read_text(encoding="utf-8")
     lines = source.splitlines()
     found = {}
     for node in ast.parse(source).body:
-        if isinstance(node, (ast.Assign, ast.Expr)) and ast.unparse(node.value).startswith("configure("):
+        if isinstance(node, (ast.Assign, ast.Expr, ast.If)) and "configure(" in ast.unparse(node):
             break
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id.islower():
+        if not (isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)):
+            continue
+        if (name := node.targets[0].id).islower():
             comment = lines[node.end_lineno - 1].encode()[node.end_col_offset:].decode()
-            found[node.targets[0].id] = comment.strip().lstrip("# ")
+            found[name] = comment.strip().lstrip("# ")
     return found
 
 
 def coerce(name: str, value: object, default: object) -> object:
-    """`value` in the type of `default`, where that loses nothing: 1 becomes 1.0 and 1e4 10000; a bool is no number."""
+    """
+    Return value in the type of default where that loses nothing, else raise ValueError.
+
+    1 becomes 1.0 and 1e4 becomes 10000, but a bool is not a number.
+    """
     kind = type(default)
     if type(value) is kind and not (kind is float and not math.isfinite(value)):
         return value
-    if kind in (int, float) and type(value) in (int, float) and math.isfinite(value) and kind(value) == value:
-        return kind(value)
+    if kind in (int, float) and type(value) in (int, float) and math.isfinite(value):
+        if kind(value) == value:
+            return kind(value)
     raise ValueError(f"{name} takes {kind.__name__} (default {default!r}), not {value!r}")
 
 
 def from_text(name: str, text: str, default: object) -> object:
-    """The text behind `--name=` as a value: as it stands for a string, as Python writes it for the other types."""
+    """Return the value of `--name=text`: a string as it is, other types as Python writes them."""
     if isinstance(default, str):
         return text
-    value: object = {"True": True, "true": True, "False": False, "false": False}.get(text, text)
+    value = {"True": True, "true": True, "False": False, "false": False}.get(text, text)
     for number in (int, float):  # int first: it is exact beyond 2**53, where a float is not
         with contextlib.suppress(ValueError):
             value = number(value) if isinstance(value, str) else value
@@ -72,64 +110,89 @@ def from_text(name: str, text: str, default: object) -> object:
 
 
 def read_config_file(path: str) -> dict[str, object]:
-    """Run a config file and return its public names, imported modules aside."""
+    """Run a config file and return its public names, except imported modules."""
     if not Path(path).is_file():
-        raise ValueError("there is no such config file, and settings are written --key=value, see --help")
+        raise ValueError("there is no such config file; settings are written --key=value, "
+                         "see --help")
     namespace: dict[str, object] = {"__file__": path, "__name__": "config"}
     try:
         exec(compile(Path(path).read_text(encoding="utf-8"), path, "exec"), namespace)
-    except (Exception, SystemExit) as error:  # whatever it is, it is the file's
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    except (Exception, SystemExit) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == path]
         line = lines[-1] if lines else getattr(error, "lineno", "?")
         raise ValueError(f"line {line}: {type(error).__name__}: {error}") from None
-    return {k: v for k, v in namespace.items() if not k.startswith("_") and not isinstance(v, types.ModuleType)}
+    return {name: value for name, value in namespace.items()
+            if not name.startswith("_") and not isinstance(value, types.ModuleType)}
 
 
-def print_help(script: str, doc: str, comments: dict[str, str], settings: dict[str, object]) -> None:
-    print(doc.strip() + f"\n\nusage: python {Path(script).name} [config/file.py ...] [--key=value ...]\n")
-    width = max(len(f"--{k}={v}") for k, v in settings.items())
+def print_help(script: str, doc: str, comments: dict[str, str], settings: dict) -> None:
+    usage = f"usage: python {Path(script).name} [config/file.py ...] [--key=value ...]"
+    print(f"{doc.strip()}\n\n{usage}\n")
+    width = max(len(f"--{name}={value}") for name, value in settings.items())
     for name, value in settings.items():
         print(f"  {f'--{name}={value}':<{width}}  {comments[name]}".rstrip())
 
 
-def configure(namespace: dict[str, object], skip_settings_of: str = "") -> dict[str, object]:
+def configure(namespace: dict[str, object], skip_settings_of: str = "", announce: bool = False,
+              **rules: Callable) -> tuple[dict[str, object], set[str]]:
     """
-    Apply the command line to the settings in `namespace` and return all of them. Bad input: one line, status 2.
+    Apply the command line to the settings in namespace, which is globals() of the script.
 
-    skip_settings_of names a sibling script: its settings may stand in config files and are passed over, so that a
-    training config also serves to evaluate and to measure.
+    Return all settings and the names that a config file or the command line set. Bad input ends the
+    script with one error line and status 2.
+
+    skip_settings_of: a script beside this one whose settings are ignored in config files, so that a
+    training config also serves to evaluate and to measure. announce: print what differs from the
+    defaults. rules: for some settings, at_least() or one_of().
     """
     script = str(namespace["__file__"])
     comments = settings_of(script)
-    settings = {name: namespace[name] for name in comments}
-    skip = set(NANOGPT_ONLY)
+    defaults = {name: namespace[name] for name in comments}
+    settings, given, old_names = dict(defaults), set(), set()
+    rank0 = os.environ.get("RANK", "0") == "0"
+    ignored = set(NANOGPT_ONLY)
     if skip_settings_of:
-        skip |= set(settings_of(Path(script).with_name(skip_settings_of)))
+        others = set(settings_of(Path(script).with_name(skip_settings_of)))
+        ignored |= others | {old for old, new in RENAMED.items() if new in others}
     if "--help" in sys.argv[1:] or "-h" in sys.argv[1:]:
-        with contextlib.suppress(BrokenPipeError):  # a reader such as head may have enough
+        with contextlib.suppress(BrokenPipeError):  # a reader such as head may have seen enough
             print_help(script, str(namespace.get("__doc__") or ""), comments, settings)
             sys.stdout.flush()
         os._exit(0)
 
-    def assign(name: str, value: object, convert) -> None:
+    def assign(name: str, value: object, convert: Callable) -> None:
+        if RENAMED.get(name) in settings:
+            if name not in old_names and rank0:
+                print(f"note: {name} is now called {RENAMED[name]}", file=sys.stderr)
+            old_names.add(name)
+            name = RENAMED[name]
         if name not in settings:
             near = difflib.get_close_matches(name, settings, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else f"python {Path(script).name} --help lists them"
+            hint = f"python {Path(script).name} --help lists them"
+            hint = f"did you mean {near[0]}?" if near else hint
             raise ValueError(f"there is no setting {name!r}; {hint}")
-        settings[name] = convert(name, value, settings[name])
+        settings[name] = convert(name, value, defaults[name])
+        given.add(name)
 
     for arg in sys.argv[1:]:
         try:
             if not arg.startswith("--"):
                 for name, value in read_config_file(arg).items():
-                    if name in settings or name not in skip:
+                    if name in settings or RENAMED.get(name) in settings or name not in ignored:
                         assign(name, value, coerce)
             elif "=" in arg:
                 name, _, text = arg[2:].partition("=")
                 assign(name, text, from_text)
             else:
-                raise ValueError(f"it lacks a value: write {arg}=VALUE")
+                raise ValueError(f"it has no value: write {arg}=VALUE")
         except (ValueError, OSError) as error:
             fail(f"{arg}: {error}")
+    with user_errors():
+        for name, rule in rules.items():
+            rule(name, settings[name])
+    changed = [f"{name}={value}" for name, value in settings.items() if value != defaults[name]]
+    if announce and changed and rank0:
+        print(f"settings: {', '.join(changed)}")
     namespace.update(settings)
-    return settings
+    return settings, given

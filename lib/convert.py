@@ -1,15 +1,25 @@
-"""Other formats, to and from our weight names."""
+"""
+Other formats to and from our weight names and config: Hugging Face folders, nanoGPT checkpoints.
+
+GPT2LMHeadModel has our names but keeps the matrices of its blocks transposed. Qwen3ForCausalLM
+keeps apart what we stack: queries, keys and values, and the two halves of a SwiGLU.
+"""
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
 import torch
 
-from model import GPT, GPTConfig, NoWeights
+from lib.tokenizer import meta_of, read_nanogpt_characters, read_tokenizer_json
+from model import GPT, GPTConfig
 
-# -----------------------------------------------------------------------------
-# Hugging Face's names: GPT2LMHeadModel has ours, but keeps the matrices of its blocks transposed; Qwen3ForCausalLM
-# keeps separate what is stacked here
+OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # their names on the Hugging Face hub
 
 QWEN3_BLOCK = {
     "ln_1.weight": ["input_layernorm.weight"],
-    "attn.c_attn.weight": ["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"],
+    "attn.c_attn.weight": ["self_attn.q_proj.weight", "self_attn.k_proj.weight",
+                           "self_attn.v_proj.weight"],
     "attn.q_norm.weight": ["self_attn.q_norm.weight"],
     "attn.k_norm.weight": ["self_attn.k_norm.weight"],
     "attn.c_proj.weight": ["self_attn.o_proj.weight"],
@@ -19,12 +29,16 @@ QWEN3_BLOCK = {
 }
 
 
+# -----------------------------------------------------------------------------
+# Weights
+
 def hf_names(config: GPTConfig) -> dict[str, list[str]]:
-    """Each name in our state dict with theirs, whose tensors, stacked by rows, it holds."""
+    """Map each of our names to the Hugging Face names whose tensors are stacked in it."""
     if config.arch == "gpt2":
-        with NoWeights():
+        with torch.device("meta"):
             return {name: [name] for name in GPT(config).state_dict()}
-    names = {"transformer.wte.weight": ["model.embed_tokens.weight"], "transformer.ln_f.weight": ["model.norm.weight"],
+    names = {"transformer.wte.weight": ["model.embed_tokens.weight"],
+             "transformer.ln_f.weight": ["model.norm.weight"],
              "lm_head.weight": ["lm_head.weight"]}
     for i in range(config.n_layer):
         for ours, theirs in QWEN3_BLOCK.items():
@@ -32,39 +46,191 @@ def hf_names(config: GPTConfig) -> dict[str, list[str]]:
     return names
 
 
+def is_transposed(name: str) -> bool:
+    """Return whether GPT2LMHeadModel keeps the matrix of this name transposed."""
+    return name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+
+
 def to_hf(model: GPT) -> dict[str, torch.Tensor]:
-    """The weights as GPT2LMHeadModel, which always has biases, or Qwen3ForCausalLM names and shapes them."""
+    """Return the weights as GPT2LMHeadModel, which always has biases, or Qwen3ForCausalLM."""
     weights, state, config = {}, model.state_dict(), model.config
     for ours, theirs in hf_names(config).items():
         w = state[ours]
         if config.arch == "gpt2" and not config.bias and (".ln_" in ours or is_transposed(ours)):
             weights[ours.replace(".weight", ".bias")] = w.new_zeros(len(w))
         if ours.endswith("c_attn.weight") and config.arch == "qwen3":
-            parts = w.split(model.transformer.h[0].attn.rows)
+            parts = w.split(model.transformer.h[0].attn.qkv_sizes)
         else:
             parts = w.chunk(len(theirs))
-        weights |= {name: (part.t() if is_transposed(name) else part).contiguous() for name, part in zip(theirs, parts)}
+        for name, part in zip(theirs, parts):
+            weights[name] = (part.t() if is_transposed(name) else part).contiguous()
     return weights
 
 
 def from_hf(weights: dict[str, torch.Tensor], config: GPTConfig) -> dict[str, torch.Tensor]:
-    """A state dict of ours from theirs; ValueError names what is missing, misshapen or left over."""
+    """Return our state dict. Raise ValueError that names missing, misshapen and unused weights."""
     names = hf_names(config)
-    with NoWeights():
+    with torch.device("meta"):
         expected = {name: w.shape for name, w in to_hf(GPT(config)).items()}
     if config.tied:
-        weights = weights | {"lm_head.weight": weights.get(names["transformer.wte.weight"][0])}
+        embedding = names["transformer.wte.weight"][0]
+        weights = weights | {"lm_head.weight": weights.get(embedding)}
     if missing := [name for name in expected if weights.get(name) is None]:
-        raise ValueError(f"the weights lack {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
+        more = f" and {len(missing) - 1} more" if missing[1:] else ""
+        raise ValueError(f"weights are missing: {missing[0]}{more}")
     for name, shape in expected.items():
         if weights[name].shape != shape:
-            raise ValueError(f"{name} has the shape {tuple(weights[name].shape)}, not {tuple(shape)}")
-    buffers = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # constants that old files hold
-    if left := [name for name in weights if name not in expected and not name.endswith(buffers)]:
-        raise ValueError(f"the weights have {left[0]}, which has no place in the model")
-    return {ours: torch.cat([weights[name].t() if is_transposed(name) else weights[name] for name in theirs])
+            raise ValueError(f"{name} has the shape {tuple(weights[name].shape)}, "
+                             f"not {tuple(shape)}")
+    constants = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # in old files
+    for name in weights:
+        if name not in expected and not name.endswith(constants):
+            raise ValueError(f"the weights have {name}, which has no place in the model")
+    return {ours: torch.cat([weights[name].t() if is_transposed(name) else weights[name]
+                             for name in theirs])
             for ours, theirs in names.items()}
 
 
-def is_transposed(name: str) -> bool:
-    return name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+# -----------------------------------------------------------------------------
+# Configurations
+
+def config_from_hf(theirs: dict) -> GPTConfig:
+    """Return the config of a config.json. Raise ValueError for settings that we do not have."""
+    if theirs["model_type"] == "gpt2":
+        known = {"activation_function": ["gelu_new", "gelu_pytorch_tanh", "gelu"],
+                 "layer_norm_epsilon": [1e-5], "scale_attn_weights": [True],
+                 "scale_attn_by_inverse_layer_idx": [False], "tie_word_embeddings": [True]}
+        exact = theirs.get("activation_function") == "gelu"
+        args = dict(block_size=theirs["n_positions"], n_layer=theirs["n_layer"],
+                    n_head=theirs["n_head"], n_embd=theirs["n_embd"],
+                    gelu="none" if exact else "tanh")
+    elif theirs["model_type"] == "qwen3":
+        known = {"hidden_act": ["silu"], "rms_norm_eps": [1e-6], "attention_bias": [False],
+                 "use_sliding_window": [False], "rope_scaling": [None]}
+        # rope_parameters since transformers 5
+        rope = theirs.get("rope_parameters") or {"rope_theta": theirs["rope_theta"]}
+        if rope.get("rope_type", "default") != "default":
+            raise ValueError(f"its rope_type is {rope['rope_type']!r}; only 'default' is supported")
+        args = dict(block_size=theirs["max_position_embeddings"],
+                    n_layer=theirs["num_hidden_layers"], n_head=theirs["num_attention_heads"],
+                    n_kv_head=theirs["num_key_value_heads"], head_dim=theirs["head_dim"],
+                    n_inner=theirs["intermediate_size"], n_embd=theirs["hidden_size"],
+                    rope_theta=float(rope["rope_theta"]), tied=theirs["tie_word_embeddings"])
+    else:
+        raise ValueError(f"its model_type is {theirs['model_type']!r}, not 'gpt2' or 'qwen3'")
+    for name, values in known.items():
+        if theirs.get(name, values[0]) not in values:
+            raise ValueError(f"its {name} is {theirs[name]!r}; only "
+                             f"{' or '.join(map(repr, values))} is supported")
+    return GPTConfig(**args, arch=theirs["model_type"], vocab_size=theirs["vocab_size"])
+
+
+def config_to_hf(c: GPTConfig, eot: int, dtype: str) -> dict:
+    """Return the config.json of GPT2LMHeadModel or Qwen3ForCausalLM."""
+    ends = {"bos_token_id": eot, "eos_token_id": eot} if eot >= 0 else {}
+    if c.arch == "gpt2":
+        return {
+            "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "dtype": dtype,
+            "vocab_size": c.vocab_size, "n_positions": c.block_size, "n_layer": c.n_layer,
+            "n_head": c.n_head, "n_embd": c.n_embd,
+            "activation_function": "gelu_new" if c.gelu == "tanh" else "gelu",
+            "layer_norm_epsilon": 1e-5, "resid_pdrop": c.dropout, "embd_pdrop": c.dropout,
+            "attn_pdrop": c.dropout, "tie_word_embeddings": True, **ends}
+    return {
+        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "dtype": dtype,
+        "vocab_size": c.vocab_size, "max_position_embeddings": c.block_size,
+        "num_hidden_layers": c.n_layer, "num_attention_heads": c.n_head,
+        "num_key_value_heads": c.n_kv_head, "head_dim": c.head_dim, "hidden_size": c.n_embd,
+        "intermediate_size": c.n_inner, "hidden_act": "silu", "rms_norm_eps": 1e-6,
+        # rope_theta is read by transformers 4, rope_parameters by 5
+        "rope_theta": c.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
+        "attention_bias": False, "tie_word_embeddings": c.tied, **ends}
+
+
+# -----------------------------------------------------------------------------
+# Files
+
+def download_openai(name: str) -> Path:
+    """Download one of OpenAI's models from the Hugging Face hub; return its folder."""
+    from huggingface_hub import snapshot_download
+
+    print(f"downloading {name} from the Hugging Face hub ...", file=sys.stderr)
+    try:
+        return Path(snapshot_download(f"openai-community/{name}",
+                                      allow_patterns=["config.json", "*.safetensors"]))
+    except Exception as error:  # a download can fail in any way
+        raise ValueError(f"the Hugging Face hub cannot be reached ({type(error).__name__}): give a "
+                         f"folder with the config.json and model.safetensors of {name} instead of "
+                         "its name") from None
+
+
+def read_hugging_face(folder: Path) -> dict:
+    """
+    Read a folder of GPT2LMHeadModel or Qwen3ForCausalLM as a checkpoint.
+
+    Step, dataset and tokenizer are in the meta.json that export.py writes. Without it, the
+    tokenizer is the byte-level BPE of tokenizer.json, or else GPT-2's.
+    """
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        raise ValueError(f"to read {folder} a package is needed: pip install safetensors") from None
+
+    def read(name: str) -> str:
+        return (folder / name).read_text(encoding="utf-8")
+
+    try:
+        config = config_from_hf(json.loads(read("config.json")))
+        trained = {"step": 0, "config": {"dataset": ""}, "meta": meta_of({"kind": "gpt2"})}
+        if (folder / "meta.json").exists():
+            trained |= json.loads(read("meta.json"))
+        elif (folder / "tokenizer.json").exists():
+            trained["meta"] = meta_of(read_tokenizer_json(read("tokenizer.json")))
+        tokens = trained["meta"]["vocab_size"]
+        if not tokens <= config.vocab_size <= tokens + 4096:  # some models pad the vocabulary
+            raise ValueError(f"its vocabulary of {config.vocab_size:,} tokens is not that of its "
+                             f"tokenizer ({tokens:,}), which without a tokenizer.json is GPT-2's")
+        weights = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            weights |= load_file(path)
+        if "wte.weight" in weights:  # OpenAI's own files have no prefix
+            weights = {f"transformer.{name}": w for name, w in weights.items()}
+        weights = from_hf(weights, config)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file can make the reader fail in any way
+        reason = " ".join(str(error).split())[:150]
+        raise ValueError(f"{folder} is not a Hugging Face model that can be read here "
+                         f"({type(error).__name__}: {reason})") from None
+    return trained | {"model": weights, "model_args": asdict(config)}
+
+
+def from_nanogpt(checkpoint: dict, path: Path) -> dict:
+    """
+    Return nanoGPT's ckpt.pt under our names: the same weights, and the exact GELU.
+
+    A character-level model needs the meta.pkl of its dataset, beside the checkpoint or in data/.
+    """
+    if missing := {"model", "model_args", "config"} - set(checkpoint):
+        raise ValueError(f"{path} is a nanoGPT checkpoint without {', '.join(sorted(missing))}")
+    dataset = str(checkpoint["config"].get("dataset", ""))
+    vocab_size = checkpoint["model_args"]["vocab_size"]
+    spec = {"kind": "gpt2"}
+    if vocab_size < 50257:
+        candidates = path.with_name("meta.pkl"), Path("data", dataset, "meta.pkl")
+        found = [file for file in candidates if file.is_file()]
+        if not found:
+            raise ValueError(f"the {vocab_size} characters of {path} are unknown: put the meta.pkl "
+                             "of its dataset beside it")
+        spec = read_nanogpt_characters(found[0])
+    weights = checkpoint["model"].items()
+    return {
+        "model": {name.removeprefix("_orig_mod."): weight for name, weight in weights},
+        "model_args": checkpoint["model_args"] | {"gelu": "none"},
+        "optimizer": checkpoint.get("optimizer"),
+        "step": checkpoint["iter_num"],
+        "best_val_loss": float(checkpoint.get("best_val_loss", "inf")),
+        "config": checkpoint["config"],
+        "meta": meta_of(spec, dataset) | {"vocab_size": vocab_size},
+    }

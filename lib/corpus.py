@@ -1,4 +1,8 @@
-"""Text in, .bin files and meta.json out."""
+"""
+Prepare datasets: text in, .bin files of token ids and meta.json out.
+
+Text comes from local files and folders or from the Hugging Face hub. dataset.py reads the result.
+"""
 import functools
 import hashlib
 import json
@@ -13,203 +17,72 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from lib.dataset import FORMAT_VERSION, split_files
-from lib.tokenizer import EOT, leading
+from lib.dataset import split_files
+from lib.files import open_synced
+from lib.tokenizer import EOT, KINDS, leading, meta_of, read_nanogpt_characters
 
+FORMAT_VERSION = 1  # of meta.json
 PART = 16_000_000  # characters that are tokenized at a time
-LONGEST = 4_000_000  # characters of a document of a .txt file
+LONGEST = 4_000_000  # characters of a document in a .txt file
+SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
 WHITE_SPACE = np.isin(np.arange(256), [9, 10, 11, 12, 13, 32])
 
 
 # -----------------------------------------------------------------------------
-# Writing
+# Text from local files
 
-def tokenized(documents: Iterable[str], tokenizer) -> Iterator[tuple[np.ndarray, Counter]]:
+def local_documents(source: str, split: str, column: str = "text") -> Iterator[str]:
     """
-    Token ids of the next PART characters or so, with an end of text behind every document, and what they are: tokens,
-    documents, bytes (UTF-8), characters, words (between ASCII white space), and where the vocabulary can lack something,
-    unknown tokens.
+    Return the documents of one split of a local file or folder.
+
+    Reads text files with <|endoftext|> between documents, JSON lines, CSV and parquet. In a folder
+    the names of files tell the split, see split_of(). A single file is divided by held_out().
     """
-    documents, eot = iter(documents), [np.array([tokenizer.eot], dtype=np.uint32)] if tokenizer.eot >= 0 else []
-    while texts := list(leading(documents, PART)):
-        ids = np.concatenate([part for ids in tokenizer.encode_many(texts) for part in (ids, *eot)]).astype("<u2")
-        raw = "\n".join(["", *texts]).encode()
-        space = WHITE_SPACE[np.frombuffer(raw, dtype=np.uint8)]  # len(raw.split()) would take a fifth of the time of it all
-        counts = Counter(tokens=len(ids), documents=len(texts), bytes=len(raw) - len(texts),
-                         characters=sum(map(len, texts)), words=int((space[:-1] & ~space[1:]).sum()))
-        if tokenizer.unk >= 0:
-            counts["unknown"] = int((ids == tokenizer.unk).sum())
-        yield ids, counts
+    root = Path(source)
+    if not root.exists():
+        raise ValueError(f"there is no file or folder {source}")
+    paths = [root] if root.is_file() else root.rglob("*")
+    files = [path for path in sorted(paths) if path.suffix in SUFFIXES
+             and (root.is_file() or split_of(path.relative_to(root)) == split)]
+    if not files:
+        raise ValueError(f"{source} has no text for the {split} split: files must end in "
+                         f"{', '.join(SUFFIXES)}, and in a folder their names must contain "
+                         f"{split!r}")
+    texts = (text for path in files for text in read_documents(path, column))
+    return held_out(texts, split) if root.is_file() else texts
 
-
-def write_tokens(path: Path, parts: Iterator[tuple[np.ndarray, Counter]], counts: Counter, digest,
-                 enough: float = math.inf) -> int:
-    """Write what tokenized() yields to path, until that is `enough` tokens, and add it to counts and digest; the tokens."""
-    tokens = 0
-    with open(path, "wb") as file:
-        for ids, more in parts:
-            file.write(ids)
-            digest.update(ids)
-            counts.update(more)
-            tokens += len(ids)
-            if tokens >= enough:
-                break
-        file.flush()
-        os.fsync(file.fileno())
-    return tokens
-
-
-def write_split(folder: Path, split: str, documents: Iterable[str], tokenizer, total: int | None = None) -> dict:
-    """
-    Tokenize documents on all cores into `<split>.bin.tmp`, streaming, and return what meta.json says of them: the counts of
-    tokenized() and the sha256. finish_dataset() gives the file its name.
-    """
-    counts, digest = Counter(), hashlib.sha256()
-    documents = tqdm(documents, desc=split, unit=" documents", total=total, smoothing=0)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{split}.bin.tmp"
-    try:
-        if not write_tokens(path, tokenized(documents, tokenizer), counts, digest):
-            raise ValueError(f"there is no text for the {split} split")
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
-    return {**counts, "sha256": digest.hexdigest()}
-
-
-def write_dataset(folder: Path, documents: Callable[[str], Iterable[str]], tokenizer) -> None:
-    """A whole data set of the documents of its two splits."""
-    finish_dataset(folder, tokenizer, {split: write_split(folder, split, documents(split), tokenizer)
-                                       for split in ("train", "val")})
-
-
-def finish_dataset(folder: Path, tokenizer, splits: dict[str, dict], **more) -> None:
-    """Put the written splits in place and meta.json last: what was interrupted before that does not look finished."""
-    meta = {"format_version": FORMAT_VERSION, "dataset": folder.name, "tokenizer": tokenizer.spec,
-            "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot, "splits": splits, **more}
-    temporary = folder / "meta.json.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(meta, file, indent=1, ensure_ascii=False)
-        file.flush()
-        os.fsync(file.fileno())
-    (folder / "meta.json").unlink(missing_ok=True)
-    for split, counts in splits.items():
-        names = [f"{split}_{i:03}.bin" for i in range(counts["shards"])] if "shards" in counts else [f"{split}.bin"]
-        for old in set(split_files(folder, split)) - {folder / name for name in names}:
-            old.unlink()  # of a data set that this one replaces
-        for name in names:
-            os.replace(folder / f"{name}.tmp", folder / name)
-    os.replace(temporary, folder / "meta.json")
-    for split, counts in splits.items():
-        lacking = counts.get("unknown", 0)
-        print(f"{folder / split}.bin: {counts['tokens']:,} tokens, {counts['documents']:,} documents"
-              + (f"; the vocabulary lacks {lacking:,} of the tokens ({lacking / counts['tokens']:.2%})" if lacking else ""))
-
-
-# -----------------------------------------------------------------------------
-# Reading local text, for the `--source` of the prepare scripts
 
 def split_of(path: Path) -> str:
-    """'train', 'val', 'test' or '' by what a file or its folder is called: train-00000.parquet, TinyStories-valid.txt."""
+    """
+    Return 'train', 'val' or 'test' if the name of a file, or else of its folder, contains it.
+
+    Returns '' for other names. Examples of names: train-00000.parquet, TinyStories-valid.txt.
+    """
     for name in (path.name.lower(), path.parent.name.lower()):
-        if "train" in name:
-            return "train"
-        for split in ("val", "test"):
+        for split in ("train", "val", "test"):
             if split in name:
                 return split
     return ""
 
 
-def local_documents(source: str, split: str, column: str = "text") -> Iterator[str]:
-    """
-    The documents of one split of a local copy: text files (documents between lines `<|endoftext|>`), JSON lines, CSV or
-    parquet. A folder has files named train... and val...; of a single file every 20th document is for validation, or, where
-    there is but one, its end.
-    """
-    root = Path(source)
-    if not root.exists():
-        raise ValueError(f"there is no file or folder {source}")
-    known = (".txt", ".jsonl", ".json", ".csv", ".parquet")
-    files = sorted(path for path in ([root] if root.is_file() else root.rglob("*")) if path.suffix in known)
-    if root.is_dir():
-        files = [path for path in files if split_of(path.relative_to(root)) == split]
-    if not files:
-        raise ValueError(f"{source} has no text for the {split} split: files must end in {', '.join(known)}, and in a folder "
-                         f"their names must contain {split!r}")
-    texts = (text for path in files for text in read_documents(path, column))
-    return held_out(texts, split) if root.is_file() else texts
-
-
 def held_out(texts: Iterator[str], split: str) -> Iterator[str]:
-    """Of documents that nobody has split: every 20th for validation; of a single one its last twentieth."""
+    """Hold out every 20th document for validation, or the last twentieth of a single one."""
     first = list(islice(texts, 2))
     if len(first) == 1:
         end = len(first[0]) * 19 // 20
         return iter([first[0][:end] if split == "train" else first[0][end:]])
-    return (text for i, text in enumerate(chain(first, texts)) if (i % 20 == 19) == (split == "val"))
-
-
-def ask_hub(name: str, subset: str = "", **how):
-    """A data set of the Hugging Face hub, downloaded where that has not been done, or of a folder laid out so."""
-    from datasets import load_dataset
-    from huggingface_hub.utils import logging
-
-    logging.set_verbosity_error()  # it tells of each of its five retries
-    print(f"asking the Hugging Face hub for {name} ...", file=sys.stderr)
-    try:
-        return load_dataset(name, subset or None, **how)
-    except Exception as error:  # any way in which a download fails
-        reason = " ".join(str(error).split())[:150]
-        raise ValueError(f"{name} is no local file, and the Hugging Face hub cannot be reached or does not have it "
-                         f"({type(error).__name__}: {reason}): give a local copy with --source=FOLDER") from None
-
-
-hub_dataset = functools.lru_cache(maxsize=1)(ask_hub)  # all splits, asked for once
-
-
-def hub_rows(name: str, split: str, column: str = "text", subset: str = "") -> Iterator[object]:
-    """A column of one split of a data set of the hub; without a validation split there are no rows for it."""
-    data = hub_dataset(name, subset)
-    if "train" not in data:
-        raise ValueError(f"{name} has no train split, only {', '.join(data)}")
-    if column not in data["train"].column_names:
-        raise ValueError(f"{name} has no column {column!r}, only {', '.join(data['train'].column_names)}")
-    rows = [data[other].select_columns(column) for other in data if other.startswith(split)]
-    return (value for part in rows for batch in part.iter(1024) for value in batch[column])
-
-
-def hub_documents(name: str, split: str, column: str = "text", subset: str = "") -> Iterator[str]:
-    """The documents of one split of a data set of the hub, white space around them removed; held out where no one did."""
-    if any(other.startswith("val") for other in hub_dataset(name, subset)):
-        return stripped(hub_rows(name, split, column, subset), name, column)
-    return held_out(stripped(hub_rows(name, "train", column, subset), name, column), split)
-
-
-def read_rows(path: Path, column: str = "text") -> Iterator[object]:
-    """A column of a .jsonl, .json, .csv or .parquet file, without reading the file into memory."""
-    from datasets import load_dataset
-
-    kind = {".parquet": "parquet", ".csv": "csv"}.get(path.suffix, "json")
-    data = load_dataset(kind, data_files=str(path), split="train", streaming=True)
-    return (value for batch in data.iter(1024) for value in batch.get(column, [None]))
+    return (text for i, text in enumerate(chain(first, texts))
+            if (i % 20 == 19) == (split == "val"))
 
 
 def read_documents(path: Path, column: str = "text") -> Iterator[str]:
-    """The documents of one file, white space around them removed, without reading the file into memory."""
-    return stripped(split_text(path) if path.suffix == ".txt" else read_rows(path, column), path, column)
+    """Return the documents of one file, which is never in memory as a whole."""
+    texts = read_text_file(path) if path.suffix == ".txt" else read_rows(path, column)
+    return stripped(texts, path, column)
 
 
-def stripped(texts: Iterable[object], where: object, column: str) -> Iterator[str]:
-    """Texts without the white space around them, or those of nothing else; ValueError for what is not text."""
-    for text in texts:
-        if not isinstance(text, str):
-            raise ValueError(f"{where} has a row without a text column {column!r}")
-        if text := text.strip():
-            yield text
-
-
-def split_text(path: Path) -> Iterator[str]:
-    """The documents of a .txt file; one of more than four million characters is cut into some, at ends of lines."""
+def read_text_file(path: Path) -> Iterator[str]:
+    """Yield the documents of a .txt file. One longer than LONGEST is divided at line ends."""
     rest = ""
     try:
         with open(path, encoding="utf-8") as file:
@@ -223,3 +96,202 @@ def split_text(path: Path) -> Iterator[str]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from None
     yield rest
+
+
+def read_rows(path: Path, column: str = "text") -> Iterator[object]:
+    """Return a column of a .jsonl, .json, .csv or .parquet file; None where it is missing."""
+    from datasets import load_dataset
+
+    kind = {".parquet": "parquet", ".csv": "csv"}.get(path.suffix, "json")
+    data = load_dataset(kind, data_files=str(path), split="train", streaming=True)
+    return (value for batch in data.iter(1024) for value in batch.get(column, [None]))
+
+
+def stripped(texts: Iterable[object], where: object, column: str) -> Iterator[str]:
+    """Yield texts without surrounding white space. Skip empty ones, raise ValueError for others."""
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(f"{where} has a row without a text column {column!r}")
+        if text := text.strip():
+            yield text
+
+
+# -----------------------------------------------------------------------------
+# Text from the Hugging Face hub
+
+def ask_hub(name: str, subset: str = "", **options):
+    """Load a dataset of the hub, or a local folder with the same layout."""
+    from datasets import load_dataset
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()  # no messages about each of its five retries
+    print(f"asking the Hugging Face hub for {name} ...", file=sys.stderr)
+    try:
+        return load_dataset(name, subset or None, **options)
+    except Exception as error:  # a download can fail in any way
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+        raise ValueError(f"{name} is not a local file, and the Hugging Face hub cannot be reached "
+                         f"or does not have it ({reason}): give a local copy with "
+                         "--source=FOLDER") from None
+
+
+hub_dataset = functools.lru_cache(maxsize=1)(ask_hub)  # all splits with one request
+
+
+def hub_rows(name: str, split: str, column: str = "text", subset: str = "") -> Iterator[object]:
+    """Return a column of one split of a hub dataset, empty if it has no such split."""
+    data = hub_dataset(name, subset)
+    if "train" not in data:
+        raise ValueError(f"{name} has no train split, only {', '.join(data)}")
+    columns = data["train"].column_names
+    if column not in columns:
+        raise ValueError(f"{name} has no column {column!r}, only {', '.join(columns)}")
+    parts = [data[key].select_columns(column) for key in data if key.startswith(split)]
+    return (value for part in parts for batch in part.iter(1024) for value in batch[column])
+
+
+def hub_documents(name: str, split: str, column: str = "text", subset: str = "") -> Iterator[str]:
+    """Return the documents of one split of a hub dataset, if necessary divided by held_out()."""
+    has_val = any(key.startswith("val") for key in hub_dataset(name, subset))
+    rows = hub_rows(name, split if has_val else "train", column, subset)
+    texts = stripped(rows, name, column)
+    return texts if has_val else held_out(texts, split)
+
+
+# -----------------------------------------------------------------------------
+# Token files
+
+def tokenized(documents: Iterable[str], tokenizer) -> Iterator[tuple[np.ndarray, Counter]]:
+    """
+    Yield the ids of about PART characters of documents at a time, and their counts for meta.json.
+
+    Each document is followed by the end-of-text id. The counts are tokens, documents, bytes (of
+    UTF-8), characters, words (separated by ASCII white space) and, where the tokenizer has an
+    unknown token, how many are unknown.
+    """
+    documents = iter(documents)
+    eot = [np.array([tokenizer.eot], dtype=np.uint32)] if tokenizer.eot >= 0 else []
+    while texts := list(leading(documents, PART)):
+        parts = [part for ids in tokenizer.encode_many(texts) for part in (ids, *eot)]
+        ids = np.concatenate(parts).astype("<u2")
+        raw = "\n".join(["", *texts]).encode()
+        # len(raw.split()) would take a fifth of the whole time
+        space = WHITE_SPACE[np.frombuffer(raw, dtype=np.uint8)]
+        words = int((space[:-1] & ~space[1:]).sum())
+        counts = Counter(tokens=len(ids), documents=len(texts), bytes=len(raw) - len(texts),
+                         characters=sum(map(len, texts)), words=words)
+        if tokenizer.unk >= 0:
+            counts["unknown"] = int((ids == tokenizer.unk).sum())
+        yield ids, counts
+
+
+def write_tokens(path: Path, parts: Iterator[tuple[np.ndarray, Counter]], digest,
+                 enough: float = math.inf) -> Counter:
+    """Write what tokenized() yields until there are enough tokens. Return the total counts."""
+    total = Counter()
+    with open_synced(path, "wb") as file:
+        for ids, counts in parts:
+            file.write(ids)
+            digest.update(ids)
+            total.update(counts)
+            if total["tokens"] >= enough:
+                break
+    return total
+
+
+def write_split(folder: Path, split: str, documents: Iterable[str], tokenizer,
+                total: int | None = None) -> dict:
+    """
+    Tokenize documents on all cores and stream the ids to <split>.bin.tmp.
+
+    Return the split's entry for meta.json: the counts of tokenized() and the sha256.
+    finish_dataset() renames the file. total: number of documents, for the progress bar.
+    """
+    digest = hashlib.sha256()
+    documents = tqdm(documents, desc=split, unit=" documents", total=total, smoothing=0)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{split}.bin.tmp"
+    counts = write_tokens(path, tokenized(documents, tokenizer), digest)
+    if not counts["tokens"]:
+        path.unlink()
+        raise ValueError(f"the {split} split is empty: the source has no text for it")
+    return {**counts, "sha256": digest.hexdigest()}
+
+
+def write_dataset(folder: Path, documents: Callable[[str], Iterable[str]], tokenizer) -> None:
+    """Write a dataset. documents: a function of the split, 'train' or 'val'."""
+    splits = {split: write_split(folder, split, documents(split), tokenizer)
+              for split in ("train", "val")}
+    finish_dataset(folder, tokenizer, splits)
+
+
+def finish_dataset(folder: Path, tokenizer, splits: dict[str, dict], **more) -> None:
+    """
+    Rename the files of the splits, and meta.json last: without it a dataset is not prepared.
+
+    splits: their entries for meta.json. One with `shards` has that many files. more: other entries.
+    """
+    meta = {"format_version": FORMAT_VERSION, "dataset": folder.name, "tokenizer": tokenizer.spec,
+            "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot, "splits": splits, **more}
+    temporary = folder / "meta.json.tmp"
+    with open_synced(temporary) as file:
+        json.dump(meta, file, indent=1, ensure_ascii=False)
+    (folder / "meta.json").unlink(missing_ok=True)
+    for split, counts in splits.items():
+        names = [f"{split}.bin"]
+        if "shards" in counts:
+            names = [f"{split}_{i:03}.bin" for i in range(counts["shards"])]
+        for old in set(split_files(folder, split)) - {folder / name for name in names}:
+            old.unlink()  # of a dataset that this one replaces
+        for name in names:
+            os.replace(folder / f"{name}.tmp", folder / name)
+    os.replace(temporary, folder / "meta.json")
+    for split, counts in splits.items():
+        n, unknown = counts["tokens"], counts.get("unknown", 0)
+        note = f"; {unknown:,} of the tokens ({unknown / n:.2%}) are unknown" if unknown else ""
+        print(f"{folder / split}.bin: {n:,} tokens, {counts['documents']:,} documents{note}")
+
+
+# -----------------------------------------------------------------------------
+# meta.json
+
+def load_meta(folder: Path) -> dict:
+    """Return a dataset's checked meta.json, or what is known of one that nanoGPT prepared."""
+    prepare = f"python {folder}/prepare.py"
+    if not folder.is_dir():
+        known = ", ".join(sorted(path.parent.name for path in folder.parent.glob("*/prepare.py")))
+        raise ValueError(f"there is no dataset {folder.name} in {folder.parent}, which has "
+                         f"{known or 'none'}; each prepare.py can write it with --out_dir={folder}")
+    if not (folder / "meta.json").is_file():
+        if not any(folder.glob("train*.bin")) or any(folder.glob("*.tmp")):
+            raise ValueError(f"the dataset {folder.name} is not prepared: run `{prepare}`")
+        pickled = folder / "meta.pkl"
+        spec = read_nanogpt_characters(pickled) if pickled.is_file() else {"kind": "gpt2"}
+        return {"format_version": FORMAT_VERSION} | meta_of(spec, folder.name)
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        check_meta(meta)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder}/meta.json is damaged ({error}): run `{prepare}` "
+                         "again") from None
+    return meta
+
+
+def check_meta(meta: dict) -> None:
+    """Raise an exception unless meta.json has what is read from it later."""
+    version = meta["format_version"]
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise ValueError(f"its format version is {version}, not {FORMAT_VERSION}")
+    vocab_size, eot = meta["vocab_size"], meta["eot"]
+    if not (type(vocab_size) is type(eot) is int and 0 < vocab_size <= 65536):
+        raise ValueError("vocab_size and eot must be integers, vocab_size at most 65,536")
+    if not -1 <= eot < vocab_size:
+        raise ValueError("eot must be a token id, or -1")
+    tokenizer = meta["tokenizer"]
+    size = len(tokenizer.get("vocab", range(vocab_size)))
+    if tokenizer["kind"] not in KINDS or size != vocab_size:
+        raise ValueError("its tokenizer is unknown or has another vocabulary")
+    for counts in (meta["splits"]["train"], meta["splits"]["val"]):
+        if not (type(counts["tokens"]) is int and counts["tokens"] > 0
+                and type(counts["sha256"]) is str):
+            raise ValueError("the token count or the checksum of a split is missing")

@@ -1,12 +1,11 @@
 """
-Data sets on disk, both ways.
+Read token files and batch them.
 
-data/<name>/ holds train.bin and val.bin, raw little-endian uint16 token ids with the end-of-text id behind every
-document, and meta.json, which tells what they are: tokenizer, counts, checksums. A large split may lie in train_000.bin,
-train_001.bin, ... and reads as one stream. nanoGPT's .bin files, which have no meta.json, count as GPT-2 tokens.
+data/<name>/ holds train.bin and val.bin, raw little-endian uint16 token ids with the end-of-text id
+after each document, and meta.json, which corpus.py writes and reads. A large split may be divided
+into train_000.bin, train_001.bin, ...
 """
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,134 +14,120 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lib.tokenizer import KINDS, meta_of, read_nanogpt_characters
-
-FORMAT_VERSION = 1
-POOL = 64  # batches
-
-
-# -----------------------------------------------------------------------------
-# Reading tokens
-
-def load_meta(folder: Path) -> dict:
-    """A data set's meta.json, checked; what nanoGPT's own data sets are, where there is none."""
-    prepare = f"python {folder}/prepare.py"
-    if not folder.is_dir():
-        known = ", ".join(sorted(path.parent.name for path in folder.parent.glob("*/prepare.py")))
-        raise ValueError(f"there is no data set {folder.name}; there are {known or 'none'} in {folder.parent}, and each one's "
-                         f"prepare.py can write {folder.name} with --out_dir={folder}")
-    if not (folder / "meta.json").is_file():
-        if not any(folder.glob("train*.bin")) or any(folder.glob("*.tmp")):
-            raise ValueError(f"the data set {folder.name} is not prepared: run `{prepare}`")
-        pickled = folder / "meta.pkl"
-        spec = read_nanogpt_characters(pickled) if pickled.is_file() else {"kind": "gpt2"}
-        return {"format_version": FORMAT_VERSION} | meta_of(spec, folder.name)
-    try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        if type(meta["format_version"]) is not int or meta["format_version"] != FORMAT_VERSION:
-            raise ValueError(f"its format version is {meta['format_version']}, not {FORMAT_VERSION}")
-        tokenizer, vocab_size, eot, splits = meta["tokenizer"], meta["vocab_size"], meta["eot"], meta["splits"]
-        if not (type(vocab_size) is type(eot) is int and 0 < vocab_size <= 65536 and -1 <= eot < vocab_size):
-            raise ValueError("vocab_size and eot must be whole numbers, with at most 65,536 tokens")
-        if tokenizer["kind"] not in KINDS or len(tokenizer.get("vocab", range(vocab_size))) != vocab_size:
-            raise ValueError("its tokenizer is unknown or has another vocabulary")
-        for counts in (splits["train"], splits["val"]):
-            if not (type(counts["tokens"]) is int and counts["tokens"] > 0 and type(counts["sha256"]) is str):
-                raise ValueError("its splits lack the number of their tokens or their checksum")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder}/meta.json is damaged ({error}): run `{prepare}` again") from None
-    return meta
+POOL = 64  # batches of documents that are sorted by length together
 
 
 def split_files(folder: Path, split: str) -> list[Path]:
-    return sorted(path for path in folder.glob(f"{split}*.bin") if re.fullmatch(rf"{split}(_\d+)?\.bin", path.name))
+    return sorted(path for path in folder.glob(f"{split}*.bin")
+                  if re.fullmatch(rf"{split}(_\d+)?\.bin", path.name))
 
 
 class TokenStream:
-    """One split of a data set: all its .bin files as one sequence of token ids."""
+    """
+    One split of a dataset: all its .bin files as one sequence of token ids.
+
+    Its methods for spans return arrays of (start, stop), each the targets of one row of a batch:
+    the tokens start to stop - 1, predicted from the tokens start - 1 to stop - 2.
+    """
 
     def __init__(self, folder: Path, split: str, meta: dict):
         paths = split_files(folder, split)
         if not paths:
             raise ValueError(f"there is no {folder}/{split}.bin: run `python {folder}/prepare.py`")
         for path in paths:
-            if path.stat().st_size == 0 or path.stat().st_size % 2:
-                raise ValueError(f"{path} has {path.stat().st_size} bytes: not a file of 2-byte tokens")
+            size = path.stat().st_size
+            if size == 0 or size % 2:
+                raise ValueError(f"{path} has {size} bytes: not a file of 2-byte tokens")
         self.name, self.split = f"{folder}/{split}", split
         self.shards = [np.memmap(path, dtype="<u2", mode="r") for path in paths]
         self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
         expected = meta["splits"].get(split, {}).get("tokens", len(self))
         if len(self) != expected:
-            raise ValueError(f"{self.name} has {len(self):,} tokens, but meta.json says {expected:,}: prepare it again")
+            raise ValueError(f"{self.name} has {len(self):,} tokens, but meta.json says "
+                             f"{expected:,}: prepare it again")
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens start to stop - 1 as int64, across the borders of files."""
+        """Return the tokens start to stop - 1 as int64."""
         first, last = np.searchsorted(self.starts, [start, stop - 1], side="right") - 1
-        parts = [self.shards[i][max(0, start - self.starts[i]):stop - self.starts[i]] for i in range(first, last + 1)]
+        parts = [self.shards[i][max(0, start - self.starts[i]):stop - self.starts[i]]
+                 for i in range(first, last + 1)]
         return np.concatenate(parts).astype(np.int64)
 
-    def word_counts(self, vocab_size: int) -> torch.Tensor:
-        """How often each word occurs in the first four million tokens, (vocab_size)."""
-        return torch.from_numpy(np.bincount(self.read(0, min(len(self), 1 << 22)), minlength=vocab_size))
+    def token_counts(self, vocab_size: int) -> torch.Tensor:
+        """Return how often each token occurs in the first four million, (vocab_size,)."""
+        ids = self.read(0, min(len(self), 1 << 22))
+        return torch.from_numpy(np.bincount(ids, minlength=vocab_size))
 
     def check(self, meta: dict) -> None:
-        """Read all of it once: ValueError where an id is outside the vocabulary or the bytes are not those that meta knows."""
+        """Read the files once; raise ValueError for an unknown id or a wrong checksum."""
         digest, largest = hashlib.sha256(), 0
         for shard in self.shards:
             for i in range(0, len(shard), 1 << 22):
-                digest.update(shard[i:i + (1 << 22)])
-                largest = max(largest, int(shard[i:i + (1 << 22)].max()))
+                part = shard[i:i + (1 << 22)]
+                digest.update(part)
+                largest = max(largest, int(part.max()))
         if largest >= meta["vocab_size"]:
-            raise ValueError(f"{self.name} has the token id {largest}, but the vocabulary has only {meta['vocab_size']:,}")
+            raise ValueError(f"{self.name} has the token id {largest}, but the vocabulary has only "
+                             f"{meta['vocab_size']:,}")
         expected = meta["splits"].get(self.split, {}).get("sha256", digest.hexdigest())
         if digest.hexdigest() != expected:
-            raise ValueError(f"{self.name} is not what meta.json describes (its SHA-256 differs): prepare it again")
+            raise ValueError(f"{self.name} is not what meta.json describes (its SHA-256 differs): "
+                             "prepare it again")
 
-    def document_rows(self, eot: int, block_size: int) -> np.ndarray:
-        """
-        Rows of (start, stop), one a document, or more where it is longer than block_size. Inputs are the tokens
-        start - 1 to stop - 2 and targets start to stop - 1: a story is foretold from the end-of-text before it.
-        """
-        if eot < 0:
-            raise ValueError(f"{self.name} has no end-of-text tokens, so batching='by_length' finds no documents in it")
-        ends = np.concatenate([start + 1 + np.flatnonzero(shard == eot) for start, shard in zip(self.starts, self.shards)])
-        ends = ends if len(ends) and ends[-1] == len(self) else np.append(ends, len(self))
-        begins = np.append(0, ends[:-1])
-        pieces = -(-(ends - begins) // block_size)
-        piece = np.arange(pieces.sum()) - np.repeat(pieces.cumsum() - pieces, pieces)  # of its document, from 0
-        starts = np.repeat(begins, pieces) + block_size * piece
-        return np.stack([starts, np.minimum(starts + block_size, np.repeat(ends, pieces))], axis=1)
-
-    def window_rows(self, block_size: int) -> np.ndarray:
-        """Rows of (start, stop) as above that foretell every token but the first one, block_size at a time."""
+    def window_spans(self, block_size: int) -> np.ndarray:
+        """Return spans of at most block_size tokens that cover every token but the first."""
         starts = np.arange(1, len(self), block_size)
         return np.stack([starts, np.minimum(starts + block_size, len(self))], axis=1)
 
-    def sliding_rows(self, block_size: int, stride: int) -> np.ndarray:
+    def document_spans(self, eot: int, block_size: int) -> np.ndarray:
         """
-        Windows of block_size tokens, each `stride` further on, as rows of (start, stop, first): what is before `first` serves
-        as context only, for an earlier window has foretold it. As in https://huggingface.co/docs/transformers/perplexity.
+        Return the spans of the documents, divided where they are longer than block_size.
+
+        The first token of a document is predicted from the end-of-text before it.
+        """
+        if eot < 0:
+            raise ValueError(f"{self.name} has no end-of-text tokens, so batching='by_length' "
+                             "finds no documents in it")
+        ends = np.concatenate([start + 1 + np.flatnonzero(shard == eot)
+                               for start, shard in zip(self.starts, self.shards)])
+        if not len(ends) or ends[-1] != len(self):
+            ends = np.append(ends, len(self))
+        begins = np.append(0, ends[:-1])
+        n_parts = -(-(ends - begins) // block_size)
+        part = np.arange(n_parts.sum()) - np.repeat(n_parts.cumsum() - n_parts, n_parts)
+        starts = np.repeat(begins, n_parts) + block_size * part
+        stops = np.minimum(starts + block_size, np.repeat(ends, n_parts))
+        return np.stack([starts, stops], axis=1)
+
+    def sliding_spans(self, block_size: int, stride: int) -> np.ndarray:
+        """
+        Return spans of overlapping windows, each `stride` tokens after the last, as (start, stop,
+        first): the tokens before `first` are only context, as an earlier window predicts them.
+
+        Source: https://huggingface.co/docs/transformers/perplexity
         """
         if not 1 <= stride < block_size:
-            raise ValueError(f"stride must be at least 1 and below block_size ({block_size}), got {stride}")
+            raise ValueError(f"stride must be at least 1 and below block_size ({block_size}), "
+                             f"got {stride}")
         begins = np.arange(0, len(self), stride)
         ends = np.minimum(begins + block_size, len(self))
         firsts = np.append(1, ends[:-1])
         return np.stack([begins + 1, ends, firsts], axis=1)[firsts < len(self)]
 
 
-def collate(stream: TokenStream, rows: np.ndarray, eot: int) -> tuple[torch.Tensor, torch.Tensor]:
+def collate(stream: TokenStream, spans: np.ndarray, eot: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Rows of (start, stop) as inputs and targets (B, T), T the longest; padding is masked with the target -1, and in rows of
-    (start, stop, first) what comes before `first`.
+    Return inputs and targets (B, T) of B spans, T the length of the longest.
+
+    Targets are -1 for padding and, in spans of (start, stop, first), for the tokens before first.
     """
-    T = int((rows[:, 1] - rows[:, 0]).max())
-    x = np.zeros((len(rows), T), dtype=np.int64)
-    y = np.full((len(rows), T), -1, dtype=np.int64)
-    for i, (start, stop, *first) in enumerate(rows):
+    T = int((spans[:, 1] - spans[:, 0]).max())
+    x = np.zeros((len(spans), T), dtype=np.int64)
+    y = np.full((len(spans), T), -1, dtype=np.int64)
+    for i, (start, stop, *first) in enumerate(spans):
         tokens = stream.read(max(start - 1, 0), stop)
         x[i, :stop - start] = tokens[:-1] if start else np.append(eot, tokens[:-1])
         y[i, :stop - start] = tokens[-(stop - start):]
@@ -151,10 +136,12 @@ def collate(stream: TokenStream, rows: np.ndarray, eot: int) -> tuple[torch.Tens
     return torch.from_numpy(x), torch.from_numpy(y)
 
 
-def shuffled(i: np.ndarray, n: int, key: int) -> np.ndarray:
+def permute(i: np.ndarray, n: int, key: int) -> np.ndarray:
     """
-    Where a random permutation of 0 ... n - 1 puts the positions i, without ever writing that permutation down: a
-    Feistel network on the next even number of bits, applied again to what falls outside of n.
+    Return the images of the positions i under a random permutation of 0 ... n - 1.
+
+    The permutation is never stored: it is a Feistel network on the next even number of bits,
+    applied again to results outside of n.
     """
     half = max(1, (int(n - 1).bit_length() + 1) // 2)
     mask = np.uint64((1 << half) - 1)
@@ -164,7 +151,7 @@ def shuffled(i: np.ndarray, n: int, key: int) -> np.ndarray:
     while todo.any():
         left, right = i[todo] >> np.uint64(half), i[todo] & mask
         for k in keys:
-            mixed = (right ^ k) * np.uint64(0x9E3779B97F4A7C15)  # wraps around: that is the mixing
+            mixed = (right ^ k) * np.uint64(0x9E3779B97F4A7C15)  # the overflow does the mixing
             mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
             left, right = right, left ^ ((mixed >> np.uint64(32)) & mask)
         i[todo] = left << np.uint64(half) | right
@@ -174,100 +161,125 @@ def shuffled(i: np.ndarray, n: int, key: int) -> np.ndarray:
 
 class TrainBatches:
     """
-    Micro-batches as a pure function of their number: `batch(i)` is the same on every rank and after every restart, so
-    there is no state to save. Each epoch serves every row once, in another order.
+    Micro-batches as a pure function of their number.
 
-    'windows': windows of block_size + 1 tokens, cut at another offset each epoch. 'by_length': documents, one a row,
-    those of like length together and padded to the longest; sorted within pools of 64 batches, since batches of one
-    length only would be too much alike in content too.
+    batch(i) is the same on every rank and after every restart, so there is no state to save. Each
+    epoch uses every row once, in a new order.
+
+    batching 'windows': rows of block_size tokens, cut at a new offset in each epoch. 'by_length':
+    one document per row, documents of similar length together and padded to the longest. They are
+    sorted within pools of 64 batches only: otherwise the texts of a batch would be too similar.
     """
 
-    def __init__(self, stream: TokenStream, block_size: int, batch_size: int, seed: int, batching: str = "windows",
-                 eot: int = -1):
-        if batching not in ("windows", "by_length"):
-            raise ValueError(f"batching must be 'windows' or 'by_length', got {batching!r}")
+    def __init__(self, stream: TokenStream, block_size: int, batch_size: int, seed: int,
+                 batching: str = "windows", eot: int = -1):
+        check_batching(batching)
         if batching == "windows" and len(stream) <= block_size:
-            raise ValueError(f"{stream.name} has {len(stream):,} tokens, fewer than a window of block_size + 1 = "
-                             f"{block_size + 1:,}")
+            raise ValueError(f"{stream.name} has {len(stream):,} tokens, fewer than a window of "
+                             f"block_size + 1 = {block_size + 1:,}")
         self.stream, self.block_size, self.batch_size = stream, block_size, batch_size
-        self.seed, self.batching, self.eot = seed, batching, eot
-        self.offsets = min(block_size, len(stream) - block_size)  # an epoch's windows begin at one of so many offsets
-        self.windows = (len(stream) - self.offsets) // block_size  # in an epoch, whatever its offset
-        self.rows = stream.document_rows(eot, block_size) if batching == "by_length" else None
-        self.order: tuple[int, np.ndarray] = (-1, np.empty(0))  # an epoch and its order of rows
+        self.seed, self.eot = seed, eot
+        self.n_offsets = min(block_size, len(stream) - block_size)  # where an epoch may begin
+        self.n_windows = (len(stream) - self.n_offsets) // block_size  # from any of the offsets
+        by_length = batching == "by_length"
+        self.documents = stream.document_spans(eot, block_size) if by_length else None
+        self.order: tuple[int, np.ndarray] = (-1, np.empty(0))  # of the documents in an epoch
 
     def batch(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets (B, T) of global micro-batch i."""
-        return collate(self.stream, self.rows_of_batch(i), self.eot)
+        """Return inputs and targets (B, T) of global micro-batch i."""
+        return collate(self.stream, self.spans_of_batch(i), self.eot)
 
-    def rows_of_batch(self, i: int) -> np.ndarray:
-        if self.batching == "by_length":
-            return self.documents_of_batch(i)
+    def spans_of_batch(self, i: int) -> np.ndarray:
+        return self.windows_of_batch(i) if self.documents is None else self.documents_of_batch(i)
+
+    def windows_of_batch(self, i: int) -> np.ndarray:
         position = i * self.batch_size + np.arange(self.batch_size)
         starts = np.empty(self.batch_size, dtype=np.int64)
-        for epoch in np.unique(position // self.windows):
-            here = position // self.windows == epoch
+        for epoch in np.unique(position // self.n_windows):
+            here = position // self.n_windows == epoch
             key = self.key(epoch)
-            offset = np.random.default_rng(key).integers(self.offsets)
-            starts[here] = 1 + offset + self.block_size * shuffled(position[here] % self.windows, self.windows, key)
+            offset = np.random.default_rng(key).integers(self.n_offsets)
+            window = permute(position[here] % self.n_windows, self.n_windows, key)
+            starts[here] = 1 + offset + self.block_size * window
         return np.stack([starts, starts + self.block_size], axis=1)
 
     def documents_of_batch(self, i: int) -> np.ndarray:
-        batches = -(-len(self.rows) // self.batch_size)
-        epoch, i = divmod(i, batches)
+        n_batches = -(-len(self.documents) // self.batch_size)
+        epoch, i = divmod(i, n_batches)
         if self.order[0] != epoch:
             self.order = epoch, self.document_order(epoch)
-        i = int(shuffled(np.array([i]), batches, self.key(epoch))[0])
-        return self.rows[self.order[1][i * self.batch_size:(i + 1) * self.batch_size]]
+        i = int(permute(np.array([i]), n_batches, self.key(epoch))[0])
+        return self.documents[self.order[1][i * self.batch_size:(i + 1) * self.batch_size]]
 
     def document_order(self, epoch: int, sort: bool = True) -> np.ndarray:
-        """The order of the rows in an epoch, random but for the pools being sorted by length."""
-        order = np.random.default_rng(self.key(epoch)).permutation(len(self.rows))
+        """Return a random order of the documents, sorted by length within each pool."""
+        order = np.random.default_rng(self.key(epoch)).permutation(len(self.documents))
+        if not sort:
+            return order
+        lengths = (self.documents[:, 1] - self.documents[:, 0])[order]
         pool = np.arange(len(order)) // (POOL * self.batch_size)
-        return order[np.lexsort(((self.rows[:, 1] - self.rows[:, 0])[order], pool))] if sort else order
-
-    @property
-    def rows_per_epoch(self) -> int:
-        return self.windows if self.rows is None else len(self.rows)
-
-    def padding(self, sort: bool = True) -> float:
-        """Share of padding in the batches of an epoch of documents: by length, or, to compare, in random order."""
-        lengths = (self.rows[:, 1] - self.rows[:, 0])[self.document_order(0, sort)]
-        whole = lengths[:len(lengths) // self.batch_size * self.batch_size].reshape(-1, self.batch_size)
-        return 1 - whole.sum() / (self.batch_size * whole.max(axis=1).sum()) if len(whole) else 0.0
+        return order[np.lexsort((lengths, pool))]
 
     def key(self, epoch: int) -> int:
         return (self.seed << 32) + int(epoch)
 
+    @property
+    def rows_per_epoch(self) -> int:
+        return self.n_windows if self.documents is None else len(self.documents)
 
-def eval_batches(stream: TokenStream, block_size: int, batch_size: int, batching: str = "windows", eot: int = -1,
-                 max_batches: int = 0, rank: int = 0, world_size: int = 1,
-                 stride: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """
-    The leading max_batches (0: all) batches of a split, always the same ones, in order; every rank its share. With a
-    stride, windows overlap, so that a token is foretold from at least block_size - stride tokens where there are as many.
-    """
+    def padding(self, sort: bool = True) -> float:
+        """Return the share of padding in an epoch of documents, sorted by length or not."""
+        order = self.document_order(0, sort)
+        lengths = (self.documents[:, 1] - self.documents[:, 0])[order]
+        whole = lengths[:len(lengths) // self.batch_size * self.batch_size]
+        whole = whole.reshape(-1, self.batch_size)
+        if not len(whole):
+            return 0.0
+        return 1 - whole.sum() / (self.batch_size * whole.max(axis=1).sum())
+
+
+def check_batching(batching: str) -> None:
     if batching not in ("windows", "by_length"):
         raise ValueError(f"batching must be 'windows' or 'by_length', got {batching!r}")
+
+
+def eval_batches(stream: TokenStream, block_size: int, batch_size: int, batching: str = "windows",
+                 eot: int = -1, max_batches: int = 0, rank: int = 0, world_size: int = 1,
+                 stride: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """
+    Yield the leading max_batches (0: all) batches of a split, always the same. Ranks share them.
+
+    stride: overlap windows, so that each token is predicted from at least block_size - stride
+    tokens where there are so many (0: no overlap).
+    """
+    check_batching(batching)
     if stride and batching != "windows":
-        raise ValueError(f"a stride needs batching='windows', got {batching!r}, where documents are read one by one")
+        raise ValueError(f"a stride needs batching='windows', got {batching!r}, which reads "
+                         "documents one by one")
     if stride:
-        rows = stream.sliding_rows(block_size, stride)
+        spans = stream.sliding_spans(block_size, stride)
+    elif batching == "by_length":
+        spans = stream.document_spans(eot, block_size)
     else:
-        rows = stream.document_rows(eot, block_size) if batching == "by_length" else stream.window_rows(block_size)
+        spans = stream.window_spans(block_size)
     if max_batches:
-        rows = rows[:max_batches * batch_size]
-    rows = rows[np.argsort(rows[:, 0] - rows[:, 1], kind="stable")]  # longest first: little padding, early out of memory
-    return (collate(stream, rows[i:i + batch_size], eot) for i in range(rank * batch_size, len(rows), world_size * batch_size))
+        spans = spans[:max_batches * batch_size]
+    # longest first: little padding, and if memory is too small that shows early
+    spans = spans[np.argsort(spans[:, 0] - spans[:, 1], kind="stable")]
+    return (collate(stream, spans[i:i + batch_size], eot)
+            for i in range(rank * batch_size, len(spans), world_size * batch_size))
 
 
-def prefetch(batches: Iterable[tuple[torch.Tensor, torch.Tensor]], device: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The batches on `device`, the next one prepared in a thread (pinned for CUDA) while this one is in use."""
+def prefetch(batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+             device: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield the batches on the device, preparing the next one in a thread (pinned for CUDA)."""
     batches = iter(batches)
 
     def load():
         batch = next(batches, None)
-        return tuple(t.pin_memory() for t in batch) if batch and device.startswith("cuda") else batch
+        if batch and device.startswith("cuda"):
+            return tuple(t.pin_memory() for t in batch)
+        return batch
 
     with ThreadPoolExecutor(1) as thread:
         ahead = thread.submit(load)

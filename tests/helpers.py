@@ -1,7 +1,10 @@
 """What the test files share: running the scripts, tiny models, texts and comparisons."""
+import contextlib
 import functools
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -11,75 +14,101 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the t
 
 import torch
 
-from model import GPT, GPTConfig, quantize_int8
+from lib.checkpoint import model_from_weights
+from lib.quantize import quantize_int8, use_fast_products
+from model import GPT, GPTConfig
 
 HERE = Path(__file__).parent.parent
 TINY = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=32", "--batch_size=4", "--gradient_accumulation_steps=2",
         "--max_iters=6", "--lr_decay_iters=6", "--warmup_iters=2", "--eval_interval=3", "--eval_iters=2", "--log_interval=1",
         "--compile=False", "--device=cpu", "--dtype=float32", "--dropout=0.1"]
 
-SCRIPTS = ["train.py", "sample.py", "eval.py", "bench.py", "export.py", "app.py",
+SCRIPTS = ["train.py", "sample.py", "eval.py", "bench.py", "plan.py", "export.py", "app.py",
            *sorted(f"data/{path.parent.name}/prepare.py" for path in HERE.glob("data/*/prepare.py"))]
 
-# Imports everything once and then forks for every run: five of the six seconds of a short run are imports. A child has the
-# arguments, the standard streams and the exit status of a process of its own.
-FORK_SERVER = """
-import atexit, json, os, runpy, signal, sys, threading, traceback
-import matplotlib.figure, torch._dynamo, torch.distributed, tqdm
-import lib.checkpoint, lib.configurator, lib.corpus, lib.dataset, lib.tokenizer, model
-for line in sys.stdin:
-    args, streams = json.loads(line)
-    pid = os.fork()
-    if pid == 0:
-        signal.alarm(300)
-        for number, path in enumerate(streams):
-            os.dup2(os.open(path, os.O_RDWR), number)
-        sys.stdin = open(0)
-        sys.argv, sys.path[0], status = args, os.path.dirname(os.path.abspath(args[0])), 0
-        try:
-            runpy.run_path(args[0], run_name="__main__")
-        except SystemExit as error:
-            status = error.code or 0
-        except BaseException:
-            traceback.print_exc()
-            status = 1
-        threading._shutdown()  # what an interpreter does at its end, before the others
-        atexit._run_exitfuncs()
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(status)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-
-
 @functools.lru_cache
-def fork_server() -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", FORK_SERVER], cwd=HERE, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                            text=True)
+def fork_server() -> socket.socket:
+    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    subprocess.Popen([sys.executable, "tests/fork_server.py", str(its.fileno())], cwd=HERE, pass_fds=[its.fileno()])
+    its.close()
+    return ours
+
+
+class Forked:
+    """A child of the fork server that runs `python *command`, with the interface of subprocess.Popen."""
+
+    def __init__(self, command: list[str], stdin, stdout, stderr, env: dict[str, str]):
+        self.args, self.returncode = command, None
+        self.pid = self.ask({"command": command, "env": env}, stdin, stdout, stderr)
+
+    def ask(self, request: dict, *streams) -> int | None:
+        socket.send_fds(fork_server(), [json.dumps(request).encode()], [stream.fileno() for stream in streams])
+        return json.loads(fork_server().recv(100))
+
+    def wait(self, options: int = 0) -> int | None:
+        if self.returncode is None:
+            self.returncode = self.ask({"wait": self.pid, "options": options})
+        return self.returncode
+
+    def poll(self) -> int | None:
+        return self.wait(os.WNOHANG)
+
+    def communicate(self) -> tuple[str, None]:
+        output = self.stdout.read()
+        self.wait()
+        return output, None
+
+    def send_signal(self, number: int) -> None:
+        if self.returncode is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def start(*command: str, **env: str) -> Forked:
+    """Start `python *command` in the repository's folder; `stdout` has its output and errors while it runs."""
+    reading, writing = (open(end, mode, errors="replace") for end, mode in zip(os.pipe(), "rw"))
+    with open(os.devnull) as nothing, writing:
+        process = Forked([*command], nothing, writing, writing, env)
+    process.stdout = reading
+    return process
 
 
 def run(script: str, *args: str, ranks: int = 0, stdin: str = "", **env: str) -> subprocess.CompletedProcess:
     """Run a script in the repository's folder, under torchrun if ranks is given."""
-    if ranks or env:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
-        return subprocess.run([sys.executable, *launcher, script, *args], cwd=HERE, capture_output=True, text=True,
-                              timeout=300, input=stdin, env=os.environ | env)
-    with tempfile.TemporaryDirectory() as folder:
-        streams = [Path(folder) / name for name in ("stdin", "stdout", "stderr")]
-        for path, text in zip(streams, (stdin, "", "")):
-            path.write_text(text)
-        server = fork_server()
-        server.stdin.write(json.dumps([[script, *args], [str(path) for path in streams]]) + "\n")
-        server.stdin.flush()
-        status = int(server.stdout.readline())
-        out, err = (path.read_text(errors="replace") for path in streams[1:])
-        return subprocess.CompletedProcess([script, *args], status, out, err)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
+    command = [*launcher, script, *args]
+    if "CXX" in env:  # is read when PyTorch is imported
+        return subprocess.run([sys.executable, *command], cwd=HERE, capture_output=True, text=True, timeout=300, input=stdin,
+                              env=os.environ | env)
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(tempfile.TemporaryFile("w+", errors="replace")) for _ in range(3)]
+        files[0].write(stdin)
+        files[0].seek(0)
+        status = Forked(command, *files, env).wait()
+        for file in files:
+            file.seek(0)
+        return subprocess.CompletedProcess(command, status, files[1].read(), files[2].read())
 
 
-def train(data: Path, out_dir: Path, *args: str, **how) -> subprocess.CompletedProcess:
+def train(data: Path, out_dir: Path, *args: str, **env: str) -> subprocess.CompletedProcess:
     """A tiny run of train.py that must succeed."""
-    done = run("train.py", f"--dataset={data}", f"--out_dir={out_dir}", *TINY, *args, **how)
+    done = run("train.py", f"--dataset={data}", f"--out_dir={out_dir}", *TINY, *args, **env)
     assert done.returncode == 0, done.stderr
     return done
+
+
+def train_on_ranks(n: int, data: Path, out_dir: Path, *args: str) -> None:
+    """The same on n ranks, started without torchrun, which would import PyTorch n + 1 times."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    env = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [start("train.py", f"--dataset={data}", f"--out_dir={out_dir}", *TINY, *args, **env, RANK=str(i), LOCAL_RANK=str(i))
+             for i in range(n)]
+    for rank in ranks:
+        output = rank.communicate()[0]
+        assert rank.returncode == 0, output
 
 
 def read_log(out_dir: Path) -> list[dict]:
@@ -137,7 +166,9 @@ def randomize(model: GPT) -> None:
 
 
 def in_int8(model: GPT) -> GPT:
-    return GPT.from_weights(model.config, quantize_int8(model.state_dict())).eval()
+    int8 = model_from_weights(model.config, quantize_int8(model.state_dict())).eval()
+    use_fast_products(int8)
+    return int8
 
 
 def export(out_dir: Path, to: Path, *args: str) -> None:

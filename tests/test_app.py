@@ -1,4 +1,4 @@
-"""The page: over HTTP as any client may speak to it, and in a browser as a user sees it."""
+"""app.py: over HTTP, as any client may speak to it, and in a browser, as a user sees it."""
 import html
 import json
 import math
@@ -18,30 +18,40 @@ import pytest
 import torch
 
 import app
+from helpers import HERE, run
 from lib.checkpoint import VERSION, load_model, save_checkpoint
+from lib.decoding import Sampling
 from lib.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
-from helpers import HERE, run
 from sample import generate_text
 
-SERVER = ["--device=cpu", "--max_tokens=1000000", "--max_prompt=500", "--at_once=1", "--queue_size=20"]
-REQUEST = dict(run="fables", device="cpu", int8=False, prompt="Once upon", max_new_tokens=40, temperature=0.8, top_k=0, top_p=1,
-               min_p=0, repetition_penalty=1, no_repeat_ngram=0, seed=5, stop="")
+SERVER = ["--device=cpu", "--max_tokens=1000000", "--max_prompt=500", "--at_once=1",
+          "--queue_size=20"]
+REQUEST = dict(run="fables", device="cpu", int8=False, prompt="Once upon", max_new_tokens=40,
+               temperature=0.8, top_k=0, top_p=1, min_p=0, repetition_penalty=1, no_repeat_ngram=0,
+               seed=5, stop="")
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram")
+
+
+def save_untrained(folder: Path, model: GPT, meta: dict) -> None:
+    save_checkpoint(folder, "last.pt", dict(
+        model=model.state_dict(), model_args=vars(model.config), step=0, config={"dataset": ""},
+        meta=meta, version=VERSION))
 
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory, trained) -> Path:
-    """A folder of a measured run, one that never ends a text, one that is damaged; beside it another one."""
+    """A folder with a measured run, a slow one without end-of-text and a damaged one."""
     folder = tmp_path_factory.mktemp("served") / "runs"
     shutil.copytree(trained, folder / "fables")
-    (folder / "fables/metrics_summary.json").write_text(json.dumps(
-        dict(loss=1.23456, perplexity=3.4369, bits_per_byte=0.71, accuracy=0.5, valid_share=None, tokens=12345, step=6)))
+    summary = dict(loss=1.23456, perplexity=3.4369, bits_per_byte=0.71, accuracy=0.5,
+                   valid_share=None, tokens=12345, step=6)
+    (folder / "fables/metrics_summary.json").write_text(json.dumps(summary))
     torch.manual_seed(1)
-    model = GPT(GPTConfig(block_size=16, vocab_size=4, n_layer=16, n_head=2, n_embd=32))  # a slow one
+    model = GPT(GPTConfig(block_size=16, vocab_size=4, n_layer=16, n_head=2, n_embd=32))
     meta = {"dataset": "<b>letters</b>", "tokenizer": {"kind": "char", "vocab": list("abc\n")}}
     (folder / "deep/letters").mkdir(parents=True)
-    save_checkpoint(folder / "deep/letters", "last.pt", dict(
-        model=model.state_dict(), model_args=vars(model.config), step=0, config={"dataset": ""}, meta=meta, version=VERSION))
+    save_untrained(folder / "deep/letters", model, meta)
     for path in (folder / "damaged", folder.parent / "outside"):
         shutil.copytree(folder / "deep/letters", path)
     (folder / "damaged/last.pt").write_bytes(b"PK\x03\x04 and then nothing")
@@ -50,28 +60,32 @@ def runs(tmp_path_factory, trained) -> Path:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory, runs):
-    """`python app.py`: its url and what it calls its functions. In the end it has said what it should, and no more."""
+    """
+    The url of a running app.py and the numbers of its functions by name.
+
+    At the end its output must be the expected lines and no others.
+    """
     log = tmp_path_factory.mktemp("log") / "log"
+    command = [sys.executable, "app.py", f"--folder={runs}", "--port=0", *SERVER]
     with open(log, "w") as file:
-        process = subprocess.Popen([sys.executable, "app.py", f"--folder={runs}", "--port=0", *SERVER], cwd=HERE, stdout=file,
-                                   stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, cwd=HERE, stdout=file, stderr=subprocess.STDOUT)
     try:
         until(lambda: "\n" in log.read_text() or process.poll() is not None)
         url = log.read_text().split()[0]
         with urllib.request.urlopen(f"{url}/config", timeout=30) as answer:
             config = json.load(answer)
-        yield SimpleNamespace(url=url, fns={fn["api_name"]: fn["id"] for fn in config["dependencies"]})
+        fns = {fn["api_name"]: fn["id"] for fn in config["dependencies"]}
+        yield SimpleNamespace(url=url, fns=fns)
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 0
         lines = log.read_text().splitlines()
         assert re.fullmatch(r"http://127\.0\.0\.1:\d+ \(Ctrl-C ends it\)", lines[0])
         for line in lines[1:]:
-            assert re.fullmatch(r"loaded (fables|deep/letters)( in int8)? on cpu in [\d.]+ s", line), line
+            loaded = r"loaded (fables|deep/letters)( in int8)? on cpu in [\d.]+ s"
+            assert re.fullmatch(loaded, line), line
     finally:
         process.kill()
         process.wait()
-
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram")
 
 
 def until(holds, seconds: float = 60) -> None:
@@ -84,8 +98,9 @@ def until(holds, seconds: float = 60) -> None:
 
 
 def post(server, path: str, body: object) -> tuple[int, str]:
-    """Status and text of the answer."""
-    request = urllib.request.Request(server.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    """Return the status and text of the answer."""
+    request = urllib.request.Request(server.url + path, json.dumps(body).encode(),
+                                     {"Content-Type": "application/json"})
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:
             return answer.status, answer.read().decode()
@@ -94,35 +109,39 @@ def post(server, path: str, body: object) -> tuple[int, str]:
 
 
 def join(server, name: str, data: list, session: str) -> tuple[int, str]:
-    return post(server, "/gradio_api/queue/join", dict(data=data, fn_index=server.fns[name], session_hash=session))
+    body = dict(data=data, fn_index=server.fns[name], session_hash=session)
+    return post(server, "/gradio_api/queue/join", body)
 
 
 def messages(server, session: str):
-    """What the server sends to a client that has joined the queue."""
-    with urllib.request.urlopen(f"{server.url}/gradio_api/queue/data?session_hash={session}", timeout=60) as lines:
+    """Yield what the server sends to a client that has joined the queue."""
+    url = f"{server.url}/gradio_api/queue/data?session_hash={session}"
+    with urllib.request.urlopen(url, timeout=60) as lines:
         for line in lines:
             if line.startswith(b"data:"):
                 yield json.loads(line[5:])
 
 
 def ask(server, name: str, data: list, session: str) -> list:
-    """The last outputs of a function."""
+    """Return the last outputs of a function."""
     status, text = join(server, name, data, session)
     assert status == 200, text
-    *_, last = (message["output"] for message in messages(server, session) if message["msg"] == "process_completed")
+    *_, last = (message["output"] for message in messages(server, session)
+                if message["msg"] == "process_completed")
     return last["data"]
 
 
-def told(server, session: str = "one", **changes) -> tuple[str, str, str]:
-    """Text, chart and figures for a request."""
+def sample_of(server, session: str = "one", **changes) -> tuple[str, str, str]:
+    """Return sample, chart and figures for a request."""
     return ask(server, "generate", list((REQUEST | changes).values()), session)
 
 
 def expected(folder: Path, **changes) -> str:
-    """The same text as a program gets it."""
+    """Return the same sample as a program gets it."""
     given = REQUEST | changes
     given.pop("device")
-    return generate_text(out_dir=str(folder / given.pop("run")), device="cpu", quantize="int8" if given.pop("int8") else "",
+    return generate_text(out_dir=str(folder / given.pop("run")), device="cpu",
+                         quantize="int8" if given.pop("int8") else "",
                          max_length=given.pop("max_new_tokens"), **given)
 
 
@@ -131,27 +150,30 @@ def chart_rows(chart: str) -> list[tuple[str, str]]:
 
 
 def expected_rows(folder: Path, n: int = 0, **changes) -> list[tuple[str, str]]:
-    """The chart after the prompt and n tokens more, computed token by token from the start."""
+    """Return the chart after the prompt and n more tokens, computed without a cache."""
     given = REQUEST | changes
     model, checkpoint = load_model(folder / given["run"], "cpu")
     tokenizer = get_tokenizer(checkpoint["meta"])
     ids = torch.tensor([[tokenizer.eot] * (tokenizer.eot >= 0) + tokenizer.encode(given["prompt"])])
     if n:
-        ids = model.generate(ids, n, *(given[name] for name in SAMPLING), stop_token=tokenizer.eot,
-                             generator=torch.Generator().manual_seed(given["seed"]))
+        sampler = Sampling(*(given[name] for name in SAMPLING),
+                           generator=torch.Generator().manual_seed(given["seed"]))
+        ids = model.generate(ids, n, sampler=sampler, stop_token=tokenizer.eot)
     ids = ids[:, :-1] if n and ids[0, -1] == tokenizer.eot else ids
     p = model(ids[:, -model.config.block_size:])[0][0, -1].softmax(-1)
-    names = [("end of text" if token == tokenizer.eot else repr(tokenizer.decode([token])), f"{p[token]:.1%}")
-             for token in p.argsort(descending=True)[:10].tolist()]
-    return [(html.escape(name), p) for name, p in names]
+    top = p.argsort(descending=True)[:10].tolist()
+    names = ["end of text" if token == tokenizer.eot else repr(tokenizer.decode([token]))
+             for token in top]
+    return [(html.escape(name), f"{p[token]:.1%}") for name, token in zip(names, top)]
 
 
 # -----------------------------------------------------------------------------
-# What is offered
+# Runs
 
 def test_runs_are_found_and_nothing_else(tmp_path, monkeypatch):
-    for path in ("best.pt", "a/last.pt", "a/b/ckpt.pt", "a/b/c/best.pt", ".venv/best.pt", "__pycache__/best.pt", "a/prev.pt",
-                 "hf/config.json", "hf/model.safetensors", "half/model.safetensors", "other/config.json", "old/prev.pt"):
+    for path in ("best.pt", "a/last.pt", "a/b/ckpt.pt", "a/b/c/best.pt", ".venv/best.pt",
+                 "__pycache__/best.pt", "a/prev.pt", "hf/config.json", "hf/model.safetensors",
+                 "half/model.safetensors", "other/config.json", "old/prev.pt"):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).touch()
     monkeypatch.setattr(app, "folder", str(tmp_path))
@@ -163,58 +185,67 @@ def test_runs_are_listed_and_described(server, runs):
     assert [value for _, value in update["choices"]] == ["damaged", "deep/letters", "fables"]
     facts, chart, *examples = ask(server, "show", ["fables", "cpu", False, "Once"], "facts")
     model, checkpoint = load_model(runs / "fables", "cpu")
-    for fact in ("gpt2, 2 layers, 2 heads, 16 wide", f"{model.num_params():,}", "1.2346", "3.44", "0.7100", "50.0%",
-                 "12,345 tokens"):
+    for fact in ("gpt2, 2 layers, 2 heads, 16 wide", f"{model.num_params():,}", "1.2346", "3.44",
+                 "0.7100", "50.0%", "12,345 tokens"):
         assert f"<td>{fact}</td>" in facts
-    assert "None" not in facts and "valid" not in facts and "not yet" not in facts and "measured at" not in facts
+    assert "None" not in facts and "valid" not in facts
+    assert "not yet" not in facts and "measured at" not in facts
     assert chart_rows(chart) == expected_rows(runs, prompt="Once")
     tokenizer = get_tokenizer(checkpoint["meta"])
-    fit = [all(token in tokenizer.ids for token in tokenizer.split(example)) for example in app.EXAMPLES]
+    fit = [all(token in tokenizer.ids for token in tokenizer.split(example))
+           for example in app.EXAMPLES]
     assert [button["visible"] for button in examples] == fit and fit[0] and not all(fit)
 
 
-def test_a_run_that_is_not_measured_or_that_cannot_be_read(server, runs):
+def test_a_run_that_is_not_measured_or_is_damaged(server, runs):
     facts, chart, *_ = ask(server, "show", ["deep/letters", "cpu", False, "\x00"], "letters")
-    assert "not yet: python eval.py" in facts and "&lt;b&gt;letters" in facts and "<b>" not in facts and chart == ""
+    assert "not yet: python eval.py" in facts and "&lt;b&gt;letters" in facts
+    assert "<b>" not in facts and chart == ""
     facts, *_ = ask(server, "show", ["damaged", "cpu", False, ""], "damaged")
     assert facts.startswith('<div role="alert">error: ') and "is damaged" in facts
-    assert "is damaged" in told(server, "damaged", run="damaged")[2]
+    assert "is damaged" in sample_of(server, "damaged", run="damaged")[2]
 
 
 @pytest.mark.parametrize("text, says", [
-    ("{", "is damaged"), ("[]", "is damaged"), ('{"step": 6, "loss": "x"}', "is damaged"), ('{"step": 5}', "measured at step"),
+    ("{", "is damaged"), ("[]", "is damaged"), ('{"step": 6, "loss": "x"}', "is damaged"),
+    ('{"step": 5}', "measured at step"),
 ])
-def test_odd_metrics(tmp_path, trained, monkeypatch, text, says):
+def test_damaged_and_old_metrics(tmp_path, trained, monkeypatch, text, says):
     (tmp_path / "metrics_summary.json").write_text(text)
     monkeypatch.setattr(app, "folder", str(tmp_path))
     model, checkpoint = load_model(trained, "cpu")
-    assert checkpoint["step"] == 6 and says in app.about(".", model, get_tokenizer(checkpoint["meta"]), checkpoint)
+    tokenizer = get_tokenizer(checkpoint["meta"])
+    assert checkpoint["step"] == 6 and says in app.about(".", model, tokenizer, checkpoint)
 
 
-def test_a_run_that_was_trained_on_is_loaded_again(tmp_path, runs, monkeypatch):
+def test_a_run_that_was_trained_further_is_loaded_again(tmp_path, runs, monkeypatch):
     shutil.copytree(runs / "deep/letters", tmp_path / "run")
     monkeypatch.setattr(app, "folder", str(tmp_path))
     monkeypatch.setattr(app, "device", "cpu")
     app.devices.cache_clear()
     first = app.load("run", "cpu", False)
     assert app.load("run", "cpu", False) is first
-    torch.save(torch.load(tmp_path / "run/last.pt", weights_only=True) | {"step": 7}, tmp_path / "run/last.pt")
+    path = tmp_path / "run/last.pt"
+    torch.save(torch.load(path, weights_only=True) | {"step": 7}, path)
     assert app.load("run", "cpu", False)[2]["step"] == 7
 
 
 # -----------------------------------------------------------------------------
-# Text
+# Samples
 
 @pytest.mark.parametrize("changes", [
-    {}, dict(seed=6), dict(temperature=0, prompt=""), dict(top_k=3, top_p=0.9, min_p=0.01, prompt="Once upon a time"),
+    {}, dict(seed=6), dict(temperature=0, prompt=""),
+    dict(top_k=3, top_p=0.9, min_p=0.01, prompt="Once upon a time"),
     dict(repetition_penalty=1.5, no_repeat_ngram=2, int8=True), dict(max_new_tokens=1),
-    dict(run="deep/letters", prompt="ab\nc", max_new_tokens=30), dict(run="deep/letters", prompt="ab", stop="ba||cc"),
+    dict(run="deep/letters", prompt="ab\nc", max_new_tokens=30),
+    dict(run="deep/letters", prompt="ab", stop="ba||cc"),
 ])
-def test_text_is_that_of_generate_text(server, runs, changes):
-    text, chart, figures = told(server, **changes)
+def test_samples_are_those_of_generate_text(server, runs, changes):
+    text, chart, figures = sample_of(server, **changes)
     given = REQUEST | changes
     assert text == expected(runs, **changes)
-    n, = map(int, re.fullmatch(rf"(\d+) tokens?, [\d,]+ tokens/s, seed {given['seed']}", figures).groups())
+    pattern = rf"(\d+) tokens?, [\d,]+ tokens/s, seed {given['seed']}"
+    n = int(re.fullmatch(pattern, figures)[1])
     assert 1 <= n <= given["max_new_tokens"]
     if not given["int8"]:
         assert chart_rows(chart) == expected_rows(runs, n, **changes)
@@ -223,61 +254,69 @@ def test_text_is_that_of_generate_text(server, runs, changes):
 def test_without_a_seed_it_is_a_new_one(server, runs):
     seeds = set()
     for given in (None, -1, -1):
-        text, _, figures = told(server, seed=given)
+        text, _, figures = sample_of(server, seed=given)
         seeds.add(int(figures.split()[-1]))
         assert text == expected(runs, seed=int(figures.split()[-1]))
     assert len(seeds) == 3
 
 
-def test_text_grows_as_it_is_written_and_the_chart_follows(monkeypatch, runs):
+def test_a_sample_grows_and_the_chart_follows(monkeypatch, runs):
     monkeypatch.setattr(app, "folder", str(runs))
     monkeypatch.setattr(app, "device", "cpu")
-    clock = iter(range(10**6))  # every look at the clock a second later: nothing is left out
+    clock = iter(range(10**6))  # a second passes between any two calls: no step is skipped
     monkeypatch.setattr(app, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     app.devices.cache_clear()
-    steps = list(app.tell(dict(REQUEST)))
+    steps = list(app.generate(dict(REQUEST)))
     texts = [text for text, _, _ in steps]
-    assert len(steps) > 5 and all(b.startswith(a) for a, b in zip(texts, texts[1:])) and texts[-1] == expected(runs)
-    drawn = [n for n, (step, before) in enumerate(zip(steps[1:], steps), 2) if step[1] != before[1]]
+    assert len(steps) > 5 and texts[-1] == expected(runs)
+    assert all(b.startswith(a) for a, b in zip(texts, texts[1:]))
+    drawn = [n for n, (step, last) in enumerate(zip(steps[1:], steps), 2) if step[1] != last[1]]
     assert 3 < len(drawn) < len(steps) - 3 and drawn[-1] == len(steps)
     for n in drawn:
         assert chart_rows(steps[n - 1][1]) == expected_rows(runs, n)
 
 
-def test_words_that_a_model_cannot_read_are_named(tmp_path, monkeypatch):
+def test_unknown_words_are_named(tmp_path, monkeypatch):
     vocab = ["<PAD>", "<UNK>", "<|endoftext|>", "a", "b"]
     model = GPT(GPTConfig(block_size=8, vocab_size=5, n_layer=1, n_head=1, n_embd=8))
-    save_checkpoint(tmp_path, "last.pt", dict(
-        model=model.state_dict(), model_args=vars(model.config), step=0, config={"dataset": ""}, version=VERSION,
-        meta={"dataset": "", "tokenizer": {"kind": "word", "vocab": vocab}}))
+    save_untrained(tmp_path, model,
+                   {"dataset": "", "tokenizer": {"kind": "word", "vocab": vocab}})
     monkeypatch.setattr(app, "folder", str(tmp_path))
     monkeypatch.setattr(app, "device", "cpu")
     app.devices.cache_clear()
-    for prompt, says in (("a <c b", "<br>the vocabulary lacks the words &#x27;&lt;&#x27;, &#x27;c&#x27;"), ("a b", "")):
-        *_, (_, _, figures) = app.tell(REQUEST | dict(run=".", prompt=prompt, max_new_tokens=2))
-        assert figures.partition("seed 5")[2].startswith(says) and bool(says) == ("lacks" in figures)
-    *_, (_, chart, figures) = app.tell(REQUEST | dict(run=".", prompt="a b", max_new_tokens=99))
+    warning = "<br>the vocabulary does not have the words &#x27;&lt;&#x27;, &#x27;c&#x27;"
+    for prompt, says in (("a <c b", warning), ("a b", "")):
+        *_, (_, _, figures) = app.generate(REQUEST | dict(run=".", prompt=prompt, max_new_tokens=2))
+        assert figures.partition("seed 5")[2].startswith(says)
+        assert bool(says) == ("does not have" in figures)
+    *_, (_, chart, figures) = app.generate(REQUEST | dict(run=".", prompt="a b", max_new_tokens=99))
     n = int(figures.split()[0])
-    assert n < 99 and chart_rows(chart) == expected_rows(tmp_path, n, run=".", prompt="a b")  # its end was likely
-    assert app.fits(app.load(".", "cpu", False)[1], "a b") and not app.fits(app.load(".", "cpu", False)[1], "a c")
+    assert n < 99  # it is likely that end-of-text is sampled
+    assert chart_rows(chart) == expected_rows(tmp_path, n, run=".", prompt="a b")
+    tokenizer = app.load(".", "cpu", False)[1]
+    assert app.fits(tokenizer, "a b") and not app.fits(tokenizer, "a c")
 
 
-def test_twenty_clients_at_once_have_each_their_own_text(server, runs):
+def test_twenty_clients_at_once_get_their_own_samples(server, runs):
     answers = {}
-    clients = [threading.Thread(target=lambda i=i: answers.update({i: told(server, f"client{i}", seed=i)[0]}))
-               for i in range(20)]
+
+    def request(i: int) -> None:
+        answers[i] = sample_of(server, f"client{i}", seed=i)[0]
+
+    clients = [threading.Thread(target=request, args=[i]) for i in range(20)]
     for client in clients:
         client.start()
     for client in clients:
         client.join(60)
-    assert answers == {i: expected(runs, seed=i) for i in range(20)} and len(set(answers.values())) > 10
+    assert answers == {i: expected(runs, seed=i) for i in range(20)}
+    assert len(set(answers.values())) > 10
 
 
-ENDLESS = dict(run="deep/letters", prompt="a", max_new_tokens=1_000_000)  # minutes
+ENDLESS = dict(run="deep/letters", prompt="a", max_new_tokens=1_000_000)  # takes minutes
 
 
 def begin_endless(server, session: str) -> tuple[str, object]:
-    """The event of a text that takes minutes and is being written, and its messages."""
+    """Start a sample that takes minutes; return its event and its messages."""
     status, text = join(server, "generate", list((REQUEST | ENDLESS).values()), session)
     assert status == 200, text
     stream = messages(server, session)
@@ -286,18 +325,19 @@ def begin_endless(server, session: str) -> tuple[str, object]:
 
 
 def stop_event(server, session: str, event: str) -> None:
-    status, _ = post(server, "/gradio_api/cancel", dict(session_hash=session, fn_index=server.fns["generate"], event_id=event))
+    body = dict(session_hash=session, fn_index=server.fns["generate"], event_id=event)
+    status, _ = post(server, "/gradio_api/cancel", body)
     assert status == 200
 
 
 @pytest.mark.parametrize("how", ["stop", "leave"])
-def test_what_nobody_reads_is_not_computed(server, runs, how):
-    """One text is written at a time here: another one comes only if that has ended."""
+def test_a_sample_that_nobody_reads_is_stopped(server, runs, how):
+    """This server generates one sample at a time: another one comes only if that has ended."""
     event, stream = begin_endless(server, how)
     if how == "stop":
         stop_event(server, how, event)
     stream.close()
-    assert told(server)[0] == expected(runs)
+    assert sample_of(server)[0] == expected(runs)
 
 
 def test_a_full_queue_says_so(server, runs):
@@ -306,51 +346,61 @@ def test_a_full_queue_says_so(server, runs):
     assert [status for status, _ in waiting] == [200] * 20 + [503] and "full" in waiting[-1][1]
     stop_event(server, "first", event)
     stream.close()
-    for i in range(20):  # and whoever waited is served
-        output, = (message["output"] for message in messages(server, f"waiting{i}") if message["msg"] == "process_completed")
+    for i in range(20):  # those that waited are served
+        output, = (message["output"] for message in messages(server, f"waiting{i}")
+                   if message["msg"] == "process_completed")
         assert output["data"][0] == expected(runs)
 
 
 # -----------------------------------------------------------------------------
-# What it must not do
+# Bad and hostile requests
 
 @pytest.mark.parametrize("changes, says", [
-    (dict(run="nowhere"), "there is no run"), (dict(run="../outside"), "there is no run"), (dict(run=None), "run takes str"),
-    (dict(run="fables/../../outside"), "there is no run"), (dict(run="<i>"), "&lt;i&gt;"),
-    (dict(device="cuda"), "device must be cpu"), (dict(int8="yes"), "int8 takes bool"), (dict(prompt=3), "prompt takes str"),
+    (dict(run="nowhere"), "there is no run"), (dict(run="../outside"), "there is no run"),
+    (dict(run=None), "run takes str"), (dict(run="fables/../../outside"), "there is no run"),
+    (dict(run="<i>"), "&lt;i&gt;"), (dict(device="cuda"), "device must be cpu"),
+    (dict(int8="yes"), "int8 takes bool"), (dict(prompt=3), "prompt takes str"),
     (dict(prompt="x" * 501), "500 characters"), (dict(stop="x" * 501), "500 characters"),
-    (dict(prompt="Qwertyuiop"), "lacks the words"), (dict(prompt="\ud800"), "surrogates"),
-    (dict(max_new_tokens=1_000_001), "from 1 to 1000000"), (dict(max_new_tokens=0), "from 1 to 1000000"),
-    (dict(max_new_tokens=1.5), "takes int"), (dict(max_new_tokens=True), "takes int"), (dict(max_new_tokens="9"), "takes int"),
-    (dict(temperature=math.nan), "temperature takes float"), (dict(temperature=-1), "must not be negative"),
-    (dict(temperature=10**400), "too large"), (dict(top_k=-1), "must not be negative"), (dict(top_p=0), "top_p must be"),
-    (dict(min_p=2), "min_p at least 0"), (dict(repetition_penalty=0), "above 0"), (dict(no_repeat_ngram=None), "takes int"),
-    (dict(seed=-2), "seed must be"), (dict(seed=2**60), "seed must be"), (dict(seed="x"), "seed takes int"),
+    (dict(prompt="Qwertyuiop"), "does not have the words"), (dict(prompt="\ud800"), "surrogates"),
+    (dict(max_new_tokens=1_000_001), "at least 1 and at most 1000000"),
+    (dict(max_new_tokens=0), "at least 1 and at most 1000000"),
+    (dict(max_new_tokens=1.5), "takes int"), (dict(max_new_tokens=True), "takes int"),
+    (dict(max_new_tokens="9"), "takes int"),
+    (dict(temperature=math.nan), "temperature takes float"),
+    (dict(temperature=-1), "temperature must be at least 0"),
+    (dict(temperature=10**400), "too large"), (dict(top_k=-1), "top_k must be at least 0"),
+    (dict(top_p=0), "top_p must be"), (dict(min_p=2), "min_p must be from 0 to 1"),
+    (dict(repetition_penalty=0), "above 0"), (dict(no_repeat_ngram=None), "takes int"),
+    (dict(seed=-2), "seed must be"), (dict(seed=2**60), "seed must be"),
+    (dict(seed="x"), "seed takes int"),
     (dict(run="deep/letters", prompt=""), "no end-of-text token"),
 ])
 def test_bad_requests_are_one_line(server, runs, changes, says):
-    line = told(server, "bad", **changes)[2]
+    line = sample_of(server, "bad", **changes)[2]
     assert line.startswith('<div role="alert">error: ') and says in line and "\n" not in line
 
 
-def test_requests_that_are_none_are_refused(server):
+def test_requests_that_the_page_does_not_send_are_refused(server):
     generate, data = server.fns["generate"], list(REQUEST.values())
     file = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
     good = dict(data=data, fn_index=generate, session_hash="x")
-    for change in (dict(data=[]), dict(data=data + [1]), dict(data=[file] * 13), dict(data=None), dict(fn_index=99),
-                   dict(fn_index=[]), dict(fn_index=None), dict(data=[[]] * 13)):
+    for change in (dict(data=[]), dict(data=data + [1]), dict(data=[file] * 13), dict(data=None),
+                   dict(fn_index=99), dict(fn_index=[]), dict(fn_index=None),
+                   dict(data=[[]] * 13)):
         assert post(server, "/gradio_api/queue/join", good | change)[0] == 400, change
     assert post(server, "/gradio_api/queue/join", [good])[0] == 400
     assert post(server, "/gradio_api/queue/join", good | dict(session_hash=3))[0] == 422
     assert post(server, "/gradio_api/queue/join", good | dict(more="x" * 20_000))[0] == 413
-    assert join(server, "show", ["fables", "cpu", 3, 4], "y")[0] == 200  # plain values: the page's to complain about
+    # plain values pass: the page reports what is wrong with them
+    assert join(server, "show", ["fables", "cpu", 3, 4], "y")[0] == 200
 
 
 @pytest.mark.parametrize("path", [
-    "/gradio_api/file=/etc/passwd", "/gradio_api/file=README.md", "/gradio_api/file=../outside/last.pt", "/file=/etc/passwd",
-    "/gradio_api/file/etc/passwd", "/static/../../../../../../../../etc/passwd", "/assets/%2e%2e/%2e%2e/%2e%2e/app.py",
-    "/svelte/..%2f..%2f..%2fapp.py", "/gradio_api/proxy=http://127.0.0.1/", "/gradio_api/runs", "/monitoring", "/docs",
-    "/openapi.json", "/gradio_api/openapi.json", "/gradio_api/dev/reload",
+    "/gradio_api/file=/etc/passwd", "/gradio_api/file=README.md",
+    "/gradio_api/file=../outside/last.pt", "/file=/etc/passwd", "/gradio_api/file/etc/passwd",
+    "/static/../../../../../../../../etc/passwd", "/assets/%2e%2e/%2e%2e/%2e%2e/app.py",
+    "/svelte/..%2f..%2f..%2fapp.py", "/gradio_api/proxy=http://127.0.0.1/", "/gradio_api/runs",
+    "/monitoring", "/docs", "/openapi.json", "/gradio_api/openapi.json", "/gradio_api/dev/reload",
 ])
 def test_files_are_out_of_reach(server, path):
     with pytest.raises(urllib.error.HTTPError) as error:
@@ -358,8 +408,9 @@ def test_files_are_out_of_reach(server, path):
     assert error.value.code in (403, 404)
 
 
-def test_nothing_is_taken_in(server):
-    for path in ("/gradio_api/upload", "/gradio_api/run/generate", "/gradio_api/call/generate", "/gradio_api/component_server"):
+def test_uploads_and_other_calls_are_refused(server):
+    for path in ("/gradio_api/upload", "/gradio_api/run/generate", "/gradio_api/call/generate",
+                 "/gradio_api/component_server"):
         assert post(server, path, {})[0] == 403
 
 
@@ -367,14 +418,18 @@ def test_nothing_is_taken_in(server):
 # Starting
 
 @pytest.mark.parametrize("args, says", [
-    (["--folder=nowhere"], "there is no folder nowhere"), (["--quantize=int4"], "quantize must be int8"),
-    (["--at_once=0"], "at_once must be at least 1"), (["--queue_size=0"], "queue_size must be at least 1"),
-    (["--max_tokens=0"], "max_tokens must be at least 1"), (["--max_prompt=0"], "max_prompt must be at least 1"),
-    (["--device=toaster"], "toaster"), (["--port=70000"], "port must be"), (["--host=no.such.host.invalid"], "not known"),
+    (["--folder=nowhere"], "there is no folder nowhere"),
+    (["--quantize=int4"], "quantize must be int8"), (["--at_once=0"], "at_once must be at least 1"),
+    (["--queue_size=0"], "queue_size must be at least 1"),
+    (["--max_tokens=0"], "max_tokens must be at least 1"),
+    (["--max_prompt=0"], "max_prompt must be at least 1"),
+    (["--device=toaster"], "toaster"), (["--port=70000"], "port must be"),
+    (["--host=no.such.host.invalid"], "not known"),
 ])
 def test_bad_settings_are_one_line(args, says):
     done = run("app.py", "--port=0", *args)
-    assert done.returncode == 2 and says in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.returncode == 2 and says in done.stderr, done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
 
 
 def test_a_port_in_use_is_one_line():
@@ -386,7 +441,8 @@ def test_a_port_in_use_is_one_line():
 def test_without_gradio_the_error_says_what_to_install(tmp_path):
     (tmp_path / "gradio.py").write_text("raise ImportError")
     done = run("app.py", "--port=0", PYTHONPATH=str(tmp_path))
-    assert done.returncode == 2 and done.stderr == "error: the page needs a package: pip install gradio\n"
+    assert done.returncode == 2
+    assert done.stderr == "error: the page needs a package: pip install gradio\n"
 
 
 def test_a_space_says_where_to_listen():
@@ -407,7 +463,8 @@ def test_an_empty_folder_says_how_to_fill_it(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def chromium():
     sync_api = pytest.importorskip("playwright.sync_api")
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    path = next(filter(None, map(shutil.which, names)), None)
     with sync_api.sync_playwright() as playwright:
         if not path and not Path(playwright.chromium.executable_path).exists():
             pytest.skip("no Chromium: install one, or run `playwright install chromium`")
@@ -418,17 +475,27 @@ def chromium():
 
 @pytest.fixture
 def page(chromium, server):
-    """The page with the fables chosen; in the end its console has no error, and it has asked nobody but the server."""
+    """
+    The page with the fables chosen.
+
+    At the end its console must have no error, and it must have contacted only the server.
+    """
     page = chromium.new_page(viewport={"width": 1280, "height": 900})
     asked, errors = [], []
+
+    def on_console(message) -> None:
+        if message.type in ("error", "warning"):
+            errors.append(message.text)
+
     page.on("request", lambda request: asked.append(request.url))
-    page.on("console", lambda message: errors.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("console", on_console)
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.goto(server.url)
     choose(page, "fables")
     yield page
     page.close()
-    assert errors == [] and asked and all(url.startswith((server.url, "data:", "blob:")) for url in asked)
+    assert errors == [] and asked
+    assert all(url.startswith((server.url, "data:", "blob:")) for url in asked)
 
 
 def choose(page, name: str) -> None:
@@ -444,13 +511,19 @@ def fill(page, label: str, value: object) -> None:
 
 
 def figures(page, text: str) -> str:
-    """The line of figures once it has the text."""
+    """Return the line of figures once it contains text."""
     page.locator("#status", has_text=text).wait_for()
     return page.locator("#status").inner_text()
 
 
 def shown_rows(page) -> list[tuple[str, str]]:
-    return chart_rows(page.locator("table.chart").evaluate("x => x.outerHTML").replace("'", "&#x27;"))
+    chart = page.locator("table.chart").evaluate("x => x.outerHTML")
+    return chart_rows(chart.replace("'", "&#x27;"))
+
+
+def wait_for_sample(page, text: str) -> None:
+    page.wait_for_function("text => document.querySelector('#sample textarea').value == text",
+                           arg=text)
 
 
 def test_a_user_generates(page, runs):
@@ -461,14 +534,14 @@ def test_a_user_generates(page, runs):
     page.get_by_role("button", name="Generate").click()
     figures(page, "seed 77")
     text = expected(runs, temperature=0, max_new_tokens=30)
-    page.wait_for_function("text => document.querySelector('#text textarea').value == text", arg=text)
+    wait_for_sample(page, text)
     assert shown_rows(page) == expected_rows(runs, 30, temperature=0)
     page.get_by_role("button", name=app.EXAMPLES[0], exact=True).click()
     page.get_by_label("seed").fill("78")
     page.locator("#prompt textarea").press("Shift+Enter")
     figures(page, "seed 78")
     text = expected(runs, prompt=app.EXAMPLES[0], temperature=0, max_new_tokens=30)
-    page.wait_for_function("text => document.querySelector('#text textarea').value == text", arg=text)
+    wait_for_sample(page, text)
 
 
 def test_a_user_stops(page):
@@ -480,8 +553,9 @@ def test_a_user_stops(page):
 
     def grows() -> bool:
         page.wait_for_timeout(20)
-        texts.add(page.locator("#text textarea").input_value())
-        charts.update([page.locator("table.chart").inner_html()] if page.locator("table.chart").count() else [])
+        texts.add(page.locator("#sample textarea").input_value())
+        if page.locator("table.chart").count():
+            charts.add(page.locator("table.chart").inner_html())
         return len(texts) > 4 and len(charts) > 2
 
     until(grows)
@@ -490,10 +564,10 @@ def test_a_user_stops(page):
     page.get_by_role("button", name="Stop").click()
     with page.expect_response("**/reset"):
         pass
-    text = page.locator("#text textarea").input_value()
-    choose(page, "fables")  # the only place at the counter is free again
+    text = page.locator("#sample textarea").input_value()
+    choose(page, "fables")  # another sample can be generated now
     page.locator("#prompt textarea").fill("Once upon")
-    assert page.locator("#text textarea").input_value() == text
+    assert page.locator("#sample textarea").input_value() == text
     fill(page, "max_new_tokens", 1)
     page.get_by_label("seed").fill("79")
     page.get_by_role("button", name="Generate").click()
@@ -505,7 +579,7 @@ def test_a_user_sees_what_is_wrong(page):
     page.get_by_role("button", name="Generate").click()
     line = page.locator("#status [role=alert]")
     line.wait_for()
-    assert line.inner_text().startswith("error: the vocabulary lacks the words '<', 'img'")
+    assert line.inner_text().startswith("error: the vocabulary does not have the words '<', 'img'")
     assert not page.locator("img[src=x]").count()
     page.locator("#prompt textarea").fill("Once")
     page.get_by_role("button", name="Generate").click()
@@ -521,4 +595,6 @@ def test_it_fits_into_the_window_and_everything_has_a_label(page, width):
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     for kind in ("button", "textbox", "slider", "checkbox", "listbox"):
         for element in page.get_by_role(kind).all():
-            assert element.evaluate("x => x.innerText || x.ariaLabel || x.labels?.length || x.title"), element
+            label = element.evaluate(
+                "x => x.innerText || x.ariaLabel || x.labels?.length || x.title")
+            assert label, element

@@ -3,11 +3,12 @@ import shutil
 
 import pytest
 import torch
+from helpers import HERE, assert_same, damage_by, one_line_error, read_log, run
 
-from lib.checkpoint import build_model, find_resumable, read_checkpoint, save_checkpoint
-from lib.dataset import load_meta
+from lib.checkpoint import build_model, find_resumable, read_checkpoint, restore, save_checkpoint
+from lib.corpus import load_meta
+from lib.optim import make_optimizers
 from model import GPT, GPTConfig
-from helpers import HERE, damage_by, one_line_error, read_log, run
 
 
 def test_missing_things_name_the_command_that_makes_them(tmp_path, trained):
@@ -22,7 +23,7 @@ def test_missing_things_name_the_command_that_makes_them(tmp_path, trained):
 def test_checkpoints_hold_what_they_should(trained, fables_data):
     last, best = read_checkpoint(trained / "last.pt"), read_checkpoint(trained / "best.pt")
     assert set(best) == {"model", "model_args", "step", "best_val_loss", "config", "meta", "version"}
-    assert set(last) == set(best) | {"optimizer", "scaler", "watch", "stale", "seconds", "lr_scale"}
+    assert set(last) == set(best) | {"optimizer", "scaler", "stale", "seconds", "lr_scale", "bad_in_a_row", "bad_steps", "grad_norm_max"}
     assert last["meta"] == load_meta(fables_data) and last["step"] == 6
     assert set(last["model"]) == set(GPT(GPTConfig(**last["model_args"])).state_dict())
     assert best["best_val_loss"] == min(r["val_loss"] for r in read_log(trained) if "val_loss" in r)
@@ -72,3 +73,31 @@ def test_missing_and_misshapen_weights_are_named(trained):
     checkpoint["model_args"]["n_embd"] = 18
     with pytest.raises(ValueError, match="best.pt does not fit"):
         build_model(checkpoint, "best.pt")
+
+
+def test_a_checkpoint_of_an_earlier_commit_is_read_and_saved_unchanged(tmp_path):
+    """
+    tests/data/last-1be6416.pt is the last.pt of a Muon run with early stopping and one bad step.
+
+    It was made at commit 1be6416 on 60 training and 8 validation fables (data/fables60) with
+    train_spoiled("nan", 7, 7, "fables60", "out-1be6416", "--arch=qwen3", "--n_kv_head=1",
+    "--n_layer=1", "--n_embd=8", "--batch_size=8", "--optimizer=muon", "--learning_rate=1",
+    "--min_lr=1", "--patience=2", "--max_iters=40", "--lr_decay_iters=40") of test_train.py.
+    """
+    old = read_checkpoint(HERE / "tests/data/last-1be6416.pt")
+    model = GPT(GPTConfig(**old["model_args"]))
+    optimizers = make_optimizers(model, "muon", 0.1, 1.0, (0.9, 0.99), "cpu")
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    state = restore(old, model, optimizers, scaler, "cpu")
+    assert (state.bad_steps.item(), state.bad_in_a_row.item(), state.stale) == (1, 0, 2)
+    assert state.grad_norm_max.item() == 0
+    new = {"model": model.state_dict(), "optimizer": [o.state_dict() for o in optimizers],
+           "scaler": scaler.state_dict(), **state.to_dict()}
+    save_checkpoint(tmp_path, "last.pt", old | new)
+    saved = read_checkpoint(tmp_path / "last.pt")
+    for key in old.keys() - {"watch"}:
+        assert_same(saved[key], old[key], key)
+    names = ("bad_in_a_row", "bad_steps", "grad_norm_max")
+    assert [saved[name] for name in names] == old["watch"].tolist()
+    config = GPTConfig(**old["model_args"])
+    assert (config.n_kv_head, config.head_dim, config.n_inner, config.bias) == (1, 4, 64, False)

@@ -1,12 +1,15 @@
 """Settings from the command line and config files, their errors, and --help."""
 import ast
+import math
 from pathlib import Path
 
 import pytest
 import torch
-
-from lib.configurator import coerce, from_text, settings_of
 from helpers import HERE, SCRIPTS, TINY, one_line_error, run
+
+from lib.configurator import at_least, coerce, from_text, one_of, settings_of
+from lib.corpus import load_meta
+from lib.dataset import TokenStream
 
 
 @pytest.mark.parametrize("default, text, value", [
@@ -57,17 +60,17 @@ def test_later_settings_win_and_nanogpt_configs_work(tmp_path, fables_data):
     (["--compile"], "write --compile=VALUE"),
     (["config/nothing.py"], "no such config file"),
     (["n_layer=2"], "no such config file"),
-    (["--"], "lacks a value"),
+    (["--"], "has no value"),
     (["config"], "no such config file"),
     (["--device=toaster"], "toaster"),
     (["--dtype=float64"], "dtype must be"),
     (["--optimizer=sgd"], "optimizer must be"),
-    (["--softmax_words=7"], "softmax_words (7) must not be less"),
+    (["--softmax_tokens=7"], "softmax_tokens (7) must not be less"),
     (["--init_from=nowhere"], "init_from must be"),
     (["--batch_size=0"], "batch_size must be at least 1"),
-    (["--learning_rate=-1"], "learning_rate must not be negative"),
+    (["--learning_rate=-1"], "learning_rate must be at least 0"),
     (["--beta2=1"], "beta2 must be"),
-    (["--dataset=nothing"], "there is no data set nothing"),
+    (["--dataset=nothing"], "there is no dataset nothing"),
     (["--n_head=5"], "must be a multiple of n_head"),
     (["--dropout=1.5"], "dropout must be"),
     (["--batching=random"], "batching must be"),
@@ -119,3 +122,56 @@ def test_defaults_have_the_size_of_train_small():
     config, defaults, bench = (assignments(path) for path in ("config/train_small.py", "train.py", "bench.py"))
     for name in ("dataset", "n_layer", "n_head", "n_embd", "block_size", "batch_size", "dropout", "bias"):
         assert config[name] == defaults[name] == bench[name]
+
+
+# -----------------------------------------------------------------------------
+# What was given
+
+def test_what_differs_from_the_defaults_is_printed_once(tmp_path, fables_data):
+    args = [f"--dataset={fables_data}", f"--out_dir={tmp_path}/out", *TINY, "--max_iters=0"]
+    lines = [line for line in run("train.py", *args).stdout.splitlines()
+             if line.startswith("settings: ")]
+    assert len(lines) == 1 and "n_embd=16" in lines[0] and "max_iters=0" in lines[0]
+    assert "batching" not in lines[0] and "n_kv_head" not in lines[0]
+
+
+def test_a_renamed_setting_still_works_and_says_so_once(tmp_path, fables_data):
+    config = tmp_path / "old.py"
+    config.write_text("softmax_words = 200\n")
+    done = run("train.py", f"--dataset={fables_data}", f"--out_dir={tmp_path}/out", *TINY,
+               "--max_iters=1", str(config), "--softmax_words=256")
+    assert done.returncode == 0 and done.stderr.count("softmax_words is now called") == 1
+    settings = torch.load(tmp_path / "out/last.pt", weights_only=True)["config"]
+    assert settings["softmax_tokens"] == 256 and "softmax_words" not in settings
+    assert run("eval.py", str(config), f"--out_dir={tmp_path}/out", "--valid_samples=0").returncode == 0
+
+
+@pytest.mark.parametrize("args, steps", [
+    (["--max_epochs=1", "--max_iters=3"], 3),  # both given: the first one reached
+    (["--max_epochs=0.1", "--max_iters=9999"], None), (["--max_epochs=0.1"], None),
+    (["--max_minutes=0.001"], 1),  # its first step is the last
+])
+def test_limits_that_are_given_end_a_run(tmp_path, fables_data, args, steps):
+    tiny = [arg for arg in TINY if not arg.startswith(("--max_iters", "--lr_decay_iters"))]
+    done = run("train.py", f"--dataset={fables_data}", f"--out_dir={tmp_path}/out", *tiny,
+               "--eval_interval=9999", *args)
+    assert done.returncode == 0, done.stderr
+    stream = TokenStream(fables_data, "train", load_meta(fables_data))
+    epoch = (len(stream) - 32) // 32 / (4 * 2)  # steps of 2 x 4 windows of 32 tokens
+    last = torch.load(tmp_path / "out/last.pt", weights_only=True)["step"]
+    assert last == (steps or math.ceil(0.1 * epoch))
+
+
+@pytest.mark.parametrize("rule, good, bad, says", [
+    (at_least(1), [1, 9], [0, -1], "x must be at least 1, got"),
+    (at_least(0, below=1), [0, 0.5], [1, 1.5, -0.1], "x must be at least 0 and below 1, got"),
+    (at_least(0, at_most=3), [0, 3], [4], "x must be at least 0 and at most 3, got 4"),
+    (one_of("", "int8"), ["", "int8"], ["int4"], "x must be empty or int8, got 'int4'"),
+    (one_of("a", "b", "c"), ["a", "c"], [""], "x must be a, b or c, got ''"),
+])
+def test_rules(rule, good, bad, says):
+    for value in good:
+        rule("x", value)
+    for value in bad:
+        with pytest.raises(ValueError, match=says):
+            rule("x", value)

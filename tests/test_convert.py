@@ -1,4 +1,4 @@
-"""Models of Hugging Face and nanoGPT, loaded and compared with the originals."""
+"""lib/convert.py: models of Hugging Face and nanoGPT compared with the originals."""
 import json
 import pickle
 import re
@@ -9,19 +9,19 @@ import numpy as np
 import pytest
 import torch
 
+from export import write_hf_tokenizer
+from helpers import PROMPT, TEXT, export, run, tiny, train, transformers_of
 from lib.checkpoint import load_checkpoint, load_model
 from lib.convert import from_hf, to_hf
 from lib.tokenizer import EOT, get_tokenizer, gpt2_tokenizer, read_tokenizer_json
 from model import GPT, GPTConfig
-from export import write_hf_tokenizer
-from helpers import PROMPT, TEXT, export, run, tiny, train, transformers_of
 from sample import generate_text
 
 
 def test_missing_weights_are_named():
     weights = to_hf(tiny(arch="qwen3"))
     del weights["model.layers.1.mlp.up_proj.weight"], weights["model.norm.weight"]
-    with pytest.raises(ValueError, match=r"lack model.norm.weight and 1 more"):
+    with pytest.raises(ValueError, match=r"missing: model.norm.weight and 1 more"):
         from_hf(weights, tiny(arch="qwen3").config)
 
 
@@ -29,18 +29,21 @@ def test_hugging_face_folders_load(openai_folder, tmp_path):
     from transformers import GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)
-    Qwen3ForCausalLM(Qwen3Config(vocab_size=50257, hidden_size=16, intermediate_size=40, num_hidden_layers=2, head_dim=12,
-                                 num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64,
-                                 tie_word_embeddings=False)).save_pretrained(tmp_path / "qwen3")
+    qwen3 = Qwen3Config(vocab_size=50257, hidden_size=16, intermediate_size=40, head_dim=12,
+                        num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+                        max_position_embeddings=64, tie_word_embeddings=False)
+    Qwen3ForCausalLM(qwen3).save_pretrained(tmp_path / "qwen3")
     idx = torch.randint(50257, (2, 64))
     for folder, kind in ((openai_folder, GPT2LMHeadModel), (tmp_path / "qwen3", Qwen3ForCausalLM)):
         model, checkpoint = load_model(folder, "cpu")
         assert checkpoint["meta"]["tokenizer"] == {"kind": "gpt2"} and checkpoint["step"] == 0
         with torch.no_grad():
-            assert torch.allclose(model(idx)[0], kind.from_pretrained(folder)(idx).logits, atol=1e-5)
+            expected = kind.from_pretrained(folder)(idx).logits
+            assert torch.allclose(model(idx)[0], expected, atol=1e-5)
     config = json.loads((openai_folder / "config.json").read_text())
-    for change, says in (({"model_type": "llama"}, "'llama'"), ({"vocab_size": 99}, "vocabulary of 99"),
-                         ({"n_layer": 3}, "lack"), ({"n_embd": "x"}, "n_embd")):
+    for change, says in (({"model_type": "llama"}, "'llama'"),
+                         ({"vocab_size": 99}, "vocabulary of 99"),
+                         ({"n_layer": 3}, "missing"), ({"n_embd": "x"}, "n_embd")):
         (tmp_path / "bad").mkdir(exist_ok=True)
         shutil.copy(openai_folder / "model.safetensors", tmp_path / "bad")
         (tmp_path / "bad/config.json").write_text(json.dumps(config | change))
@@ -49,70 +52,82 @@ def test_hugging_face_folders_load(openai_folder, tmp_path):
 
 
 def test_nanogpt_checkpoints_load(tmp_path):
-    shape = dict(n_layer=1, n_head=2, n_embd=8, block_size=16, bias=False, vocab_size=50304, dropout=0.0)
+    shape = dict(n_layer=1, n_head=2, n_embd=8, block_size=16, bias=False, vocab_size=50304,
+                 dropout=0.0)
     theirs = GPT(GPTConfig(**shape, gelu="none")).eval()
-    torch.save({"model": {f"_orig_mod.{k}": v for k, v in theirs.state_dict().items()}, "model_args": shape,
-                "optimizer": {}, "iter_num": 7, "best_val_loss": torch.tensor(3.5), "config": {"dataset": "openwebtext"}},
+    weights = {f"_orig_mod.{name}": w for name, w in theirs.state_dict().items()}
+    torch.save({"model": weights, "model_args": shape, "optimizer": {}, "iter_num": 7,
+                "best_val_loss": torch.tensor(3.5), "config": {"dataset": "openwebtext"}},
                tmp_path / "ckpt.pt")
     model, checkpoint = load_model(tmp_path, "cpu")
     idx = torch.randint(50257, (1, 9))
-    assert model(idx)[0].equal(theirs(idx)[0]) and (checkpoint["step"], checkpoint["best_val_loss"]) == (7, 3.5)
+    assert model(idx)[0].equal(theirs(idx)[0])
+    assert (checkpoint["step"], checkpoint["best_val_loss"]) == (7, 3.5)
 
 
 def make_qwen3(folder: Path) -> None:
-    """A Qwen3 as its makers publish them: bfloat16, a byte-level BPE of its own, special tokens behind the end of text."""
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    """Write a Qwen3 like the published ones: bfloat16, its own BPE and special tokens."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, trainers
+    from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-    made = Tokenizer(models.BPE())
-    made.normalizer = normalizers.NFC()
-    pattern = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-               r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-    made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"),
-                                                  pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    made.decoder = decoders.ByteLevel()
-    made.train_from_iterator([TEXT] * 50, trainers.BpeTrainer(vocab_size=300, show_progress=False,
-                                                              initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    made.add_special_tokens([EOT, "<|im_start|>", "<|im_end|>"])
-    PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|im_end|>", pad_token=EOT).save_pretrained(folder)
+    rust = Tokenizer(models.BPE())
+    rust.normalizer = normalizers.NFC()
+    pattern = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+               r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+    rust.pre_tokenizer = Sequence([Split(Regex(pattern), "isolated"),
+                                   ByteLevel(add_prefix_space=False, use_regex=False)])
+    rust.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=300, show_progress=False,
+                                  initial_alphabet=ByteLevel.alphabet())
+    rust.train_from_iterator([TEXT] * 50, trainer)
+    rust.add_special_tokens([EOT, "<|im_start|>", "<|im_end|>"])
+    PreTrainedTokenizerFast(tokenizer_object=rust, eos_token="<|im_end|>",
+                            pad_token=EOT).save_pretrained(folder)
     torch.manual_seed(0)
-    Qwen3ForCausalLM(Qwen3Config(vocab_size=320, hidden_size=16, intermediate_size=40, num_hidden_layers=2, head_dim=12,
-                                 num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64, rope_parameters={
-                                     "rope_type": "default", "rope_theta": 1e6})).bfloat16().save_pretrained(folder)
+    config = Qwen3Config(vocab_size=320, hidden_size=16, intermediate_size=40, head_dim=12,
+                         num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+                         max_position_embeddings=64,
+                         rope_parameters={"rope_type": "default", "rope_theta": 1e6})
+    Qwen3ForCausalLM(config).bfloat16().save_pretrained(folder)
 
 
-def test_a_qwen3_of_others_comes_with_its_tokenizer(tmp_path):
+def test_qwen3_is_loaded_with_its_tokenizer(tmp_path):
     make_qwen3(tmp_path)
     theirs, tokenizer = transformers_of(tmp_path)
     model, checkpoint = load_model(tmp_path, "cpu")
     ours = get_tokenizer(checkpoint["meta"])
     for text in (TEXT, PROMPT, "I'LL  go 123\r\n\n\u00e9"):
-        assert ours.encode(text) == tokenizer(text).input_ids and ours.decode(ours.encode(text)) == text
+        assert ours.encode(text) == tokenizer(text).input_ids
+        assert ours.decode(ours.encode(text)) == text
     assert ours.decode([ours.eot]) == EOT
     idx = torch.tensor([ours.encode(TEXT)[:60]])
     with torch.no_grad():
         assert torch.allclose(model(idx)[0], theirs.float()(idx).logits, atol=1e-5)
-    assert generate_text(PROMPT, 5, temperature=0, out_dir=str(tmp_path), device="cpu").startswith(PROMPT)
+    text = generate_text(PROMPT, 5, temperature=0, out_dir=str(tmp_path), device="cpu")
+    assert text.startswith(PROMPT)
 
 
-def test_gpt2s_own_tokenizer_is_known_as_such(tmp_path):
+def test_the_tokenizer_of_gpt2_is_recognized(tmp_path):
     write_hf_tokenizer(gpt2_tokenizer(), tmp_path, 64)
     assert read_tokenizer_json((tmp_path / "tokenizer.json").read_text()) == {"kind": "gpt2"}
 
 
 @pytest.mark.parametrize("config, weights, says", [
-    ({}, lambda w: w.pop("model.norm.weight"), "lack model.norm.weight"),
+    ({}, lambda w: w.pop("model.norm.weight"), "missing: model.norm.weight"),
     ({}, lambda w: w.update({"model.layers.1.mlp.up_proj.weight": torch.zeros(40, 15)}),
      "model.layers.1.mlp.up_proj.weight has the shape (40, 15), not (40, 16)"),
-    ({}, lambda w: w.update({"model.layers.2.mlp.up_proj.weight": torch.zeros(40, 16)}), "up_proj.weight, which has no place"),
-    ({"hidden_act": "gelu"}, None, "its hidden_act is 'gelu'; known here is 'silu'"),
+    ({}, lambda w: w.update({"model.layers.2.mlp.up_proj.weight": torch.zeros(40, 16)}),
+     "up_proj.weight, which has no place"),
+    ({"hidden_act": "gelu"}, None, "its hidden_act is 'gelu'; only 'silu' is supported"),
     ({"attention_bias": True}, None, "its attention_bias is True"),
-    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, None, "its rope_type is 'yarn'"),
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, None,
+     "its rope_type is 'yarn'"),
     ({"vocab_size": 290}, None, "vocabulary of 290"),
     ({"num_hidden_layers": "2"}, None, "n_layer takes int"),
     ({"model_type": "llama"}, None, "'llama'"),
 ])
-def test_what_a_folder_lacks_is_named(tmp_path, config, weights, says):
+def test_what_does_not_fit_is_named(tmp_path, config, weights, says):
     from safetensors.torch import load_file, save_file
 
     make_qwen3(tmp_path)
@@ -126,39 +141,47 @@ def test_what_a_folder_lacks_is_named(tmp_path, config, weights, says):
         load_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["{", "[]", "5", '{"meta": 5}', '{"step": "7"}', '{"config": []}',
-                                    '{"meta": {"vocab_size": 320}}'])
-def test_a_damaged_description_is_named(tmp_path, damage):
+@pytest.mark.parametrize("damage", [
+    "{", "[]", "5", '{"meta": 5}', '{"step": "7"}', '{"config": []}',
+    '{"meta": {"vocab_size": 320}}'])
+def test_a_damaged_meta_json_is_named(tmp_path, damage):
     make_qwen3(tmp_path)
     (tmp_path / "meta.json").write_text(damage)
-    with pytest.raises(ValueError, match=f"{tmp_path}.* (cannot|can) be read"):
+    with pytest.raises(ValueError, match=f"{tmp_path}.* (can be|cannot) read"):
         load_checkpoint(tmp_path)
 
 
-def test_nanogpts_characters(tmp_path):
-    """Its data set of characters trains, and its checkpoint samples, by the meta.pkl that nanoGPT writes beside them."""
+def test_nanogpt_characters(tmp_path):
+    """The meta.pkl of nanoGPT is enough to train on its characters and to sample."""
     text = "to be, or not to be\n" * 40
     chars = sorted(set(text))
-    meta = {"vocab_size": len(chars), "itos": dict(enumerate(chars)), "stoi": {c: i for i, c in enumerate(chars)}}
+    meta = {"vocab_size": len(chars), "itos": dict(enumerate(chars)),
+            "stoi": {c: i for i, c in enumerate(chars)}}
     for name, part in (("train", text[:700]), ("val", text[700:])):
         np.array([meta["stoi"][c] for c in part], dtype=np.uint16).tofile(tmp_path / f"{name}.bin")
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
     train(tmp_path, tmp_path / "out")
-    assert load_checkpoint(tmp_path / "out")["meta"]["tokenizer"] == {"kind": "char", "vocab": chars}
-    shape = dict(n_layer=1, n_head=2, n_embd=8, block_size=16, bias=False, vocab_size=len(chars), dropout=0.0)
-    torch.save({"model": GPT(GPTConfig(**shape)).state_dict(), "model_args": shape, "optimizer": {}, "iter_num": 7,
-                "best_val_loss": 3.5, "config": {"dataset": "bard_char"}}, tmp_path / "ckpt.pt")
+    tokenizer = load_checkpoint(tmp_path / "out")["meta"]["tokenizer"]
+    assert tokenizer == {"kind": "char", "vocab": chars}
+    shape = dict(n_layer=1, n_head=2, n_embd=8, block_size=16, bias=False, vocab_size=len(chars),
+                 dropout=0.0)
+    torch.save({"model": GPT(GPTConfig(**shape)).state_dict(), "model_args": shape, "optimizer": {},
+                "iter_num": 7, "best_val_loss": 3.5, "config": {"dataset": "bard_char"}},
+               tmp_path / "ckpt.pt")
     assert set(generate_text("to be", 20, out_dir=str(tmp_path), device="cpu")) <= set(chars)
     export(tmp_path, tmp_path / "hf")
     theirs, tokenizer = transformers_of(tmp_path / "hf")
-    said = theirs.generate(**tokenizer("to be", return_tensors="pt"), max_new_tokens=8, do_sample=False)
-    assert tokenizer.decode(said[0]) == generate_text("to be", 8, temperature=0, out_dir=str(tmp_path), device="cpu")
+    inputs = tokenizer("to be", return_tensors="pt")
+    ids = theirs.generate(**inputs, max_new_tokens=8, do_sample=False)
+    text = generate_text("to be", 8, temperature=0, out_dir=str(tmp_path), device="cpu")
+    assert tokenizer.decode(ids[0]) == text
     done = run("export.py", f"--out_dir={tmp_path}", "--format=gguf", f"--to={tmp_path / 'a.gguf'}")
     assert done.returncode == 2 and "llama.cpp needs a token that ends a text" in done.stderr
-    (tmp_path / "meta.pkl").write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR.")
+    command = b"touch " + str(tmp_path / "ran").encode()
+    (tmp_path / "meta.pkl").write_bytes(b"cos\nsystem\n(S'" + command + b"'\ntR.")
     with pytest.raises(ValueError, match="it asks for os.system"):
         load_checkpoint(tmp_path)
     assert not (tmp_path / "ran").exists()
     (tmp_path / "meta.pkl").unlink()
-    with pytest.raises(ValueError, match="put the meta.pkl of its data beside it"):
+    with pytest.raises(ValueError, match="put the meta.pkl of its dataset beside it"):
         load_checkpoint(tmp_path)

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # for `python tests/test_
 
 from lib.checkpoint import find_resumable, read_checkpoint
 from lib.configurator import settings_of
-from helpers import HERE, SCRIPTS, TINY, assert_same, damage_by, read_log, run, train
+from helpers import HERE, SCRIPTS, TINY, Forked, assert_same, damage_by, read_log, run, start, train, train_on_ranks
 
 LONGER = ["--max_iters=40", "--lr_decay_iters=40", "--eval_interval=4", "--init_from=auto"]
 
@@ -59,11 +59,10 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def command(data: Path, out_dir: Path, *args: str, ranks: int = 0) -> list[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "--max-restarts=3"]
-    return [sys.executable, *(launcher if ranks else []), "train.py", f"--dataset={data}", f"--out_dir={out_dir}", *TINY,
-            *LONGER, *args]
+    return [*(launcher if ranks else []), "train.py", f"--dataset={data}", f"--out_dir={out_dir}", *TINY, *LONGER, *args]
 
 
-def start(command: list[str], **how) -> subprocess.Popen:
+def start_program(command: list[str], **how) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **how)
 
 
@@ -85,7 +84,7 @@ def train_through_kills(data: Path, out_dir: Path, kills: int, rng: random.Rando
     """Kill a run `kills` times at random instants, each time going on with it, and let it end; what each kill hit."""
     hit = []
     while True:
-        process = start(command(data, out_dir))
+        process = start(*command(data, out_dir))
         for line in process.stdout:  # imports are not worth killing: wait until it trains
             if line.startswith(("resuming", "step 0")):
                 break
@@ -116,13 +115,12 @@ def test_kills_at_random_instants_change_nothing(tmp_path, fables_data, undistur
 
 
 @pytest.mark.parametrize("operation, n, files", [  # all in the saving of step 4, the second one
-    ("save", 4, {"last.pt", "last.pt.tmp"}), ("fsync", 5, {"last.pt", "last.pt.tmp"}),
+    ("save", 4, {"last.pt", "last.pt.tmp"}), ("fsync", 6, {"last.pt", "last.pt.tmp"}),
     ("replace", 5, {"last.pt", "best.pt.tmp"}), ("replace", 6, {"last.pt", "last.pt.tmp"}),
     ("replace", 7, {"prev.pt", "last.pt.tmp"}),  # for this instant there is no last.pt
 ])
 def test_a_kill_inside_a_write_changes_nothing(tmp_path, fables_data, undisturbed, operation, n, files):
-    script = command(fables_data, tmp_path / "out")[1:]
-    killed = start([sys.executable, "-c", KILL_AT, operation, str(n), *script])
+    killed = start("-c", KILL_AT, operation, str(n), *command(fables_data, tmp_path / "out"))
     output = killed.communicate()[0]
     assert killed.returncode == -signal.SIGKILL, output
     left = {path.name for path in (tmp_path / "out").iterdir()}
@@ -133,7 +131,7 @@ def test_a_kill_inside_a_write_changes_nothing(tmp_path, fables_data, undisturbe
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_polite_signal_finishes_the_step_and_saves(tmp_path, fables_data, undisturbed, number):
-    process = start(command(fables_data, tmp_path / "out"))
+    process = start(*command(fables_data, tmp_path / "out"))
     for line in process.stdout:
         if line.startswith("step 7:"):
             process.send_signal(number)
@@ -146,7 +144,7 @@ def test_a_polite_signal_finishes_the_step_and_saves(tmp_path, fables_data, undi
 
 
 def test_a_second_interrupt_leaves_at_once(tmp_path, fables_data):
-    process = start(command(fables_data, tmp_path / "out", "--max_iters=100000", "--eval_interval=100000", "--n_layer=8"))
+    process = start(*command(fables_data, tmp_path / "out", "--max_iters=100000", "--eval_interval=100000", "--n_layer=8"))
     for line in process.stdout:
         if line.startswith("step 2:"):
             process.send_signal(signal.SIGSTOP)  # so that both signals are there before the step is over
@@ -161,11 +159,8 @@ def test_a_second_interrupt_leaves_at_once(tmp_path, fables_data):
 def test_no_space_left_keeps_the_newest_good_checkpoint(tmp_path, fables_data, undisturbed):
     train(fables_data, tmp_path / "out", *LONGER, "--max_iters=8")
     size = (tmp_path / "out/last.pt").stat().st_size
-
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
-
-    process = start(command(fables_data, tmp_path / "out"), preexec_fn=limit)
+    process = start(*command(fables_data, tmp_path / "out"))
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size // 2, size // 2))
     output = process.communicate()[0]
     assert process.returncode == 2 and "Traceback" not in output, output
     assert "last.pt could not be written (File too large)" in output and not any((tmp_path / "out").glob("*.tmp"))
@@ -190,11 +185,11 @@ def test_a_damaged_checkpoint_costs_one_interval_and_nothing_else(tmp_path, fabl
 
 
 def test_two_processes_never_share_a_run(tmp_path, fables_data):
-    first = start(command(fables_data, tmp_path / "out", "--max_iters=100000"))
+    first = start(*command(fables_data, tmp_path / "out", "--max_iters=100000"))
     for line in first.stdout:
         if line.startswith("step 3:"):
             break
-    second = run(*command(fables_data, tmp_path / "out")[1:])
+    second = run(*command(fables_data, tmp_path / "out"))
     first.kill()
     first.communicate()
     assert second.returncode == 2 and f"process {first.pid} is training in" in second.stderr
@@ -204,21 +199,21 @@ def test_two_processes_never_share_a_run(tmp_path, fables_data):
 
 @pytest.mark.parametrize("out_dir", ["/proc/run", "README.md/run"])
 def test_a_folder_that_cannot_be_written(fables_data, out_dir):
-    done = run(*command(fables_data, Path(out_dir))[1:])
+    done = run(*command(fables_data, Path(out_dir)))
     assert done.returncode == 2 and out_dir in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
 # -----------------------------------------------------------------------------
 # Ranks
 
-def workers_of(process: subprocess.Popen) -> list[int]:
+def workers_of(process: Forked) -> list[int]:
     done = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
     return [int(pid) for pid in done.stdout.split()]
 
 
 def train_through_rank_kills(data: Path, out_dir: Path, kills: int, rng: random.Random) -> int:
     """Kill one of two workers at random instants; torchrun starts both again. The number of kills that hit."""
-    process = start(command(data, out_dir, ranks=2))
+    process = start(*command(data, out_dir, ranks=2))
     hit = 0
     for line in process.stdout:
         if line.startswith(("resuming", "step 0")) and hit < kills:
@@ -232,7 +227,7 @@ def train_through_rank_kills(data: Path, out_dir: Path, kills: int, rng: random.
 
 
 def test_a_killed_rank_changes_nothing(tmp_path, fables_data):
-    train(fables_data, tmp_path / "whole", *LONGER, ranks=2)
+    train_on_ranks(2, fables_data, tmp_path / "whole", *LONGER)
     assert train_through_rank_kills(fables_data, tmp_path / "out", 1, random.Random(1)) == 1
     assert_same_outcome(tmp_path / "whole", tmp_path / "out")
 
@@ -256,7 +251,7 @@ def two_machines():
                 pytest.skip(f"network namespaces cannot be made here: {done.stderr.strip()}")
         prefixes = [["ip", "netns", "exec", name] for name in names]
         listen = "import socket; s = socket.create_server(('10.99.0.1', 29501)); print(flush=True); s.settimeout(9); s.accept()"
-        listener = start([*prefixes[0], sys.executable, "-c", listen])
+        listener = start_program([*prefixes[0], sys.executable, "-c", listen])
         listener.stdout.readline()
         knock = "import socket; socket.create_connection(('10.99.0.1', 29501), timeout=5)"
         if subprocess.run([*prefixes[1], sys.executable, "-c", knock], capture_output=True).returncode or listener.wait():
@@ -269,13 +264,13 @@ def two_machines():
 
 def test_two_machines_train_like_one(tmp_path, fables_data, two_machines):
     """The README's command for two nodes, in two network namespaces that share only the disk."""
-    train(fables_data, tmp_path / "one", "--max_iters=12", "--lr_decay_iters=12", ranks=2)
+    train_on_ranks(2, fables_data, tmp_path / "one", "--max_iters=12", "--lr_decay_iters=12")
     nodes = []
     for number, (prefix, cable) in enumerate(two_machines, 1):  # both think they have this machine's name: tell them apart
         launcher = [f"--rdzv_conf=is_host={number == 1}", f"--local_addr=10.99.0.{number}",
                     "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_endpoint=10.99.0.1:29500",
                     "--max-restarts=3"]
-        nodes.append(start([*prefix, sys.executable, "-m", "torch.distributed.run", *launcher, "train.py",
+        nodes.append(start_program([*prefix, sys.executable, "-m", "torch.distributed.run", *launcher, "train.py",
                             f"--dataset={fables_data}", f"--out_dir={tmp_path}/two", *TINY, "--max_iters=12",
                             "--lr_decay_iters=12", "--init_from=auto"],
                            env=os.environ | {"GLOO_SOCKET_IFNAME": cable, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}))
@@ -467,7 +462,7 @@ def main() -> None:
         done = run("data/fables/prepare.py", f"--out_dir={data}", "--train_stories=60", "--val_stories=8")
         assert done.returncode == 0, done.stderr
         train(data, root / "whole", *LONGER)
-        train(data, root / "whole2", *LONGER, ranks=2)
+        train_on_ranks(2, data, root / "whole2", *LONGER)
         hits, exact, runs, rank_hits, rank_exact, rank_runs = [], 0, 0, 0, 0, 0
         while len(hits) < args.kills:
             kills = min(10, args.kills - len(hits))

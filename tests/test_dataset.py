@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from lib.corpus import finish_dataset, write_split
-from lib.dataset import TokenStream, TrainBatches, eval_batches, load_meta, prefetch, shuffled
+from lib.corpus import finish_dataset, load_meta, write_split
+from lib.dataset import TokenStream, TrainBatches, eval_batches, permute, prefetch
 from lib.tokenizer import get_tokenizer, train_tokenizer
 from helpers import SPLITS
 
@@ -20,22 +20,22 @@ def bins(folder: Path, **splits: list[int]) -> dict:
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 64, 1000, 1025])
-def test_shuffled_is_a_permutation(n):
-    one, two = (shuffled(np.arange(n), n, key) for key in (1, 2))
+def test_permute_is_a_permutation(n):
+    one, two = (permute(np.arange(n), n, key) for key in (1, 2))
     assert sorted(one) == sorted(two) == list(range(n))
     if n >= 64:
         assert (one != two).mean() > 0.8 and (one != np.arange(n)).mean() > 0.8
         assert abs(np.corrcoef(np.arange(n), one)[0, 1]) < 0.3
 
 
-def test_shuffled_is_random_at_any_size():
+def test_permute_is_random_at_any_size():
     """Each position goes to each place equally often over many keys (chi-squared, 35 degrees of freedom)."""
     n, keys = 6, 3000
     counts = np.zeros((n, n))
     for key in range(keys):
-        counts[np.arange(n), shuffled(np.arange(n), n, key)] += 1
+        counts[np.arange(n), permute(np.arange(n), n, key)] += 1
     assert ((counts - keys / n) ** 2 / (keys / n)).sum() < 70
-    big = shuffled(np.arange(1000), 10**11, 7)
+    big = permute(np.arange(1000), 10**11, 7)
     assert len(set(big)) == 1000 and 0.45e11 < big.mean() < 0.55e11
 
 
@@ -46,14 +46,14 @@ def test_an_epoch_serves_every_window_once(tmp_path):
     epochs = []
     position = iter(row for i in range(75) for row in zip(*batches.batch(i)))
     for _ in range(3):
-        rows = [next(position) for _ in range(batches.windows)]
+        rows = [next(position) for _ in range(batches.n_windows)]
         for x, y in rows:
             assert y.tolist() == [t + 1 for t in x.tolist()] and len(x) == 10  # ids count up, so windows are contiguous
         firsts = [int(x[0]) for x, _ in rows]
         assert sorted(firsts) == list(range(min(firsts), min(firsts) + 10 * len(firsts), 10))  # each window once
         assert min(firsts) < 10 and max(firsts) + 10 < 1003
         epochs.append(firsts)
-    assert batches.windows == 99
+    assert batches.n_windows == 99
     assert len({min(firsts) for firsts in epochs}) > 1 and epochs[0] != epochs[1]  # another offset, another order
 
 
@@ -77,9 +77,9 @@ def test_global_batch_is_the_same_for_any_number_of_ranks(tmp_path, batching, wo
         for rank in range(world_size):
             mine = TrainBatches(stream, 8, 3, seed=1, batching=batching, eot=0)
             for i in range(step * accumulation + rank, (step + 1) * accumulation, world_size):
-                seen.append((step, i, mine.rows_of_batch(i).tolist()))
+                seen.append((step, i, mine.spans_of_batch(i).tolist()))
     reference = TrainBatches(stream, 8, 3, seed=1, batching=batching, eot=0)
-    assert sorted(seen) == [(i // accumulation, i, reference.rows_of_batch(i).tolist()) for i in range(5 * accumulation)]
+    assert sorted(seen) == [(i // accumulation, i, reference.spans_of_batch(i).tolist()) for i in range(5 * accumulation)]
 
 
 def test_documents_by_length(tmp_path):
@@ -116,7 +116,7 @@ def test_padding_by_length_is_a_quarter_of_that_in_random_order(tmp_path):
 
 def test_long_documents_are_cut(tmp_path):
     stream = TokenStream(tmp_path, "train", bins(tmp_path, train=[5, 6, 7, 8, 9, 0, 1, 2, 3, 4]))
-    assert stream.document_rows(0, 4).tolist() == [[0, 4], [4, 6], [6, 10]]  # the last document was never ended
+    assert stream.document_spans(0, 4).tolist() == [[0, 4], [4, 6], [6, 10]]  # the last document was never ended
     rows = [(x, y) for xs, ys in eval_batches(stream, 4, 2, "by_length", 0) for x, y in zip(xs.tolist(), ys.tolist())]
     assert sorted(rows) == [([0, 1, 2, 3], [1, 2, 3, 4]), ([0, 5, 6, 7], [5, 6, 7, 8]), ([8, 9], [9, 0])]
 
@@ -145,7 +145,7 @@ def test_shards_read_as_one_stream(tmp_path):
     assert len(one) == len(many) == 300
     for start, stop in [(0, 300), (9, 12), (10, 11), (5, 6), (250, 300)]:
         assert one.read(start, stop).tolist() == many.read(start, stop).tolist() == ids[start:stop].tolist()
-    assert one.document_rows(5, 64).tolist() == many.document_rows(5, 64).tolist()
+    assert one.document_spans(5, 64).tolist() == many.document_spans(5, 64).tolist()
 
 
 def test_prefetch_keeps_order_and_passes_errors_on():

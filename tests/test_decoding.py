@@ -4,13 +4,14 @@ import math
 import pytest
 import torch
 
-from model import candidates, largest, penalize, sample_token
+from lib.decoding import Sampling, topk
 
 
 def test_sampled_frequencies_are_the_probabilities():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, -9.0]])
     generator = torch.Generator().manual_seed(0)
-    draws = torch.cat([sample_token(logits.expand(1000, -1), 0.7, top_k=3, generator=generator) for _ in range(20)])
+    sampler, text = Sampling(0.7, top_k=3, generator=generator), torch.zeros(1000, 1, dtype=torch.long)
+    draws = torch.cat([sampler(logits.expand(1000, -1), text) for _ in range(20)])
     kept = (logits[0, :3] / 0.7).exp()
     expected = torch.cat([kept / kept.sum(), torch.zeros(2)])
     frequencies = torch.bincount(draws, minlength=5) / len(draws)
@@ -18,17 +19,17 @@ def test_sampled_frequencies_are_the_probabilities():
 
 
 def test_temperature_zero_and_top_k_one_are_argmax():
-    logits = torch.randn(50, 61)
+    logits, text = torch.randn(50, 61), torch.zeros(50, 1, dtype=torch.long)
     best = logits.argmax(-1)
     for how in (dict(temperature=0.0), dict(temperature=5.0, top_k=1), dict(top_p=1e-6), dict(min_p=1.0)):
-        assert sample_token(logits, **how).equal(best)
+        assert Sampling(**how)(logits, text).equal(best)
 
 
 @pytest.mark.parametrize("how", [
     dict(top_k=5), dict(top_p=0.7), dict(min_p=0.2), dict(top_k=20, top_p=0.8), dict(top_p=0.9, min_p=0.05),
     dict(top_k=30, top_p=0.9, min_p=0.02), dict(top_k=500), dict(top_p=1e-3),
 ])
-def test_what_is_drawn_from_is_what_transformers_leaves(how):
+def test_candidates_are_those_of_transformers(how):
     from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     torch.manual_seed(0)
@@ -36,8 +37,8 @@ def test_what_is_drawn_from_is_what_transformers_leaves(how):
     expected = TemperatureLogitsWarper(0.7)(None, logits)
     for name, warper in (("top_k", TopKLogitsWarper), ("top_p", TopPLogitsWarper), ("min_p", MinPLogitsWarper)):
         expected = warper(how[name])(None, expected) if name in how else expected
-    left, words = candidates(logits, **(dict(temperature=0.7, top_k=0, top_p=1.0, min_p=0.0) | how))
-    ours = left if words is None else torch.full_like(logits, -math.inf).scatter(1, words, left)
+    left, ids = Sampling(temperature=0.7, **how).candidates(logits)
+    ours = left if ids is None else torch.full_like(logits, -math.inf).scatter(1, ids, left)
     torch.testing.assert_close(ours.softmax(-1), expected.softmax(-1))
 
 
@@ -49,13 +50,14 @@ def test_penalties_are_those_of_transformers(penalty, ngram):
     logits, text = torch.randn(6, 9), torch.randint(9, (6, 14))
     expected = RepetitionPenaltyLogitsProcessor(penalty)(text, logits.clone())
     expected = NoRepeatNGramLogitsProcessor(ngram)(text, expected) if ngram else expected
-    assert penalize(logits, text, None, penalty, ngram).equal(expected)
+    sampling = Sampling(repetition_penalty=penalty, no_repeat_ngram=ngram)
+    assert sampling.penalize(logits, text).equal(expected)
     padded = torch.cat((torch.zeros(6, 3, dtype=torch.long), text), dim=1)
-    assert penalize(logits, padded, torch.full((6,), 3), penalty, ngram).equal(expected)
+    assert sampling.penalize(logits, padded, torch.full((6,), 3)).equal(expected)
 
 
 @pytest.mark.parametrize("V, k", [(61, 3), (6400, 1), (6401, 5), (10000, 40), (10000, 400)])
-def test_largest_is_topk(V, k):
+def test_topk_is_that_of_torch(V, k):
     logits = torch.randn(3, V, generator=torch.Generator().manual_seed(0))
-    for mine, theirs in zip(largest(logits, k), logits.topk(k)):
+    for mine, theirs in zip(topk(logits, k), logits.topk(k)):
         assert torch.equal(mine, theirs)

@@ -11,23 +11,29 @@ import numpy as np
 import pytest
 import torch
 
-from lib.checkpoint import load_model
-from lib.convert import from_hf
-from lib.dataset import TokenStream, eval_batches, load_meta
-from lib.tokenizer import get_tokenizer
-from model import GPT, GPTConfig, quantize_int8
 from eval import compare_texts, distinct, leading_texts, repetition, score, sizes
 from helpers import one_line_error, run, train
+from lib.checkpoint import load_model, model_from_weights
+from lib.convert import from_hf
+from lib.corpus import load_meta
+from lib.dataset import TokenStream, eval_batches
+from lib.quantize import quantize_int8
+from lib.tokenizer import get_tokenizer
+from model import GPT, GPTConfig
+
+
+def read_summary(folder: Path) -> dict:
+    return json.loads((folder / "metrics_summary.json").read_text())
 
 
 @pytest.mark.parametrize("batching", ["windows", "by_length"])
 def test_metrics_equal_a_plain_computation(trained, fables_data, tmp_path, batching):
     out = tmp_path / "out"
     shutil.copytree(trained, out)
-    done = run("eval.py", f"--out_dir={out}", f"--batching={batching}", "--valid_samples=5", "--dtype=float32",
-               "--batch_size=3")
+    args = [f"--batching={batching}", "--valid_samples=5", "--dtype=float32", "--batch_size=3"]
+    done = run("eval.py", f"--out_dir={out}", *args)
     assert done.returncode == 0, done.stderr
-    summary = json.loads((out / "metrics_summary.json").read_text())
+    summary = read_summary(out)
 
     model, checkpoint = load_model(out, "cpu")
     meta = load_meta(fables_data)
@@ -40,7 +46,7 @@ def test_metrics_equal_a_plain_computation(trained, fables_data, tmp_path, batch
         if batching == "by_length" and (ids[position - 1] == 0 or len(context) > 32):
             context = [ids[position - 1]]
         if batching == "windows" and position == 0:
-            context = [target]  # nothing foretells the first token
+            context = [target]  # nothing predicts the first token
             continue
         if len(context) > 32:
             context = [ids[position - 1]]
@@ -52,66 +58,82 @@ def test_metrics_equal_a_plain_computation(trained, fables_data, tmp_path, batch
         context.append(target)
     counts = meta["splits"]["val"]
     loss = nats / n
-    expected = dict(tokens=n, loss=loss, perplexity=math.exp(loss), accuracy=top1 / n, accuracy_top5=top5 / n,
-                    bits_per_byte=loss * len(ids) / math.log(2) / counts["bytes"],
-                    bits_per_char=loss * len(ids) / math.log(2) / counts["characters"],
-                    word_perplexity=math.exp(loss * len(ids) / counts["words"]))
+    total = loss * len(ids)
+    expected = dict(tokens=n, loss=loss, perplexity=math.exp(loss), accuracy=top1 / n,
+                    accuracy_top5=top5 / n, bits_per_byte=total / math.log(2) / counts["bytes"],
+                    bits_per_char=total / math.log(2) / counts["characters"],
+                    word_perplexity=math.exp(total / counts["words"]))
     for key, value in expected.items():
         assert summary[key] == pytest.approx(value, rel=1e-4), key
-    assert summary["floor"] == (meta["floor"] if batching == "by_length" else None) and summary["valid_share"] == 0.0
+    assert summary["floor"] == (meta["floor"] if batching == "by_length" else None)
+    assert summary["valid_share"] == 0.0
     assert ("above the floor" in done.stdout) == (batching == "by_length")
     assert summary["parameters"] == model.num_params() and summary["peak_memory_bytes"] > 1e7
     assert summary["step"] == checkpoint["step"] and summary["dataset"] == "fables"
-    assert summary["generation_tokens_per_second"] > 1 and summary["rouge1"] is summary["stride"] is None
+    assert summary["generation_tokens_per_second"] > 1
+    assert summary["rouge1"] is summary["stride"] is None
+    settings = f"settings: out_dir={out}, batching={batching}, batch_size=3, valid_samples=5, "
+    assert done.stdout.startswith(settings + "dtype=float32\n")
 
 
 def test_a_model_that_knows_its_fable_is_valid(tmp_path):
-    """One story only, learned by heart: no loss left, and every sample is that story."""
-    done = run("data/fables/prepare.py", f"--out_dir={tmp_path}/one", "--train_stories=1", "--val_stories=1")
+    """A model of one story has no loss, and every sample is that story."""
+    done = run("data/fables/prepare.py", f"--out_dir={tmp_path}/one", "--train_stories=1",
+               "--val_stories=1")
     assert done.returncode == 0, done.stderr
-    shutil.copy(tmp_path / "one/train.bin", tmp_path / "one/val.bin")  # validate on the story itself
+    shutil.copy(tmp_path / "one/train.bin", tmp_path / "one/val.bin")  # validate on the story
     meta = json.loads((tmp_path / "one/meta.json").read_text())
     meta["splits"]["val"] = meta["splits"]["train"]
     (tmp_path / "one/meta.json").write_text(json.dumps(meta))
-    train(tmp_path / "one", tmp_path / "out", "--batching=by_length", "--block_size=160", "--n_embd=64", "--dropout=0",
-          "--batch_size=1", "--gradient_accumulation_steps=1", "--max_iters=300", "--eval_interval=300",
-          "--learning_rate=0.01", "--min_lr=0.01", "--beta2=0.95", "--weight_decay=0")
+    train(tmp_path / "one", tmp_path / "out", "--batching=by_length", "--block_size=160",
+          "--n_embd=64", "--dropout=0", "--batch_size=1", "--gradient_accumulation_steps=1",
+          "--max_iters=300", "--eval_interval=300", "--learning_rate=0.01", "--min_lr=0.01",
+          "--beta2=0.95", "--weight_decay=0")
     done = run("eval.py", f"--out_dir={tmp_path}/out", "--valid_samples=20")
     assert done.returncode == 0, done.stderr
-    summary = json.loads((tmp_path / "out/metrics_summary.json").read_text())
+    summary = read_summary(tmp_path / "out")
     assert summary["loss"] < 0.001 and summary["accuracy"] == 1.0 and summary["valid_share"] >= 0.9
     stream = TokenStream(tmp_path / "one", "train", meta)
     story = get_tokenizer(meta).decode(stream.read(0, len(stream) - 1).tolist())
-    told = run("sample.py", f"--out_dir={tmp_path}/out", "--num_samples=1", "--temperature=0").stdout
-    assert told.startswith(story + "\n---")
+    done = run("sample.py", f"--out_dir={tmp_path}/out", "--num_samples=1", "--temperature=0")
+    assert done.stdout.startswith(story + "\n---")
 
 
-def test_eval_refuses_another_tokenizer(trained, tmp_path):
+def test_another_tokenizer_is_an_error(trained, tmp_path):
     (tmp_path / "input.txt").write_text("abc " * 100)
-    done = run("data/shakespeare_char/prepare.py", f"--source={tmp_path}/input.txt", f"--out_dir={tmp_path}/chars")
+    done = run("data/shakespeare_char/prepare.py", f"--source={tmp_path}/input.txt",
+               f"--out_dir={tmp_path}/chars")
     assert done.returncode == 0, done.stderr
-    assert "another tokenizer" in one_line_error(run("eval.py", f"--out_dir={trained}", f"--dataset={tmp_path}/chars"))
+    done = run("eval.py", f"--out_dir={trained}", f"--dataset={tmp_path}/chars")
+    assert "another tokenizer" in one_line_error(done)
 
 
-@pytest.mark.parametrize("changes", [{}, dict(arch="qwen3", n_kv_head=1), dict(arch="qwen3", tied=False)])
+@pytest.mark.parametrize("changes", [
+    {}, dict(arch="qwen3", n_kv_head=1), dict(arch="qwen3", tied=False)])
 def test_sizes_are_those_of_the_weights(changes):
     model = GPT(GPTConfig(block_size=8, vocab_size=50, n_layer=2, n_head=2, n_embd=8, **changes))
-    states = [model.state_dict(), copy.deepcopy(model).bfloat16().state_dict(), quantize_int8(model.state_dict())]
-    assert list(sizes(model.config).values()) == [sum({w.data_ptr(): w.nbytes for w in state.values()}.values())
-                                                  for state in states]
+    states = [model.state_dict(), copy.deepcopy(model).bfloat16().state_dict(),
+              quantize_int8(model.state_dict())]
+    expected = [sum({w.data_ptr(): w.nbytes for w in state.values()}.values()) for state in states]
+    assert list(sizes(model.config).values()) == expected
 
 
 def hugging_face_model(block_size: int, vocab_size: int):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(1)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, n_positions=block_size, n_embd=8, n_layer=2, n_head=2,
-                                      initializer_range=0.5, bos_token_id=None, eos_token_id=None)).eval()
+    config = GPT2Config(vocab_size=vocab_size, n_positions=block_size, n_embd=8, n_layer=2,
+                        n_head=2, initializer_range=0.5, bos_token_id=None, eos_token_id=None)
+    return GPT2LMHeadModel(config).eval()
+
+
+def random_ids(n: int, vocab_size: int) -> torch.Tensor:
+    return torch.randint(vocab_size, (n,), generator=torch.Generator().manual_seed(2))
 
 
 @torch.no_grad()
 def sliding_perplexity(hf, ids: torch.Tensor, stride: int) -> tuple[float, int]:
-    """Nats and tokens, as on https://huggingface.co/docs/transformers/perplexity."""
+    """Return nats and tokens, as on https://huggingface.co/docs/transformers/perplexity."""
     nats, tokens, previous_end = 0.0, 0, 0
     for begin in range(0, len(ids), stride):
         end = min(begin + hf.config.n_positions, len(ids))
@@ -129,34 +151,37 @@ def sliding_perplexity(hf, ids: torch.Tensor, stride: int) -> tuple[float, int]:
 @pytest.mark.parametrize("stride", [1, 5, 15])
 @pytest.mark.parametrize("n", [1, 2, 16, 17, 100])
 def test_sliding_window_is_that_of_hugging_face(tmp_path, stride, n):
-    hf, ids = hugging_face_model(16, 50), torch.randint(50, (n,), generator=torch.Generator().manual_seed(2))
+    hf, ids = hugging_face_model(16, 50), random_ids(n, 50)
     ids.numpy().astype("<u2").tofile(tmp_path / "val.bin")
     config = GPTConfig(vocab_size=50, block_size=16, n_layer=2, n_head=2, n_embd=8)
-    model = GPT.from_weights(config, from_hf(hf.state_dict(), config)).eval()
+    model = model_from_weights(config, from_hf(hf.state_dict(), config)).eval()
     batches = eval_batches(TokenStream(tmp_path, "val", {"splits": {}}), 16, 4, stride=stride)
     ours = score(model, batches, contextlib.nullcontext())
     nats, tokens = sliding_perplexity(hf, ids, stride)
-    assert ours["tokens"] == tokens == n - 1 and ours["nats"] == pytest.approx(nats, rel=1e-5)
+    assert ours["tokens"] == tokens == n - 1
+    assert ours["nats"] == pytest.approx(nats, rel=1e-5)
 
 
 def test_a_hugging_face_folder_is_measured(tmp_path):
-    hf, ids = hugging_face_model(16, 50257), torch.randint(50257, (99,), generator=torch.Generator().manual_seed(2))
+    hf, ids = hugging_face_model(16, 50257), random_ids(99, 50257)
     hf.save_pretrained(tmp_path / "hf")
     (tmp_path / "data").mkdir()
     for name in ("train", "val"):  # as nanoGPT has them, without meta.json
         ids.numpy().astype("<u2").tofile(tmp_path / f"data/{name}.bin")
     args = [f"--out_dir={tmp_path}/hf", "--stride=6", "--dtype=float32"]
-    assert "does not say what it was trained on: give --dataset" in one_line_error(run("eval.py", *args))
+    error = one_line_error(run("eval.py", *args))
+    assert "does not say what it was trained on: give --dataset" in error
     done = run("eval.py", *args, f"--dataset={tmp_path}/data")
     assert done.returncode == 0, done.stderr
-    summary = json.loads((tmp_path / "hf/metrics_summary.json").read_text())
+    summary = read_summary(tmp_path / "hf")
     nats, tokens = sliding_perplexity(hf, ids, 6)
     assert (summary["tokens"], summary["stride"], summary["step"]) == (tokens, 6, 0)
-    assert summary["loss"] == pytest.approx(nats / tokens, rel=1e-5) and summary["bits_per_byte"] is None
+    assert summary["loss"] == pytest.approx(nats / tokens, rel=1e-5)
+    assert summary["bits_per_byte"] is None
 
 
-def test_what_cannot_be_said_is_none(trained, fables_data, tmp_path):
-    """Losses without end, splits of other names, and vocabularies that do not have every word."""
+def test_metrics_without_a_value_are_none(trained, fables_data, tmp_path):
+    """Huge losses, splits with other names, and vocabularies that do not have every word."""
     shutil.copytree(fables_data, tmp_path / "data")
     shutil.copytree(trained, tmp_path / "out")
     shutil.copy(tmp_path / "data/val.bin", tmp_path / "data/test.bin")
@@ -167,54 +192,66 @@ def test_what_cannot_be_said_is_none(trained, fables_data, tmp_path):
     checkpoint["model"]["transformer.ln_f.weight"] *= 1e6
     torch.save(checkpoint, tmp_path / "out/best.pt")
     args = [f"--out_dir={tmp_path}/out", f"--dataset={tmp_path}/data", "--valid_samples=0"]
-    assert "split must be train or val or test of" in one_line_error(run("eval.py", *args, "--split=tset"))
+    error = one_line_error(run("eval.py", *args, "--split=tset"))
+    assert "split must be train or val or test of" in error
     done = run("eval.py", *args, "--split=test")
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "out/metrics_summary.json").read_text()
     summary = json.loads(text)
-    assert summary["loss"] > 1000 and summary["perplexity"] is summary["word_perplexity"] is None and "Infinity" not in text
-    assert summary["bits_per_byte"] is summary["bits_per_char"] is None and summary["split"] == "test"
+    assert summary["loss"] > 1000 and "Infinity" not in text
+    assert summary["perplexity"] is summary["word_perplexity"] is None
+    assert summary["bits_per_byte"] is summary["bits_per_char"] is None
+    assert summary["split"] == "test"
     assert summary["unknown_share"] == 7 / meta["splits"]["val"]["tokens"]
 
-    spec = {"kind": "word", "vocab": ["<UNK>", *meta["tokenizer"]["vocab"][1:]]}  # small letters only
+    spec = {"kind": "word", "vocab": ["<UNK>", *meta["tokenizer"]["vocab"][1:]]}  # lower case only
     (tmp_path / "data/meta.json").write_text(json.dumps(meta | {"tokenizer": spec}))
-    torch.save(checkpoint | {"meta": checkpoint["meta"] | {"tokenizer": spec}}, tmp_path / "out/best.pt")
+    checkpoint["meta"] |= {"tokenizer": spec}
+    torch.save(checkpoint, tmp_path / "out/best.pt")
     done = run("eval.py", *args)
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "out/metrics_summary.json").read_text())["bits_per_byte"] is None
+    assert read_summary(tmp_path / "out")["bits_per_byte"] is None
 
 
 def test_texts_to_continue(tmp_path):
     def leading(eot, length, n):
-        return leading_texts(TokenStream(tmp_path, "val", {"splits": {}}), eot, length, n).tolist()
+        stream = TokenStream(tmp_path, "val", {"splits": {}})
+        return leading_texts(stream, eot, length, n).tolist()
 
     ids = np.arange(1, 104, dtype="<u2")
     ids.tofile(tmp_path / "val.bin")
-    assert leading(-1, 10, 5) == leading(0, 10, 5) == [list(range(i, i + 10)) for i in (1, 21, 41, 61, 81)]
+    windows = [list(range(i, i + 10)) for i in (1, 21, 41, 61, 81)]
+    assert leading(-1, 10, 5) == leading(0, 10, 5) == windows
     assert len(leading(-1, 10, 99)) == 10
-    ids[[3, 16, 27, 38, 50]] = 0  # documents of 3, 12, 10, 10, 11 and, never ended, 52 tokens
+    ids[[3, 16, 27, 38, 50]] = 0  # documents of 3, 12, 10, 10, 11 and, without an end, 52 tokens
     ids.tofile(tmp_path / "val.bin")
     starts = [4, 17, 28, 39, 51]
     assert leading(0, 10, 9) == [[0, *range(i + 1, i + 11)] for i in starts]
-    assert [row[1] - 1 for row in leading(0, 10, 2)] == [4, 28] and [row[1] - 1 for row in leading(0, 11, 9)] == [4, 39, 51]
-    with pytest.raises(ValueError, match="no text of .* has prompt_tokens . max_new_tokens = 60 tokens"):
+    assert [row[1] - 1 for row in leading(0, 10, 2)] == [4, 28]
+    assert [row[1] - 1 for row in leading(0, 11, 9)] == [4, 39, 51]
+    says = "no text of .* has prompt_tokens . max_new_tokens = 60 tokens"
+    with pytest.raises(ValueError, match=says):
         leading(0, 60, 1)
 
 
-def test_variety_of_texts():
-    assert distinct(["a b a b", "a c"], 1) == 3 / 6 and distinct(["a b a b", "a c"], 2) == 3 / 4  # ab ba ab ac
-    assert repetition(["a b c d a b c d", "a b c d", "x"]) == pytest.approx(1 / 6)  # abcd bcda cdab dabc abcd; abcd
+def test_diversity_of_texts():
+    assert distinct(["a b a b", "a c"], 1) == 3 / 6
+    assert distinct(["a b a b", "a c"], 2) == 3 / 4  # ab ba ab ac
+    texts = ["a b c d a b c d", "a b c d", "x"]  # abcd bcda cdab dabc abcd; abcd
+    assert repetition(texts) == pytest.approx(1 / 6)
     assert distinct(["", "a"], 2) is repetition(["a b c"]) is None
 
 
 def test_continuations(trained, fables_data, tmp_path):
-    rouge_scorer, sacrebleu = pytest.importorskip("rouge_score.rouge_scorer"), pytest.importorskip("sacrebleu")
+    rouge_scorer = pytest.importorskip("rouge_score.rouge_scorer")
+    sacrebleu = pytest.importorskip("sacrebleu")
     out = tmp_path / "out"
     shutil.copytree(trained, out)
-    done = run("eval.py", f"--out_dir={out}", "--continuations=5", "--prompt_tokens=8", "--max_new_tokens=40",
-               "--temperature=0", "--batch_size=2", "--valid_samples=0", "--eval_iters=1")
+    done = run("eval.py", f"--out_dir={out}", "--continuations=5", "--prompt_tokens=8",
+               "--max_new_tokens=40", "--temperature=0", "--batch_size=2", "--valid_samples=0",
+               "--eval_iters=1")
     assert done.returncode == 0, done.stderr
-    summary = json.loads((out / "metrics_summary.json").read_text())
+    summary = read_summary(out)
     pairs = [json.loads(line) for line in open(out / "continuations.jsonl", encoding="utf-8")]
     assert len(pairs) == summary["continuations"] == 5
 
@@ -225,15 +262,19 @@ def test_continuations(trained, fables_data, tmp_path):
         assert any(story.startswith(pair["prompt"] + pair["reference"]) for story in stories)
         prompt = [tokenizer.eot, *tokenizer.encode(pair["prompt"])]
         assert (len(prompt), len(tokenizer.encode(pair["reference"]))) == (9, 40)
-        ids = model.generate(torch.tensor([prompt]), 40, temperature=0, stop_token=tokenizer.eot)[0, 9:].tolist()
+        idx = torch.tensor([prompt])
+        ids = model.generate(idx, 40, temperature=0, stop_token=tokenizer.eot)[0, 9:].tolist()
         assert tokenizer.decode([i for i in ids if i != tokenizer.eot]) == pair["continuation"]
 
-    texts, references = [pair["continuation"] for pair in pairs], [pair["reference"] for pair in pairs]
+    texts = [pair["continuation"] for pair in pairs]
+    references = [pair["reference"] for pair in pairs]
     for key in ("rouge1", "rouge2", "rougeL"):
         scorer = rouge_scorer.RougeScorer([key])
-        scores = [scorer.score(target=target, prediction=text)[key].fmeasure for target, text in zip(references, texts)]
+        scores = [scorer.score(target=target, prediction=text)[key].fmeasure
+                  for target, text in zip(references, texts)]
         assert summary[key] == pytest.approx(sum(scores) / 5), key
-    assert summary["bleu"] == pytest.approx(sacrebleu.BLEU().corpus_score(texts, [references]).score)
+    bleu = sacrebleu.BLEU().corpus_score(texts, [references]).score
+    assert summary["bleu"] == pytest.approx(bleu)
     assert (summary["distinct_1"], summary["repetition"]) == (distinct(texts, 1), repetition(texts))
     same = compare_texts([pair | {"continuation": pair["reference"]} for pair in pairs])
     assert same["rouge1"] == same["rougeL"] == 1 and same["bleu"] == pytest.approx(100)
@@ -249,38 +290,39 @@ def test_compare_is_one_run_beside_the_other(trained, tmp_path):
     args += ["--continuations=3"] if importlib.util.find_spec("rouge_score") else []
     done = run("eval.py", f"--compare={','.join(paths)}", *args)
     assert done.returncode == 0, done.stderr
-    header, *rows = (line.split() for line in done.stdout.splitlines())
-    assert header == paths
-    table, speeds = {name: cells for name, *cells in rows}, {"tokens_per_second", "generation_tokens_per_second"}
+    settings, header, *rows = (line.split() for line in done.stdout.splitlines())
+    assert settings[0] == "settings:" and header == paths
+    table = {name: cells for name, *cells in rows}
+    speeds = dict.fromkeys(["tokens_per_second", "generation_tokens_per_second"])
     assert "peak_memory_bytes" not in table and "stride" not in table
     for i, path in enumerate(paths):
-        compared = json.loads(Path(path, "metrics_summary.json").read_text())
+        compared = read_summary(Path(path))
         assert float(table["loss"][i]) == pytest.approx(compared["loss"], abs=6e-5)
         assert table["size_int8_bytes"][i] == f"{compared['size_int8_bytes']:,}"
         assert run("eval.py", f"--out_dir={path}", *args).returncode == 0
-        alone = json.loads(Path(path, "metrics_summary.json").read_text())
+        alone = read_summary(Path(path))
         assert alone.pop("peak_memory_bytes") > 1e7 and compared.pop("peak_memory_bytes") is None
-        assert alone | dict.fromkeys(speeds) == compared | dict.fromkeys(speeds)
+        assert alone | speeds == compared | speeds
 
 
 @pytest.mark.parametrize("args, says", [
     (["--split=test"], "split must be train or val of"),
     (["--split="], "split must be train or val of"),
-    (["--batching=random"], "batching must be 'windows' or 'by_length'"),
+    (["--batching=random"], "batching must be windows, by_length or empty, got 'random'"),
     (["--stride=-1"], "stride must be at least 0"),
     (["--stride=32"], "stride must be at least 1 and below block_size (32), got 32"),
     (["--stride=8", "--batching=by_length"], "stride needs batching='windows'"),
     (["--continuations=-1"], "continuations must be at least 0"),
     (["--prompt_tokens=0"], "prompt_tokens must be at least 1"),
     (["--max_new_tokens=0"], "max_new_tokens must be at least 1"),
-    (["--temperature=-1"], "temperature must not be negative"),
+    (["--temperature=-1"], "temperature must be at least 0"),
     (["--compare=out-of-nowhere"], "there is no run out-of-nowhere"),
 ])
-def test_eval_errors_are_one_line(trained, args, says):
+def test_errors_are_one_line(trained, args, says):
     assert says in one_line_error(run("eval.py", f"--out_dir={trained}", *args))
 
 
-def test_continuations_name_the_packages_that_they_take(trained, tmp_path):
-    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['rouge_score'] = None\n")  # as if it were not there
+def test_missing_packages_are_named(trained, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['rouge_score'] = None\n")
     done = run("eval.py", f"--out_dir={trained}", "--continuations=2", PYTHONPATH=str(tmp_path))
     assert "pip install rouge-score sacrebleu" in one_line_error(done)

@@ -3,7 +3,8 @@ import pytest
 import torch
 
 from helpers import tiny
-from model import GPT, GPTConfig, sampled_loss
+from lib.loss import make_loss, sampled_cross_entropy
+from model import GPT, GPTConfig
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
@@ -21,7 +22,7 @@ def test_chunked_loss_and_remat_change_memory_only(dtype, tolerance):
         return logits, loss, torch.cat([p.grad.flatten() for p in model.parameters()])
 
     _, loss, grad = gradients()
-    model.remat, model.loss_chunk = True, 7
+    model.remat, model.loss_fn = True, make_loss(loss_chunk=7)
     logits, chunked_loss, chunked_grad = gradients()
     assert logits is None and chunked_loss.item() == pytest.approx(loss.item(), rel=tolerance)
     assert (chunked_grad - grad).norm() < tolerance * grad.norm()
@@ -31,34 +32,56 @@ def test_chunked_loss_and_remat_change_memory_only(dtype, tolerance):
     assert model(idx)[0].shape == (3, 16, 50)  # without targets there is no loss to save memory on
 
 
-def test_softmax_over_fewer_words():
+def test_softmax_over_fewer_tokens():
     torch.manual_seed(0)
     model = tiny(vocab_size=60).train()
     torch.nn.init.normal_(model.lm_head.weight, std=0.1)  # far from uniform
-    counts = torch.arange(60).flip(0) // 3  # some words never
+    counts = torch.arange(60).flip(0) // 3  # some tokens never occur
     idx, targets = torch.randint(60, (2, 8)), torch.randint(60, (2, 8))
     targets[0, :3] = -1
     whole = model(idx, targets)[1]
     states, weight = model.hidden(idx).flatten(0, 1), model.lm_head.weight
     weights = (counts + 0.2).sqrt()
-    nearly_all = sampled_loss(states, weight, targets.flatten(), weights, 59)
+    nearly_all = sampled_cross_entropy(states, weight, targets.flatten(), weights, 59)
     assert nearly_all.item() == pytest.approx(whole.item(), rel=0.1) and nearly_all != whole
 
     # the sum over the vocabulary is right on the average: exp of (loss + logit of the target) for one token
     x, target = states[5:6].detach(), targets.flatten()[5:6]
-    sums = torch.stack([sampled_loss(x, weight.detach(), target, weights, 12).exp() for _ in range(5_000)])
+    sums = torch.stack([sampled_cross_entropy(x, weight.detach(), target, weights, 12).exp() for _ in range(5_000)])
     sums *= (x @ weight[target].t()).exp().item()
     exact = (x @ weight.t()).exp().sum().item()
     assert abs(sums.mean().item() - exact) < 4 * sums.std().item() / len(sums)**0.5 < 0.2 * exact
 
-    # in training only, and with the words of the batch always among them
-    model.sample_softmax(40, counts)
+    # in training only, and always with the targets of the batch
+    model.loss_fn = make_loss(softmax_tokens=40, token_counts=counts)
     losses = [model(idx, targets)[1].item() for _ in range(2)]
     assert losses[0] != losses[1] and losses == pytest.approx([whole.item()] * 2, rel=0.1)
     assert model.eval()(idx, targets)[1].item() == pytest.approx(whole.item())
     flops = [6 * 40 * 32, 6 * 60 * 32]  # of the head, forward and backward
-    for words, count in ((60, flops[1]), (40, flops[0])):
-        model.sample_softmax(words, counts)
-        assert model.flops_per_token() - count == 6 * model.num_params(non_embedding=True) + 12 * 2 * 32 * 32
-    model.train().sample_softmax(60, counts)
-    assert model(idx, targets)[1].item() == pytest.approx(whole.item())
+    for n_tokens, count in ((60, flops[1]), (40, flops[0])):
+        assert model.flops_per_token(head_tokens=n_tokens) - count == 6 * model.num_params(non_embedding=True) + 12 * 2 * 32 * 32
+    model.loss_fn = make_loss(softmax_tokens=60, token_counts=counts)
+    assert model.train()(idx, targets)[1].item() == pytest.approx(whole.item())
+
+
+LOSSES = {"whole": dict(), "chunked": dict(loss_chunk=7),
+          "sampled": dict(softmax_tokens=40, token_counts=torch.arange(61))}
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("loss, graphs, breaks", [("whole", 1, 0), ("chunked", 2, 2),
+                                                  ("sampled", 1, 0)])
+def test_graphs_of_the_compiled_model(arch, remat, loss, graphs, breaks):
+    """One graph for everything, and one around the chunked loss; none later for the same shape."""
+    torch._dynamo.reset()
+    model = tiny(arch=arch, block_size=16, n_layer=3).train()
+    model.remat, model.loss_fn = remat, make_loss(**LOSSES[loss])
+    compiled, idx = torch.compile(model, backend="eager"), torch.randint(61, (2, 16))
+    counted = []
+    for _ in range(3):
+        torch._dynamo.utils.counters.clear()
+        compiled(idx, idx)[1].backward()
+        counters = torch._dynamo.utils.counters
+        counted.append((counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())))
+    assert counted == [(graphs, breaks), (0, 0), (0, 0)]

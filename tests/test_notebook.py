@@ -1,4 +1,4 @@
-"""The notebook as a user runs it, from top to bottom, with small settings; what stops it; and the form in which it is kept."""
+"""notebook.ipynb: run from top to bottom with small settings, its errors, and its form."""
 import ast
 import asyncio
 import json
@@ -17,14 +17,15 @@ from nbformat.v4 import new_code_cell
 from helpers import HERE, read_log, run
 from sample import generate_text
 
-TINY = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=64", "--batch_size=2", "--max_iters=300",
-        "--eval_interval=100", "--eval_iters=1", "--log_interval=10"]
-SMALL = {"minutes": 0, "out_dir": "out-small", "interrupt_at": 100, "train_options": " ".join(TINY),
+TINY = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=64", "--batch_size=2",
+        "--max_iters=300", "--eval_interval=100", "--eval_iters=1", "--log_interval=10"]
+SMALL = {"minutes": 0, "out_dir": "out-small", "interrupt_at": 100,
+         "train_options": " ".join(TINY),
          "prepare_options": "--train_stories=60 --val_stories=8"}
 
 
 def notebook_with(*only: str, **parameters) -> nbformat.NotebookNode:
-    """The notebook, or its code cells of these ids, with other parameters."""
+    """Return the notebook, or its cells with these ids, with other parameters."""
     notebook = nbformat.read(HERE / "notebook.ipynb", as_version=4)
     notebook.cells = [cell for cell in notebook.cells if not only or cell.id in only]
     for cell in notebook.cells:
@@ -34,19 +35,22 @@ def notebook_with(*only: str, **parameters) -> nbformat.NotebookNode:
 
 
 def client_of(notebook: nbformat.NotebookNode, folder: Path) -> NotebookClient:
-    return NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(folder)}})
+    resources = {"metadata": {"path": str(folder)}}
+    return NotebookClient(notebook, timeout=120, resources=resources)
 
 
 def printed(cell: nbformat.NotebookNode) -> str:
-    assert not [output for output in cell.outputs if output.get("name") == "stderr"], cell.outputs
-    return "".join(output.get("text", "") or output.get("data", {}).get("text/markdown", "") for output in cell.outputs)
+    assert all(output.get("name") != "stderr" for output in cell.outputs), cell.outputs
+    return "".join(output.get("text", "") or output.get("data", {}).get("text/markdown", "")
+                   for output in cell.outputs)
 
 
 @pytest.fixture(autouse=True)
 def offline(tmp_path, monkeypatch):
-    """No network, no GPU, nothing written into the home of whoever tests."""
+    """No network, no GPU, and nothing written into the home folder."""
     for name, value in {"PIP_NO_INDEX": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "",
-                        "IPYTHONDIR": str(tmp_path / "ipython"), "JUPYTER_RUNTIME_DIR": str(tmp_path / "runtime")}.items():
+                        "IPYTHONDIR": str(tmp_path / "ipython"),
+                        "JUPYTER_RUNTIME_DIR": str(tmp_path / "runtime")}.items():
         monkeypatch.setenv(name, value)
 
 
@@ -55,9 +59,11 @@ def code(tmp_path) -> Path:
     """A fresh copy of what the notebook needs."""
     folder = tmp_path / "fablegpt"
     (folder / "data/fables").mkdir(parents=True)
-    for path in [*HERE.glob("[!t]*.py"), *HERE.glob("t[!e]*.py"), HERE / "requirements.txt", HERE / "data/fables/prepare.py"]:
+    scripts = [path for path in HERE.glob("*.py") if not path.name.startswith("test_")]
+    for path in [*scripts, HERE / "requirements.txt", HERE / "data/fables/prepare.py"]:
         shutil.copy(path, folder / path.relative_to(HERE))
-    shutil.copytree(HERE / "config", folder / "config")
+    for name in ("config", "lib"):
+        shutil.copytree(HERE / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     return folder
 
 
@@ -66,40 +72,45 @@ def test_from_top_to_bottom(code, tmp_path):
     client_of(notebook, code).execute()
     said = {cell.id: printed(cell) for cell in notebook.cells if cell.cell_type == "code"}
     assert said["install"] == "everything is installed\n"
-    assert "the entropy of the validation split" in said["data"]
+    assert "entropy of the validation split" in said["data"]
 
-    # interrupted once, and the rest as if it had not been
+    # interrupted once and resumed, the run is the same as without an interruption
     stopped = int(re.search(r"stopped at step (\d+), saved", said["first-part"])[1])
-    assert 100 <= stopped < 300 and f"resuming out-small at step {stopped}\n" in said["second-part"]
-    whole = run("train.py", "config/train_fables.py", *TINY, f"--dataset={code}/data/fables", f"--out_dir={tmp_path}/whole",
-                "--device=cpu")
+    assert 100 <= stopped < 300
+    assert f"resuming out-small at step {stopped}\n" in said["second-part"]
+    whole = run("train.py", "config/train_fables.py", *TINY, f"--dataset={code}/data/fables",
+                f"--out_dir={tmp_path}/whole", "--device=cpu")
     assert whole.returncode == 0, whole.stderr
     assert read_log(code / "out-small") == read_log(tmp_path / "whole")
     assert {"best.pt", "last.pt"} <= {path.name for path in (code / "out-small").iterdir()}
     for part in ("first-part", "second-part"):
         outputs = next(cell for cell in notebook.cells if cell.id == part).outputs
-        assert sum("image/png" in output.get("data", {}) for output in outputs) == 1, "curves pile up"
+        curves = sum("image/png" in output.get("data", {}) for output in outputs)
+        assert curves == 1, "curves pile up"
 
     metrics = json.loads((code / "out-small/metrics_summary.json").read_text())
     for row in (f"| loss | {metrics['loss']:.4g} |", f"| parameters | {metrics['parameters']:,} |"):
         assert row in said["evaluate"]
     assert "it/s" not in said["evaluate"], "the progress bar stayed"
     assert said["sample"].count("Once upon a time") == 2 and said["sample"].count("-" * 80) == 2
-    again = generate_text("Once upon a time", max_length=200, out_dir=str(code / "out-small"), device="cpu", seed=1)
+    again = generate_text("Once upon a time", max_length=200, out_dir=str(code / "out-small"),
+                          device="cpu", seed=1)
     assert said["sample-in-python"] == again + "\n" and len(again) > 50
     with zipfile.ZipFile(code / "out-small/download.zip") as archive:
         archive.extractall(tmp_path / "home")
     assert str(code / "out-small/download.zip") in said["download"]
     for folder in ("out-small", "out-small-int8", "out-small-hf"):
-        done = run("eval.py", f"--out_dir={tmp_path}/home/{folder}", f"--dataset={code}/data/fables", "--batching=by_length",
-                   "--dtype=float32", "--device=cpu", "--valid_samples=0")
+        done = run("eval.py", f"--out_dir={tmp_path}/home/{folder}",
+                   f"--dataset={code}/data/fables", "--batching=by_length", "--dtype=float32",
+                   "--device=cpu", "--valid_samples=0")
         loss = re.search(r" loss: ([\d.]+)", done.stdout)
         assert loss and abs(float(loss[1]) - metrics["loss"]) < 0.02, done.stderr
 
 
-def test_what_stops_it(code, tmp_path):
-    """Cells one after the other in a notebook that lies alone: each mistake is one line, and the stop button saves."""
-    for command in ("init", "add .", "-c user.name=test -c user.email=test@localhost commit -m test"):
+def test_errors_and_interruptions(code, tmp_path):
+    """In a notebook without the scripts, each error is one line, and the stop button saves."""
+    for command in ("init", "add .",
+                    "-c user.name=test -c user.email=test@localhost commit -m test"):
         subprocess.run(["git", *command.split()], cwd=code, check=True, capture_output=True)
     alone = tmp_path / "alone"
     alone.mkdir()
@@ -118,15 +129,17 @@ def test_what_stops_it(code, tmp_path):
             await task
         except CellExecutionError as error:
             assert cell.outputs[-1].traceback == [f"error: {error.evalue}"]
-            assert "error: " not in "".join(output.get("text", "") for output in cell.outputs)  # said once
+            printed_text = "".join(output.get("text", "") for output in cell.outputs)
+            assert "error: " not in printed_text  # it is shown only once
             return f"error: {error.evalue}"
         return printed(cell)
 
-    async def all_of_it() -> None:
+    async def run_cells() -> None:
         async with client.async_setup_kernel():
             await says("parameters")
             await says("code")
-            assert (await says("clone")).startswith("error: train.py is not here: write the git address")
+            said = await says("clone")
+            assert said.startswith("error: train.py is not here: write the git address")
             await says(f"repository = '{tmp_path}/nothing.git'")
             assert (await says("clone")).startswith("error: git cannot clone")
             await says(f"repository = 'file://{code}'")
@@ -135,17 +148,20 @@ def test_what_stops_it(code, tmp_path):
             with open(alone / "fablegpt/requirements.txt", "a") as file:
                 file.write("no-such-package==1.0\n")
             said = await says("install")
-            assert said.startswith("error: ") and "No matching distribution found for no-such-package==1.0" in said
-            old = alone / "fablegpt/torch-2.8.0.dist-info"  # what Python sees instead of the torch that is here
+            assert said.startswith("error: ")
+            assert "No matching distribution found for no-such-package==1.0" in said
+            old = alone / "fablegpt/torch-2.8.0.dist-info"  # hides the installed torch
             old.mkdir()
             (old / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.8.0\n")
             await says("run = lambda *command: None")
-            assert re.fullmatch(r"installing torch==\S+ no-such-package==1.0\n", await says("install"))
+            said = await says("install")
+            assert re.fullmatch(r"installing torch==\S+ no-such-package==1.0\n", said)
             shutil.rmtree(old)
             await says("code")
 
             await says("use_drive = True")
-            assert await says("drive") == "error: use_drive is for Google Colab: set it to False elsewhere"
+            said = await says("drive")
+            assert said == "error: use_drive is for Google Colab: set it to False elsewhere"
             await says("use_drive, dataset = False, 'nothing'")
             assert "nothing/prepare.py" in await says("data")
             await says("dataset = 'fables'")
@@ -154,31 +170,37 @@ def test_what_stops_it(code, tmp_path):
 
             await says("train")
             await says("train_options += ' --learning_rat=1'")
-            assert await says("second-part") == ("error: --learning_rat=1: there is no setting 'learning_rat'; did you mean "
-                                                 "learning_rate?")
+            assert await says("second-part") == (
+                "error: --learning_rat=1: there is no setting 'learning_rat'; did you mean "
+                "learning_rate?")
             # steps so long that a second signal would come within the same one
             slow = "--gradient_accumulation_steps=300 --log_interval=1"
-            await says(f"minutes, train_options = 60, train_options.replace('--learning_rat=1', '{slow}')")
+            await says("minutes = 60")
+            await says(f"train_options = train_options.replace('--learning_rat=1', '{slow}')")
             log = alone / "fablegpt/out-small/log.jsonl"
-            said = await says("second-part", interrupt=lambda: log.exists() and '"step": 2' in log.read_text())
+            said = await says("second-part", interrupt=lambda: (
+                log.exists() and '"step": 2' in log.read_text()))
             assert said == "error: train.py was interrupted; run the cells again to go on"
             assert re.search(r"stopped at step \d+, saved", str(cells["second-part"].outputs))
             with open(log, "a") as file:
-                file.write('{"step": 7')  # as a kill may leave it
+                file.write('{"step": 7')  # a line truncated by a kill
             await says("interrupt_at = 2")
-            assert re.fullmatch(r"the run is at step \d+; the next cell goes on with it\n", await says("first-part"))
+            said = await says("first-part")
+            assert re.fullmatch(r"the run is at step \d+; the next cell goes on with it\n", said)
 
             (alone / "fablegpt/tokenizers.py").write_text("raise ImportError")
-            assert await says("export-hf") == "skipped: --format=hf needs a package: pip install tokenizers\n"
+            said = await says("export-hf")
+            assert said == "skipped: --format=hf needs a package: pip install tokenizers\n"
             (alone / "fablegpt/tokenizers.py").unlink()
             await says("out_dir = 'nothing'")
-            assert (await says("export-hf")).startswith("error: there is no checkpoint in nothing")
+            said = await says("export-hf")
+            assert said.startswith("error: there is no checkpoint in nothing")
 
-    asyncio.run(all_of_it())
+    asyncio.run(run_cells())
 
 
 def test_colab(tmp_path):
-    """With a stand-in for Colab's module: the run lies on Drive, however often the cell is run, and the archive is sent."""
+    """With a stand-in for Colab's module, the run is on Drive, and the archive is downloaded."""
     notebook = notebook_with("parameters", "code", "drive", "download", use_drive=True)
     cells = {cell.id: cell for cell in notebook.cells}
     stand_in = """
@@ -191,17 +213,19 @@ sys.modules |= {'google': types.ModuleType('google'), 'google.colab': colab}
 """
     cells["code"].source = stand_in + cells["code"].source
     unchanged = "out_dir = '/content/drive/MyDrive/fablegpt/out-fables'"
-    on_drive = new_code_cell(f"assert {unchanged.replace('=', '==')} and called == ['/content/drive'] * 2\n"
-                             "out_dir = 'here'\nPath(out_dir).mkdir()\n"
-                             "for name in ('best.pt', 'log.jsonl', 'loss.png', 'metrics_summary.json'):\n"
-                             "    Path(out_dir, name).write_text(name)")
+    on_drive = new_code_cell(
+        f"assert {unchanged.replace('=', '==')} and called == ['/content/drive'] * 2\n"
+        "out_dir = 'here'\nPath(out_dir).mkdir()\n"
+        "for name in ('best.pt', 'log.jsonl', 'loss.png', 'metrics_summary.json'):\n"
+        "    Path(out_dir, name).write_text(name)")
     sent = new_code_cell("assert called[2:] == ['here/download.zip']")
-    notebook.cells = [cells["parameters"], cells["code"], cells["drive"], new_code_cell(cells["drive"].source), on_drive,
+    drive_again = new_code_cell(cells["drive"].source)
+    notebook.cells = [cells["parameters"], cells["code"], cells["drive"], drive_again, on_drive,
                       cells["download"], sent]
     client_of(notebook, tmp_path).execute()
 
 
-def test_as_it_is_kept():
+def test_form():
     path = HERE / "notebook.ipynb"
     text = path.read_text(encoding="utf-8")
     notebook = nbformat.reads(text, as_version=4)
@@ -211,9 +235,12 @@ def test_as_it_is_kept():
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert not any(cell.outputs or cell.execution_count for cell in cells)
     parameters: dict[str, object] = {}
-    exec(next(cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])), parameters)
-    names = {node.value for cell in cells for node in ast.walk(ast.parse(cell.source))
-             if isinstance(node, ast.Constant) and re.fullmatch(r"\w[\w/]*\.(py|txt)", str(node.value))}
+    exec(next(cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])),
+         parameters)
+    constants = {str(node.value) for cell in cells for node in ast.walk(ast.parse(cell.source))
+                 if isinstance(node, ast.Constant)}
+    names = {text for text in constants if re.fullmatch(r"\w[\w/]*\.(py|txt)", text)}
     assert {"train.py", "eval.py", "sample.py", "export.py", "requirements.txt"} <= names
-    for name in {*names, parameters["config_file"], f"data/{parameters['dataset']}/prepare.py"}:
+    prepare = f"data/{parameters['dataset']}/prepare.py"
+    for name in {*names, parameters["config_file"], prepare}:
         assert (HERE / name).is_file(), name

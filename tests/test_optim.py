@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from helpers import tiny
-from model import Muon, orthogonalize, schedule_factor, scheduled_lr
+from lib.optim import Muon, make_optimizers, orthogonalize, schedule_factor, scheduled_lr
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
@@ -13,7 +13,7 @@ from model import Muon, orthogonalize, schedule_factor, scheduled_lr
 def test_overfits_one_batch(arch, optimizer):
     model = tiny(arch=arch).train()
     idx = torch.randint(61, (2, 17))
-    optimizers = model.configure_optimizers(0.0, 3e-3, (0.9, 0.95), "cpu", optimizer)
+    optimizers = make_optimizers(model, optimizer, 0.0, 3e-3, (0.9, 0.95), "cpu")
     for _ in range(150):
         loss = model(idx[:, :-1], idx[:, 1:])[1]
         loss.backward()
@@ -25,7 +25,7 @@ def test_overfits_one_batch(arch, optimizer):
 
 def test_only_matrices_decay():
     model = tiny()
-    decay, rest = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")[0].param_groups
+    decay, rest = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu").param_groups
     assert (decay["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
     assert {id(p) for p in decay["params"]} == {id(p) for p in model.parameters() if p.dim() == 2}
     assert len(decay["params"]) + len(rest["params"]) == len(list(model.parameters()))
@@ -34,7 +34,7 @@ def test_only_matrices_decay():
 @pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
 def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest(arch):
     model = tiny(arch=arch)
-    adamw, muon = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu", "muon")
+    adamw, muon = make_optimizers(model, "muon", 0.1, 1e-3, (0.9, 0.95), "cpu")
     names = {p: name for name, p in model.named_parameters()}
     matrices = {names[p] for group in muon.param_groups for p in group["params"]}
     assert matrices == {name for p, name in names.items() if p.dim() == 2 and ".h." in name}
@@ -44,17 +44,17 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest(arch):
 def test_muon_is_that_of_torch():
     """Torch's works matrix by matrix and in bfloat16; the factor 4 is ours."""
     torch.manual_seed(0)
-    shapes, rows = [(24, 16), (16, 48), (16, 16), (16, 16)], (4, 12, 8)
+    shapes, heights = [(24, 16), (16, 48), (16, 16), (16, 16)], (4, 12, 8)
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
     # ours holds the first one as a stack of three matrices
-    theirs = [torch.nn.Parameter(p.detach().clone()) for p in (*ours[0].split(rows), *ours[1:])]
-    muon = Muon([{"params": ours[:1], "rows": rows}, {"params": ours[1:]}], lr=0.01, weight_decay=0.5)
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in (*ours[0].split(heights), *ours[1:])]
+    muon = Muon(ours, lr=0.01, weight_decay=0.5, stacked={ours[0]: heights})
     oracle = torch.optim.Muon(theirs, lr=0.04, weight_decay=0.125, momentum=0.9)
     for _ in range(3):
         before = torch.cat([p.detach().flatten() for p in ours])
         for p in ours:
             p.grad = torch.randn_like(p)
-        for p, grad in zip(theirs, (*ours[0].grad.split(rows), *(p.grad for p in ours[1:]))):
+        for p, grad in zip(theirs, (*ours[0].grad.split(heights), *(p.grad for p in ours[1:]))):
             p.grad = grad.clone()
         muon.step()
         oracle.step()
@@ -89,6 +89,6 @@ def test_schedules():
     assert [schedule_factor("cosine", p) for p in (0, 1 / 3, 1)] == pytest.approx([1, 0.75, 0])
     rates = [scheduled_lr(step, "linear", 8.0, 2.0, warmup_iters=4, end=10) for step in (0, 3, 4, 7, 10, 11)]
     assert rates == pytest.approx([2, 8, 8, 5, 2, 2])
-    assert scheduled_lr(5, "linear", 8.0, 2.0, warmup_iters=4, end=10, by_time=0.5) == pytest.approx(5)
+    assert scheduled_lr(5, "linear", 8.0, 2.0, warmup_iters=4, end=10, progress_in_time=0.5) == pytest.approx(5)
     with pytest.raises(ValueError, match="warp"):
         schedule_factor("warp", 0)

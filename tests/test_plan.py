@@ -1,15 +1,18 @@
-"""bench.py --mode=plan against the memory that PyTorch allocates and the FLOPs of the model."""
+"""plan.py against the memory that PyTorch allocates and the FLOPs of the model."""
 import json
 
 import pytest
 import torch
+from helpers import one_line_error, run
 
-from helpers import run
+from lib.corpus import load_meta
+from lib.loss import make_loss
+from lib.optim import make_optimizers
 from model import GPT, GPTConfig
 
 
 def plan(*args: str) -> dict:
-    done = run("bench.py", "--mode=plan", "--device=cpu", "--dtype=float32", "--loss_chunk=0", *args)
+    done = run("plan.py", "--device=cpu", "--dtype=float32", "--loss_chunk=0", *args)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.strip().splitlines()[-1]) | {"text": done.stdout}
 
@@ -21,20 +24,20 @@ def plan(*args: str) -> dict:
     (dict(n_embd=96, vocab_size=65, n_layer=8), dict(remat=True)),
     (dict(n_embd=192, vocab_size=20), dict(batch_size=1, block_size=32, optimizer="muon")),
     (dict(arch="qwen3", n_embd=96, vocab_size=300, n_kv_head=1, dropout=0.1), dict()),
-    (dict(arch="qwen3", n_embd=96, vocab_size=2000), dict(softmax_words=600, optimizer="muon")),
+    (dict(arch="qwen3", n_embd=96, vocab_size=2000), dict(softmax_tokens=600, optimizer="muon")),
     (dict(arch="qwen3", n_embd=96, vocab_size=9000, tied=False), dict(batch_size=1, gradient_accumulation_steps=2)),
-], ids=["gpt2", "dropout", "loss_chunk", "remat", "muon", "qwen3", "softmax_words", "untied"])
+], ids=["gpt2", "dropout", "loss_chunk", "remat", "muon", "qwen3", "softmax_tokens", "untied"])
 def test_plan_of_memory_beside_what_torch_allocates(shape, training):
     """The largest sum of allocations less what is freed, over a second step, as torch's allocator itself records them."""
     shape = dict(arch="gpt2", n_layer=3, n_head=3, n_kv_head=0, dropout=0.0, bias=True, tied=True, block_size=64) | shape
-    training = dict(batch_size=8, gradient_accumulation_steps=1, loss_chunk=0, softmax_words=0, remat=False,
+    training = dict(batch_size=8, gradient_accumulation_steps=1, loss_chunk=0, softmax_tokens=0, remat=False,
                     optimizer="adamw") | training
     shape["block_size"] = training.pop("block_size", shape["block_size"])
     B, accumulation = training["batch_size"], training["gradient_accumulation_steps"]
     model = GPT(GPTConfig(**shape)).train()
-    model.remat, model.loss_chunk = training["remat"], training["loss_chunk"]
-    model.sample_softmax(training["softmax_words"], torch.zeros(shape["vocab_size"]))
-    optimizers = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cpu", training["optimizer"])
+    model.remat = training["remat"]
+    model.loss_fn = make_loss(training["loss_chunk"], training["softmax_tokens"], torch.zeros(shape["vocab_size"]))
+    optimizers = make_optimizers(model, training["optimizer"], 0.1, 1e-3, (0.9, 0.99), "cpu")
     x = torch.randint(shape["vocab_size"], (B, shape["block_size"]))
 
     def step() -> None:
@@ -77,6 +80,24 @@ def test_plan_of_time_and_batches():
         again = plan(*args, f"--batch_size={B}", f"--gradient_accumulation_steps={24 // B}", f"--device_memory={limit} b")
         assert again["fits"] == fits and again["batch_size"] == 6 and again["with_runtime_bytes"] > again["memory_bytes"]
     assert plan(*args, "--device_memory=1 GB")["batch_size"] == 24
-    assert plan(*args, "--device_memory=1GiB", "--softmax_words=512")["batch_size"] == 8  # a target is one of those words
+    assert plan(*args, "--device_memory=1GiB", "--softmax_tokens=512")["batch_size"] == 8  # a target is one of those words
     nothing = plan(*args, "--device_memory=100MB")
     assert nothing["batch_size"] is None and "try --loss_chunk=256, --remat=True, a smaller --block_size" in nothing["text"]
+
+
+@pytest.mark.parametrize("args, says", [
+    (["--device_memory=4XB"], "such as 4GB"), (["--device_memory=0"], "such as 4GB"),
+    (["--device_memory=-1GB"], "such as 4GB"), (["--gpu=T5"], "one of T4, V100"),
+    (["--mfu=1.1"], "mfu must"), (["--mfu=0"], "mfu must"), (["--tokens=-1"], "tokens must"),
+])
+def test_plan_errors_are_one_line(args, says):
+    assert says in one_line_error(run("plan.py", *args))
+
+
+def test_the_first_of_the_limits_ends_the_plan(fables_data):
+    """As in train.py, max_iters counts beside max_epochs only if it is given."""
+    epoch = load_meta(fables_data)["splits"]["train"]["tokens"]
+    shape = [f"--dataset={fables_data}", "--n_layer=1", "--n_embd=16", "--n_head=2"]
+    assert plan(*shape, "--max_epochs=2")["tokens"] == 2 * epoch
+    assert plan(*shape, "--max_epochs=2", "--max_iters=1")["tokens"] == 2 * 32 * 128
+    assert plan(*shape, "--max_epochs=0.01", "--max_iters=9")["tokens"] == int(0.01 * epoch)

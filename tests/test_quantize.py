@@ -1,11 +1,13 @@
 """Linear against PyTorch's, and int8 weights within their rounding."""
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from helpers import in_int8, randomize, tiny
-from lib.machine import measured_dtype
-from model import Int8Linear, KVCache, Linear, quantize_int8
+from lib.machine import measure_dtype
+from lib.quantize import FastLinear, Int8Linear, quantize_int8
+from model import KVCache
 
 
 @pytest.mark.parametrize("shape", [(1, 24), (1, 1, 24), (5, 24), (2, 3, 24), (129, 24)])
@@ -17,7 +19,7 @@ def test_linear_is_that_of_torch(shape, N):
         for n in (1, 2, 3):
             torch.set_num_threads(n)
             for bias in (True, False):
-                layer, x = Linear(24, N, bias=bias), torch.randn(shape)
+                layer, x = FastLinear(nn.Linear(24, N, bias=bias)), torch.randn(shape)
                 with torch.no_grad():
                     torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
                     assert layer(x).is_contiguous()
@@ -47,9 +49,9 @@ def test_int8_rounds_to_the_nearest_of_255_levels_of_a_row():
 @pytest.mark.parametrize("bias", [True, False])
 def test_int8_linear_rounds_each_row_by_itself(bias):
     torch.manual_seed(0)
-    weights = quantize_int8(Linear(64, 300, bias=bias).state_dict())
+    weights = quantize_int8(nn.Linear(64, 300, bias=bias).state_dict())
     w, b = weights["weight"] * weights["weight_scale"][:, None], weights.get("bias")
-    layer = Int8Linear(Linear(64, 300, bias=bias))
+    layer = Int8Linear(nn.Linear(64, 300, bias=bias))
     layer.load_state_dict(weights)
     x = torch.randn(3, 2, 64) * torch.tensor([1e-3, 1.0, 1e3])[:, None, None]
     expected = F.linear(x, w, b)
@@ -71,7 +73,7 @@ def test_int8_model_is_near_the_model(changes):
     with torch.no_grad():
         expected, logits = model(idx)[0], int8(idx)[0]
         assert (logits - expected).std() < 0.1 * expected.std()
-        cache = KVCache(int8, 3)
+        cache = KVCache(32)
         pieces = [int8(piece, cache=cache)[0] for piece in idx.split([13, 1, 6], dim=1)]
         assert (torch.cat(pieces, dim=1) - expected).std() < 0.1 * expected.std()
 
@@ -84,6 +86,6 @@ def test_nothing_of_an_int8_model_is_float_but_gains_biases_and_scales():
                (int8.cos.data_ptr(), int8.sin.data_ptr()))
     assert int8.num_params() == model.num_params()
     assert int8.num_params(non_embedding=True) == model.num_params(non_embedding=True)
-    assert measured_dtype(int8) == "float32"
+    assert measure_dtype(int8) == "float32"
     out = int8.generate(torch.zeros(2, 1, dtype=torch.long), 5, top_k=3)
     assert out.shape == (2, 6)

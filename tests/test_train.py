@@ -4,8 +4,6 @@ import json
 import math
 import shutil
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -13,13 +11,14 @@ import torch
 
 from lib.checkpoint import load_model, read_checkpoint
 from lib.configurator import read_config_file
-from lib.dataset import TokenStream, TrainBatches, load_meta
+from lib.corpus import load_meta
+from lib.dataset import TokenStream, TrainBatches
 from model import GPT, GPTConfig
-from helpers import HERE, TINY, assert_same, read_log, run, train
+from helpers import HERE, TINY, assert_same, read_log, run, train, train_on_ranks
 
 
 @pytest.mark.parametrize("how", [[], ["--batching=by_length"], ["--arch=qwen3", "--n_kv_head=1", "--optimizer=muon",
-                                  "--softmax_words=128"]])
+                                  "--softmax_tokens=128"]])
 def test_stopped_and_resumed_equals_undisturbed(tmp_path, fables_data, how):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(fables_data, whole, *how)
@@ -41,7 +40,7 @@ def test_stopped_and_resumed_equals_undisturbed(tmp_path, fables_data, how):
 def test_two_ranks_equal_one(tmp_path, fables_data, accumulation):
     how = [f"--gradient_accumulation_steps={accumulation}", "--max_iters=50", "--eval_interval=25"]
     train(fables_data, tmp_path / "one", *how)
-    train(fables_data, tmp_path / "two", *how, ranks=2)
+    train_on_ranks(2, fables_data, tmp_path / "two", *how)
     one, two = read_log(tmp_path / "one"), read_log(tmp_path / "two")
     assert len(one) == len(two) == 53
     for a, b in zip(one, two):
@@ -150,10 +149,10 @@ def test_nothing_to_resume(tmp_path, fables_data):
 
 @pytest.mark.parametrize("batching", ["windows", "by_length"])
 def test_epochs_are_passes_over_the_data(tmp_path, fables_data, batching):
-    done = train(fables_data, tmp_path / "out", "--max_epochs=1.5", "--max_iters=1", f"--batching={batching}",
+    done = train(fables_data, tmp_path / "out", "--max_epochs=1.5", "--max_iters=1000", f"--batching={batching}",
                  "--eval_interval=999", "--log_interval=99", "--batch_size=16", "--lr_decay_iters=0")
     stream = TokenStream(fables_data, "train", load_meta(fables_data))
-    rows = len(stream.document_rows(0, 32)) if batching == "by_length" else (len(stream) - 32) // 32
+    rows = len(stream.document_spans(0, 32)) if batching == "by_length" else (len(stream) - 32) // 32
     steps = read_checkpoint(tmp_path / "out/last.pt")["step"]
     assert steps == math.ceil(1.5 * rows / (16 * 2)) > 10
     assert ("padding: " in done.stdout) == (batching == "by_length")
@@ -202,7 +201,7 @@ def test_every_config_trains(name, tmp_path, fables_data, gpt2_data, openai_fold
     args = [f"--{key}={value}" for key, value in SHRUNK.items()]
     if said.get("max_epochs"):
         data = TokenStream(gpt2_data, "train", load_meta(gpt2_data))
-        rows = len(data.document_rows(50256, 32)) if said.get("batching") == "by_length" else (len(data) - 32) // 32
+        rows = len(data.document_spans(50256, 32)) if said.get("batching") == "by_length" else (len(data) - 32) // 32
         args.append(f"--max_epochs={20 * 4 / rows - 1e-6}")
     if name.startswith("finetune"):
         args.append(f"--init_from={openai_folder}")
@@ -238,8 +237,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def train_spoiled(factor: str, first: int, last: int, data: Path, out_dir: Path, *args: str) -> subprocess.CompletedProcess:
     """A run whose micro-batches first to last, counted from 1, two a step, have a loss times factor."""
-    return subprocess.run([sys.executable, "-c", LOSS_TIMES, factor, str(first), str(last), "train.py", f"--dataset={data}",
-                           f"--out_dir={out_dir}", *TINY, *args], cwd=HERE, capture_output=True, text=True)
+    return run("-c", LOSS_TIMES, factor, str(first), str(last), "train.py", f"--dataset={data}", f"--out_dir={out_dir}", *TINY,
+               *args)
 
 
 @pytest.mark.parametrize("factor", ["nan", "inf"])
@@ -260,7 +259,7 @@ def test_many_bad_steps_lead_back_with_half_the_rate(tmp_path, fables_data):
     how = ["--eval_interval=4", "--max_iters=9"]
     done = train_spoiled("nan", 11, 16, fables_data, tmp_path / "out", *how, "--max_bad_steps=3")  # steps 6, 7 and 8
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("back to step 4, from now on with 0.5 of the learning rate") == 1
+    assert done.stdout.count("returned to step 4, continuing with 0.5 of the learning rate") == 1
     train(fables_data, tmp_path / "hand", *how, "--max_iters=4")
     train(fables_data, tmp_path / "hand", *how, "--init_from=resume", "--learning_rate=5e-4", "--min_lr=5e-5")
     a, b = read_checkpoint(tmp_path / "out/last.pt"), read_checkpoint(tmp_path / "hand/last.pt")
@@ -328,9 +327,8 @@ def test_damaged_data_is_refused_before_the_first_step(tmp_path, fables_data):
 
 def test_ranks_that_cannot_work_together_leave_with_one_line(tmp_path, fables_data):
     def refused(*args: str, script: str = "train.py") -> str:
-        started = time.time()
         done = run(script, f"--dataset={fables_data}", f"--out_dir={tmp_path}/out", *TINY, *args, ranks=2)
-        assert done.returncode != 0 and time.time() - started < 30 and not (tmp_path / "out").exists()
+        assert done.returncode != 0 and not (tmp_path / "out").exists()
         lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert len(lines) == 1, done.stderr
         return lines[0]

@@ -1,16 +1,17 @@
 """
-Write short fables from a grammar, so that the best possible loss is known exactly.
+Write short fables from a grammar, so that the lowest possible loss is known exactly.
 
     python data/fables/prepare.py
 
-Most corpora cannot say how good a model could get. This one can. A fable is a sequence of draws: each [slot] of the
-templates below is filled with one option of its table, and each beat is told by one of its templates, always with equal
-probability. A fable of k draws from n_1, ..., n_k options therefore has -log p = log n_1 + ... + log n_k nats.
+A fable is a sequence of random choices: each sentence is one of a few templates, and each [slot] of
+a template is filled with an option from a table. All options of a choice are equally likely, so a
+fable made by choices among n_1, ..., n_k options has -log p = log n_1 + ... + log n_k nats.
 
-No two sequences of draws tell the same text, because the options of a draw never begin alike: whoever reads from left to
-right knows each draw as soon as it is told. `parse` does exactly that. So the mean of -log p over a split is its entropy,
-the floor that no model can go below on average, and a text that `parse` refuses is none that the grammar can tell: a
-wrong name, a found thing that was never lost, the moral of another fable.
+The options of a choice never begin alike. Different choices therefore give different texts, and a
+reader knows every choice from left to right; this is how parse() works. The mean of -log p over
+a split is its entropy: no model can have a lower loss on average. A text that parse() rejects
+cannot come from the grammar, for example because of a wrong name, a found thing that was never
+lost, or the moral of another fable.
 """
 import math
 import os
@@ -20,154 +21,194 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1]))
+from lib.configurator import at_least, configure, one_of, user_errors
+from lib.corpus import finish_dataset, write_split
+from lib.tokenizer import EOT, KINDS, train_tokenizer
+
 # -----------------------------------------------------------------------------
 train_stories = 50000  # about 130 tokens each
 val_stories = 2000
-seed = 1337  # of the draws
-tokenizer = "pieces"  # words with the space before them, which learn fastest; or 'gpt2', 'bpe', 'char', 'word'
-vocab_size = 0  # tokens of bpe, char, word or pieces at most; 0: 4,096 of bpe, 10,000 words, all others
-out_dir = ""  # where to write; '': this folder
+seed = 1337  # of the random choices
+tokenizer = "pieces"  # words with the space before them, the fastest to learn; or any other kind
+vocab_size = 0  # at most this many tokens (0: 4,096 of bpe, 10,000 words, all others)
+out_dir = ""  # where to write (empty: this folder)
 # -----------------------------------------------------------------------------
 
 
-# The tables. `[slot]` in a template draws from the table of that name and `{slot}` repeats what was drawn.
+# The tables. [slot] in a template is a choice from the table of that name, {slot} repeats it.
 
 def options(text: str) -> tuple[str, ...]:
     return tuple(" ".join(option.split()) for option in text.split(","))
 
-SHE = options("""Fern, Hazel, Willow, Clover, Poppy, Daisy, Ivy, Juniper, Maple, Olive, Pearl, Ruby, Stella, Tansy, Wren,
-    Bramble, Cinnamon, Dahlia, Ember, Flora""")
-HE = options("""Alder, Basil, Cedar, Dusty, Elmer, Felix, Gus, Hector, Igor, Jasper, Kip, Leo, Milo, Nico, Oscar, Pip,
-    Quentin, Rufus, Yorick, Ziggy""")
+
+SHE = options("""Fern, Hazel, Willow, Clover, Poppy, Daisy, Ivy, Juniper, Maple, Olive, Pearl, Ruby,
+    Stella, Tansy, Wren, Bramble, Cinnamon, Dahlia, Ember, Flora""")
+HE = options("""Alder, Basil, Cedar, Dusty, Elmer, Felix, Gus, Hector, Igor, Jasper, Kip, Leo, Milo,
+    Nico, Oscar, Pip, Quentin, Rufus, Yorick, Ziggy""")
 
 TABLES = {
     "hero": SHE + HE,
-    "animal": options("""rabbit, fox, hedgehog, mouse, bear, kitten, puppy, lamb, piglet, calf, duckling, penguin,
-        panda, raccoon, otter, deer, wolf, lion, tiger, elephant, monkey, zebra, camel, kangaroo"""),
-    "trait": options("""a shy, a curious, a cheerful, a dreamy, a stubborn, a polite, a clumsy, a sleepy, a brave,
-        a noisy, a tidy, a clever, a hungry, a lazy, a vain, a gentle, an eager, a proud, a silly, a quiet"""),
+    "animal": options("""rabbit, fox, hedgehog, mouse, bear, kitten, puppy, lamb, piglet, calf,
+        duckling, penguin, panda, raccoon, otter, deer, wolf, lion, tiger, elephant, monkey, zebra,
+        camel, kangaroo"""),
+    "trait": options("""a shy, a curious, a cheerful, a dreamy, a stubborn, a polite, a clumsy,
+        a sleepy, a brave, a noisy, a tidy, a clever, a hungry, a lazy, a vain, a gentle, an eager,
+        a proud, a silly, a quiet"""),
     "place": options("""beside the old windmill, under the crooked bridge, at the edge of town,
-        behind the village bakery, on a windy hilltop, near the silver lake, in a hollow log, beyond the apple orchard,
-        in a teapot, at the foot of the mountain, among the sand dunes, below the dam, in a garden full of bees,
-        on Pepper Lane, inside a giant pumpkin, between two haystacks, over the toy shop, by the frozen pond,
-        on a green island, along the dusty road"""),
-    "hobby": options("""counting clouds, painting snails, humming to the bees, collecting acorns, dancing in puddles,
-        baking mud pies, naming the stars, telling riddles, drawing maps, reading to chickens, juggling turnips,
-        building sandcastles, yodeling, knitting socks, inventing recipes, feeding pigeons"""),
-    "look": options("""a crimson, a golden, a wooden, a striped, a purple, a shiny, a spotted, a tiny, a blue, a green,
-        a yellow, a scarlet, a painted, a polished, a battered, a curious, an orange, an enormous, an ancient,
-        a pink"""),
-    "giver": options("""grandmother, grandfather, uncle, aunt, cousin, godmother, godfather, neighbor, teacher, sister,
-        brother, nanny, dentist, postman"""),
-    "town": options("Lisbon, Paris, Cairo, Vienna, Dublin, Oslo, Havana, Athens, Naples, Timbuktu, Boston, Kyoto"),
-    "event": options("""birthday, bath, first haircut, long nap, spelling test, swimming lesson, cold, vacation,
-        school play, trip to the zoo, sneezing fit, garden party"""),
-    "shelf": options("shelf, windowsill, mantelpiece, nightstand, cupboard, cushion, balcony, desk"),
+        behind the village bakery, on a windy hilltop, near the silver lake, in a hollow log,
+        beyond the apple orchard, in a teapot, at the foot of the mountain, among the sand dunes,
+        below the dam, in a garden full of bees, on Pepper Lane, inside a giant pumpkin,
+        between two haystacks, over the toy shop, by the frozen pond, on a green island,
+        along the dusty road"""),
+    "hobby": options("""counting clouds, painting snails, humming to the bees, collecting acorns,
+        dancing in puddles, baking mud pies, naming the stars, telling riddles, drawing maps,
+        reading to chickens, juggling turnips, building sandcastles, yodeling, knitting socks,
+        inventing recipes, feeding pigeons"""),
+    "look": options("""a crimson, a golden, a wooden, a striped, a purple, a shiny, a spotted,
+        a tiny, a blue, a green, a yellow, a scarlet, a painted, a polished, a battered, a curious,
+        an orange, an enormous, an ancient, a pink"""),
+    "giver": options("""grandmother, grandfather, uncle, aunt, cousin, godmother, godfather,
+        neighbor, teacher, sister, brother, nanny, dentist, postman"""),
+    "town": options("""Lisbon, Paris, Cairo, Vienna, Dublin, Oslo, Havana, Athens, Naples, Timbuktu,
+        Boston, Kyoto"""),
+    "event": options("""birthday, bath, first haircut, long nap, spelling test, swimming lesson,
+        cold, vacation, school play, trip to the zoo, sneezing fit, garden party"""),
+    "shelf": options("""shelf, windowsill, mantelpiece, nightstand, cupboard, cushion, balcony,
+        desk"""),
     # what a hero may own, by what will happen to it
-    "windy": options("""kite, balloon, hat, scarf, ribbon, feather, handkerchief, pinwheel, bonnet, flag, cap, shawl,
-        letter, umbrella"""),
-    "small": options("""button, coin, key, ring, marble, thimble, bead, whistle, brooch, spoon, bell, medal, charm,
-        necklace"""),
-    "wet": options("boat, raft, ball, barrel, basket, bottle, drum, bucket, bowl, doll, pail, tub, canoe, cork"),
-    "frail": options("teacup, vase, lamp, clock, chair, cart, violin, flute, wagon, sled, plate, jug, teapot, lantern"),
-    "deep": options("""trumpet, boot, mitten, slipper, watch, shovel, book, pencil, candle, comb, brush, compass, diary,
-        harmonica"""),
-    "treat": options("""cake, pie, loaf, pudding, tart, pancake, muffin, waffle, dumpling, pretzel, strudel, trifle,
-        omelet, pizza"""),
-    "plant": options("""sunflower, pumpkin, carrot, rose, tulip, bean, melon, turnip, radish, cucumber, poppy, cabbage,
-        lemon, tomato"""),
-    "wonder": options("""comet, lighthouse, waterfall, rainbow, ocean, circus, carnival, parade, eclipse, volcano,
-        canyon, desert, fireworks, pyramids"""),
+    "windy": options("""kite, balloon, hat, scarf, ribbon, feather, handkerchief, pinwheel, bonnet,
+        flag, cap, shawl, letter, umbrella"""),
+    "small": options("""button, coin, key, ring, marble, thimble, bead, whistle, brooch, spoon,
+        bell, medal, charm, necklace"""),
+    "wet": options("""boat, raft, ball, barrel, basket, bottle, drum, bucket, bowl, doll, pail, tub,
+        canoe, cork"""),
+    "frail": options("""teacup, vase, lamp, clock, chair, cart, violin, flute, wagon, sled, plate,
+        jug, teapot, lantern"""),
+    "deep": options("""trumpet, boot, mitten, slipper, watch, shovel, book, pencil, candle, comb,
+        brush, compass, diary, harmonica"""),
+    "treat": options("""cake, pie, loaf, pudding, tart, pancake, muffin, waffle, dumpling, pretzel,
+        strudel, trifle, omelet, pizza"""),
+    "plant": options("""sunflower, pumpkin, carrot, rose, tulip, bean, melon, turnip, radish,
+        cucumber, poppy, cabbage, lemon, tomato"""),
+    "wonder": options("""comet, lighthouse, waterfall, rainbow, ocean, circus, carnival, parade,
+        eclipse, volcano, canyon, desert, fireworks, pyramids"""),
     # when it happens
-    "weather": options("foggy, chilly, misty, sunny, drizzly, cloudy, frosty, snowy, sticky, dull, fine, gray"),
-    "hour": options("morning, noon, afternoon, evening, night, Sunday, Monday, Tuesday, Friday, Saturday"),
+    "weather": options("""foggy, chilly, misty, sunny, drizzly, cloudy, frosty, snowy, sticky, dull,
+        fine, gray"""),
+    "hour": options("""morning, noon, afternoon, evening, night, Sunday, Monday, Tuesday, Friday,
+        Saturday"""),
     # the wind takes it
-    "breeze": options("gusty, blustery, rude, cheeky, howling, roaring, playful, warm, bitter, wild"),
-    "tree": options("oak, elm, pine, birch, poplar, beech, sycamore, maple, cedar, spruce, palm, larch"),
+    "breeze": options("""gusty, blustery, rude, cheeky, howling, roaring, playful, warm, bitter,
+        wild"""),
+    "tree": options("""oak, elm, pine, birch, poplar, beech, sycamore, maple, cedar, spruce, palm,
+        larch"""),
     "snatch": options("snatched, grabbed, stole, lifted, plucked, swept, whisked, pinched"),
-    "thrown": options("pebbles, pinecones, snowballs, slippers, potatoes, dumplings, walnuts, cushions, twigs"),
-    "flyer": options("sparrow, squirrel, owl, woodpecker, stork, raven, heron, crow, magpie, parrot, bat, jay"),
+    "thrown": options("""pebbles, pinecones, snowballs, slippers, potatoes, dumplings, walnuts,
+        cushions, twigs"""),
+    "flyer": options("""sparrow, squirrel, owl, woodpecker, stork, raven, heron, crow, magpie,
+        parrot, bat, jay"""),
     # it is lost
-    "pocket": options("""pocket, drawer, left boot, satchel, lunch box, sleeve, suitcase, pillow, treasure chest,
-        schoolbag"""),
+    "pocket": options("""pocket, drawer, left boot, satchel, lunch box, sleeve, suitcase, pillow,
+        treasure chest, schoolbag"""),
     "under": options("bed, carpet, sofa, doormat, staircase, table, blankets, piano, bathtub"),
     "behind": options("stove, curtains, barn, shed, fireplace, flowerpots, henhouse, chimney"),
-    "junk": options("""a sock, an old crust, a sleeping spider, a bent nail, a chewed bone, fluff, a moldy pear,
-        half a biscuit, a dry leaf, a sandwich"""),
-    "finder": options("terrier, cat, ferret, hen, beetle, weasel, ant, spaniel, goose, bloodhound, rat, pigeon"),
-    "nook": options("""sugar bowl, piano, birdhouse, watering can, cookie jar, cuckoo clock, mailbox, toolbox, beehive,
-        flour sack"""),
+    "junk": options("""a sock, an old crust, a sleeping spider, a bent nail, a chewed bone, fluff,
+        a moldy pear, half a biscuit, a dry leaf, a sandwich"""),
+    "finder": options("""terrier, cat, ferret, hen, beetle, weasel, ant, spaniel, goose, bloodhound,
+        rat, pigeon"""),
+    "nook": options("""sugar bowl, piano, birdhouse, watering can, cookie jar, cuckoo clock,
+        mailbox, toolbox, beehive, flour sack"""),
     # it falls into the water
     "water": options("river, brook, pond, canal, harbor, lagoon, swamp, creek, bay, marsh"),
     "moved": options("rolled, bounced, slid, tumbled, skidded, toppled, bumped, hopped"),
-    "hook": options("stick, fishing rod, rake, butterfly net, rope, walking cane, soup spoon, mop, pole, chain"),
-    "swimmer": options("frog, swan, turtle, seal, pelican, beaver, duck, toad, newt, salmon, dolphin, crab"),
+    "hook": options("""stick, fishing rod, rake, butterfly net, rope, walking cane, soup spoon, mop,
+        pole, chain"""),
+    "swimmer": options("""frog, swan, turtle, seal, pelican, beaver, duck, toad, newt, salmon,
+        dolphin, crab"""),
     # it breaks
     "crash": options("crash, crack, clatter, bang, thud, snap, crunch, tinkle, pop, smash"),
-    "trip": options("""a root, a cat's tail, a loose stone, a garden gnome, a shoelace, a snoring tortoise, a doorstep,
-        a puddle, a banana peel, a skateboard"""),
-    "paste": options("honey, mud, string, jam, porridge, chewing gum, tape, melted cheese, wax, spaghetti"),
-    "fixer": options("ox, spider, tortoise, rooster, ram, boar, hare, gorilla, llama, yak, moose, stag"),
-    "trade": options("carpenter, tinker, tailor, clockmaker, blacksmith, potter, cobbler, plumber, mechanic"),
-    "tool": options("hammer, needle, saw, wrench, file, paintbrush, drill, chisel, tiny ladder, pot of glue"),
+    "trip": options("""a root, a cat's tail, a loose stone, a garden gnome, a shoelace,
+        a snoring tortoise, a doorstep, a puddle, a banana peel, a skateboard"""),
+    "paste": options("""honey, mud, string, jam, porridge, chewing gum, tape, melted cheese, wax,
+        spaghetti"""),
+    "fixer": options("""ox, spider, tortoise, rooster, ram, boar, hare, gorilla, llama, yak, moose,
+        stag"""),
+    "trade": options("""carpenter, tinker, tailor, clockmaker, blacksmith, potter, cobbler, plumber,
+        mechanic"""),
+    "tool": options("""hammer, needle, saw, wrench, file, paintbrush, drill, chisel, tiny ladder,
+        pot of glue"""),
     # it drops into a hole
     "pit": options("well, burrow, ditch, drain, cave, cellar, ravine, tunnel, crevice, foxhole"),
     "limb": options("arm, leg, neck, tail, nose, tongue, elbow, ear"),
-    "digger": options("""worm, snake, lizard, mongoose, armadillo, meerkat, gopher, shrew, vole, groundhog, chipmunk,
-        aardvark"""),
+    "digger": options("""worm, snake, lizard, mongoose, armadillo, meerkat, gopher, shrew, vole,
+        groundhog, chipmunk, aardvark"""),
     # the treat is too good to share
-    "flavor": options("""an apple, a cherry, a chocolate, a blueberry, a cinnamon, a banana, a walnut, a vanilla,
-        a caramel, a ginger, an almond, a cheese"""),
+    "flavor": options("""an apple, a cherry, a chocolate, a blueberry, a cinnamon, a banana,
+        a walnut, a vanilla, a caramel, a ginger, an almond, a cheese"""),
     "helping": options("slice, bite, crumb, spoonful, corner, nibble, mouthful"),
-    "guest": options("sheep, tramp, peacock, snail, turkey, lynx, ostrich, flamingo, antelope, bison, jackal, coyote"),
+    "guest": options("""sheep, tramp, peacock, snail, turkey, lynx, ostrich, flamingo, antelope,
+        bison, jackal, coyote"""),
     "belly": options("belly, throat, conscience, head, heart, jaw, tummy, toe"),
-    "meal": options("Sunday, Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, breakfast, last week"),
+    "meal": options("""Sunday, Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, breakfast,
+        last week"""),
     # the seed will not hurry
     "season": options("spring, summer, autumn, winter, March, April, May, June, August, October"),
-    "pot": options("flowerpot, bathtub, boot, bucket, teacup, bowl, sandbox, backyard, drawer, bonnet"),
-    "coax": options("""sang to it, shouted at it, tickled it, bribed it with cookies, watered it, blew on it, begged it,
-        warned it, played it a waltz, showed it a calendar"""),
-    "gardener": options("""dove, ladybug, bee, plowhorse, cow, butterfly, grub, robin, grasshopper, moth, dormouse,
-        hummingbird"""),
-    "number": options("two, three, four, five, six, seven, eight, nine, ten, eleven, twelve, thirteen"),
+    "pot": options("""flowerpot, bathtub, boot, bucket, teacup, bowl, sandbox, backyard, drawer,
+        bonnet"""),
+    "coax": options("""sang to it, shouted at it, tickled it, bribed it with cookies, watered it,
+        blew on it, begged it, warned it, played it a waltz, showed it a calendar"""),
+    "gardener": options("""dove, ladybug, bee, plowhorse, cow, butterfly, grub, robin, grasshopper,
+        moth, dormouse, hummingbird"""),
+    "number": options("""two, three, four, five, six, seven, eight, nine, ten, eleven, twelve,
+        thirteen"""),
     # the way there is frightening
-    "gloom": options("dark, foggy, haunted, rickety, winding, deserted, thorny, gloomy, whispering, steep"),
+    "gloom": options("""dark, foggy, haunted, rickety, winding, deserted, thorny, gloomy,
+        whispering, steep"""),
     "road": options("forest, valley, barn, bridge, tunnel, graveyard, thicket, cave, alley, attic"),
-    "fear": options("ghosts, spiders, thunder, owls, shadows, strangers, giants, goblins, bats, lightning"),
-    "noise": options("a hoot, a creak, a rustle, a growl, a whisper, a squeak, a sneeze, a howl, a cough"),
-    "guide": options("""firefly, glowworm, mastiff, eagle, lioness, hornet, cub, stallion, crocodile, falcon, grizzly,
-        leopard"""),
-    "song": options("lullabies, sea shanties, marches, carols, nonsense, ballads, drinking songs, hymns"),
+    "fear": options("""ghosts, spiders, thunder, owls, shadows, strangers, giants, goblins, bats,
+        lightning"""),
+    "noise": options("""a hoot, a creak, a rustle, a growl, a whisper, a squeak, a sneeze, a howl,
+        a cough"""),
+    "guide": options("""firefly, glowworm, mastiff, eagle, lioness, hornet, cub, stallion,
+        crocodile, falcon, grizzly, leopard"""),
+    "song": options("""lullabies, sea shanties, marches, carols, nonsense, ballads, drinking songs,
+        hymns"""),
     # what everybody needs
-    "friend": options("""Abner, Bertha, Clementine, Doris, Edgar, Frida, Gerald, Harriet, Isolde, Jeremiah, Kasimir,
-        Lavinia, Mortimer, Nadine, Ophelia, Percival, Queenie, Roderick, Sybil, Theodore"""),
-    "air": options("""a kindly, a wise, an elderly, a cheery, a sensible, a patient, a famous, a nearsighted,
-        a good-natured, a well-dressed, a retired, a generous, a barefoot, a talkative"""),
-    "doing": options("""on a bicycle, with a suitcase, on the way to market, out for a stroll, carrying an umbrella,
-        late for tea, chewing a straw, wearing two hats, munching peanuts, humming a polka, reading a newspaper,
-        looking for mushrooms"""),
-    "say": options("""declared, mumbled, murmured, whispered, stammered, croaked, admitted, explained, replied, sobbed,
-        sighed, wailed, groaned, whimpered, sniffed"""),
-    "ask": options("asked, inquired, begged, wondered, pleaded, demanded, squeaked, piped up, stuttered"),
-    "adverb": options("""slowly, gently, bravely, quickly, carefully, calmly, cheerfully, quietly, eagerly, politely,
-        proudly, gladly, neatly, nimbly, patiently, silently"""),
-    "meekly": options("""sadly, shyly, softly, hoarsely, bitterly, nervously, faintly, timidly, meekly, wearily, weakly,
-        tearfully"""),
-    "joy": options("""laughed, cheered, giggled, beamed, clapped, twirled, squealed, grinned, hopped up and down,
-        blushed, somersaulted, bowed"""),
-    "party": options("""danced, sang, giggled, played cards, told stories, played hopscotch, blew bubbles,
-        flew paper planes, counted stars, played the ukulele, sat by the fire, played hide-and-seek"""),
-    "until": options("""sunset, midnight, bedtime, the moon rose, the rooster crowed, the candles burned down, supper,
-        breakfast, the last bus left, their feet ached"""),
-    "food": options("""toast, dumplings, strawberries, pickles, gingerbread, popcorn, carrots, cupcakes, cheese,
-        blackberries, soup, eggs, raisins, porridge, pancakes, chestnuts"""),
-    "drink": options("""lemonade, cocoa, mint tea, cold milk, apple juice, ginger ale, buttermilk, hot cider, coffee,
-        plain water"""),
+    "friend": options("""Abner, Bertha, Clementine, Doris, Edgar, Frida, Gerald, Harriet, Isolde,
+        Jeremiah, Kasimir, Lavinia, Mortimer, Nadine, Ophelia, Percival, Queenie, Roderick, Sybil,
+        Theodore"""),
+    "air": options("""a kindly, a wise, an elderly, a cheery, a sensible, a patient, a famous,
+        a nearsighted, a good-natured, a well-dressed, a retired, a generous, a barefoot,
+        a talkative"""),
+    "doing": options("""on a bicycle, with a suitcase, on the way to market, out for a stroll,
+        carrying an umbrella, late for tea, chewing a straw, wearing two hats, munching peanuts,
+        humming a polka, reading a newspaper, looking for mushrooms"""),
+    "say": options("""declared, mumbled, murmured, whispered, stammered, croaked, admitted,
+        explained, replied, sobbed, sighed, wailed, groaned, whimpered, sniffed"""),
+    "ask": options("""asked, inquired, begged, wondered, pleaded, demanded, squeaked, piped up,
+        stuttered"""),
+    "adverb": options("""slowly, gently, bravely, quickly, carefully, calmly, cheerfully, quietly,
+        eagerly, politely, proudly, gladly, neatly, nimbly, patiently, silently"""),
+    "meekly": options("""sadly, shyly, softly, hoarsely, bitterly, nervously, faintly, timidly,
+        meekly, wearily, weakly, tearfully"""),
+    "joy": options("""laughed, cheered, giggled, beamed, clapped, twirled, squealed, grinned,
+        hopped up and down, blushed, somersaulted, bowed"""),
+    "party": options("""danced, sang, giggled, played cards, told stories, played hopscotch,
+        blew bubbles, flew paper planes, counted stars, played the ukulele, sat by the fire,
+        played hide-and-seek"""),
+    "until": options("""sunset, midnight, bedtime, the moon rose, the rooster crowed,
+        the candles burned down, supper, breakfast, the last bus left, their feet ached"""),
+    "food": options("""toast, dumplings, strawberries, pickles, gingerbread, popcorn, carrots,
+        cupcakes, cheese, blackberries, soup, eggs, raisins, porridge, pancakes, chestnuts"""),
+    "drink": options("""lemonade, cocoa, mint tea, cold milk, apple juice, ginger ale, buttermilk,
+        hot cider, coffee, plain water"""),
 }
 
 # -----------------------------------------------------------------------------
-# The beats. Each is told by one of its templates; they begin differently, so a reader knows at once which.
-# {She} {she} {Her} {her} {him} follow the hero's name, {thing} is what the story is about.
+# The sentences, each a list of templates that begin differently.
+# {She} {she} {Her} {her} {him} depend on the hero's name, {thing} is what the fable is about.
 
 BEGINNING = [
     ["Once upon a time, [place], there lived [trait] [animal] named [hero].",
@@ -195,13 +236,13 @@ MEETING = [
 ENDING = [
     ["{hero} [joy] and thanked {friend}.",
      "{She} [joy] and kissed {friend}.",
-     "\"Hooray!\" cried {hero} and hugged {friend}."],
+     '"Hooray!" cried {hero} and hugged {friend}.'],
     ["They [party] until [until].",
      "Afterwards {hero} and {friend} [party].",
      "There was [drink] for {friend} and [food] for {hero}."],
 ]
 
-# What goes wrong and how the hero tries; what helps; what it teaches. The thing decides which of the plots it is.
+# What goes wrong and what the hero tries; what helps; the morals. The thing decides on the plot.
 PLOTS = {
     "windy": (
         [["One [weather] [hour] a [breeze] wind [snatch] the {thing} and hung it in the [tree].",
@@ -209,10 +250,10 @@ PLOTS = {
          ["{hero} threw [thrown] at it and hit {her} own [limb].",
           "{She} jumped [number] times, but it was too high.",
           "The little {animal} shook the trunk, but only [thrown] came down."]],
-        [["\"Oh {friend}, the wind has my {thing},\" [say] {hero} [meekly].",
-          "\"Oh {friend}, can you reach my {thing}?\" [ask] the little {animal} [meekly]."],
+        [['"Oh {friend}, the wind has my {thing}," [say] {hero} [meekly].',
+          '"Oh {friend}, can you reach my {thing}?" [ask] the little {animal} [meekly].'],
          ["Up went {friend} and [adverb] brought down the {thing}.",
-          "\"Hold my hat,\" said {friend} and [adverb] climbed up for the {thing}."]],
+          '"Hold my hat," said {friend} and [adverb] climbed up for the {thing}.']],
         ["A friend is taller than any tree.",
          "What the wind takes, a friend brings back.",
          "Nobody is too small to ask for help.",
@@ -224,10 +265,10 @@ PLOTS = {
          ["{hero} looked under the [under] and found [junk].",
           "{She} searched behind the [behind], where there was only [junk].",
           "The little {animal} turned over the [under] [number] times."]],
-        [["\"Oh {friend}, I have lost my {thing},\" [say] {hero} [meekly].",
-          "\"Oh {friend}, have you seen my {thing}?\" [ask] the little {animal} [meekly]."],
+        [['"Oh {friend}, I have lost my {thing}," [say] {hero} [meekly].',
+          '"Oh {friend}, have you seen my {thing}?" [ask] the little {animal} [meekly].'],
          ["Then {friend} [adverb] sniffed around and found the {thing} in the [nook].",
-          "\"Stand still,\" said {friend} and [adverb] pulled the {thing} from the [nook]."]],
+          '"Stand still," said {friend} and [adverb] pulled the {thing} from the [nook].']],
         ["Four eyes see more than two.",
          "Things are lost alone and found together.",
          "A tidy house is good, but a good friend is better.",
@@ -239,10 +280,10 @@ PLOTS = {
          ["{hero} fished for it with a [hook], but it drifted away.",
           "{She} leaned out with a [hook] and fell in up to the [limb].",
           "The little {animal} could not swim and called [number] times for help."]],
-        [["\"Oh {friend}, there floats my {thing},\" [say] {hero} [meekly].",
-          "\"Oh {friend}, could you save my {thing}?\" [ask] the little {animal} [meekly]."],
+        [['"Oh {friend}, there floats my {thing}," [say] {hero} [meekly].',
+          '"Oh {friend}, could you save my {thing}?" [ask] the little {animal} [meekly].'],
          ["In dived {friend} and [adverb] pushed the {thing} ashore.",
-          "\"Nothing easier,\" said {friend} and [adverb] towed back the {thing}."]],
+          '"Nothing easier," said {friend} and [adverb] towed back the {thing}.']],
         ["Leave the swimming to those who can swim.",
          "Still water runs deep, but friendship runs deeper.",
          "It is no shame to be pulled ashore.",
@@ -254,10 +295,11 @@ PLOTS = {
          ["{hero} mended it with [paste], but it came apart.",
           "{She} tried [paste], which made a terrible mess.",
           "The little {animal} hid the pieces in {her} [pocket]."]],
-        [["\"Oh {friend}, I broke my {thing},\" [say] {hero} [meekly].",
-          "\"Oh {friend}, can my {thing} be mended?\" [ask] the little {animal} [meekly]."],
+        [['"Oh {friend}, I broke my {thing}," [say] {hero} [meekly].',
+          '"Oh {friend}, can my {thing} be mended?" [ask] the little {animal} [meekly].'],
          ["Then {friend}, a [trade], took out a [tool] and [adverb] repaired the {thing}.",
-          "\"Lucky that I am a [trade],\" said {friend} and [adverb] fixed the {thing} with a [tool]."]],
+          '"Lucky that I am a [trade]," said {friend} and [adverb] fixed the {thing} '
+          "with a [tool]."]],
         ["Mistakes can be mended if you own up to them.",
          "The right tool is good, and the right friend is better.",
          "What is broken is not yet lost.",
@@ -269,25 +311,25 @@ PLOTS = {
          ["{hero} reached in and got {her} [limb] stuck.",
           "{She} let down a [hook], but it was too short.",
           "The little {animal} shouted [number] times, and only an echo answered."]],
-        [["\"Oh {friend}, it swallowed my {thing},\" [say] {hero} [meekly].",
-          "\"Oh {friend}, how do I get my {thing} out?\" [ask] the little {animal} [meekly]."],
+        [['"Oh {friend}, it swallowed my {thing}," [say] {hero} [meekly].',
+          '"Oh {friend}, how do I get my {thing} out?" [ask] the little {animal} [meekly].'],
          ["Down crept {friend} and [adverb] carried up the {thing}.",
-          "\"I adore the dark,\" said {friend} and [adverb] returned with the {thing}."]],
+          '"I adore the dark," said {friend} and [adverb] returned with the {thing}.']],
         ["No hole is so deep that a friend cannot climb down.",
          "Those who live low may lift you high.",
          "Do not measure a helper by size.",
          "Before you reach into the dark, ask who lives there.",
          "Hold tight to what you love."]),
     "treat": (
-        [["\"This {thing} is all mine,\" {she} [say] and locked the door.",
+        [['"This {thing} is all mine," {she} [say] and locked the door.',
           "It smelled so good that {she} hid the {thing} under the [under]."],
          ["{hero} ate one [helping] after another until {her} [belly] ached.",
           "{She} swallowed [number] pieces and could not even smile.",
           "The little {animal} chewed alone, and each [helping] tasted of dust."]],
-        [["\"I have eaten nothing since [meal],\" said {friend} [meekly].",
-          "\"Is that your {thing}?\" said {friend} [meekly]."],
+        [['"I have eaten nothing since [meal]," said {friend} [meekly].',
+          '"Is that your {thing}?" said {friend} [meekly].'],
          ["So {hero} blushed and [adverb] cut the {thing} in [number].",
-          "\"Come in,\" said the little {animal} and [adverb] shared the {thing}."]],
+          '"Come in," said the little {animal} and [adverb] shared the {thing}.']],
         ["Half of a treat, shared, is more than the whole.",
          "Sweet things turn sour behind a locked door.",
          "The best spice is company.",
@@ -299,9 +341,9 @@ PLOTS = {
          ["{hero} [coax], and nothing happened.",
           "{She} dug it up [number] times to see whether it was awake.",
           "The little {animal} [coax] and [coax]."]],
-        [["\"Oh {friend}, my {thing} is too slow,\" [say] {hero} [meekly].",
-          "\"Oh {friend}, how do I hurry my {thing}?\" [ask] the little {animal} [meekly]."],
-         ["\"Wait [number] nights,\" said {friend}, and at last the {thing} [adverb] opened.",
+        [['"Oh {friend}, my {thing} is too slow," [say] {hero} [meekly].',
+          '"Oh {friend}, how do I hurry my {thing}?" [ask] the little {animal} [meekly].'],
+         ['"Wait [number] nights," said {friend}, and at last the {thing} [adverb] opened.',
           "Then {friend} [adverb] covered it, and in [number] days the {thing} was in bloom."]],
         ["Good things come to those who water and wait.",
          "You cannot pull a flower taller.",
@@ -314,10 +356,10 @@ PLOTS = {
          ["{hero} set out [number] times and ran home at [noise].",
           "{She} heard [noise] and hid {her} [limb] in a bush.",
           "The little {animal} got as far as the gate, where [noise] made {him} faint."]],
-        [["\"Oh {friend}, I shall never see the {thing},\" [say] {hero} [meekly].",
-          "\"Oh {friend}, are there really [fear] on the way?\" [ask] the little {animal} [meekly]."],
+        [['"Oh {friend}, I shall never see the {thing}," [say] {hero} [meekly].',
+          '"Oh {friend}, are there really [fear] on the way?" [ask] the little {animal} [meekly].'],
          ["Then {friend} took {her} hand, sang [song], and [adverb] they walked to the {thing}.",
-          "\"Hold on to my [limb],\" said {friend} and [adverb] led {him} to the {thing}."]],
+          '"Hold on to my [limb]," said {friend} and [adverb] led {him} to the {thing}.']],
         ["Courage is fear that has found company.",
          "A song makes every road shorter.",
          "The dark is only the day with its eyes shut.",
@@ -325,68 +367,70 @@ PLOTS = {
          "Most ghosts are laundry."]),
 }
 TREASURES = ("windy", "small", "wet", "frail", "deep")
-HELPERS = {"windy": "flyer", "small": "finder", "wet": "swimmer", "frail": "fixer", "deep": "digger", "treat": "guest",
-           "plant": "gardener", "wonder": "guide"}
+HELPERS = {"windy": "flyer", "small": "finder", "wet": "swimmer", "frail": "fixer",
+           "deep": "digger", "treat": "guest", "plant": "gardener", "wonder": "guide"}
 PLOT_OF = {thing: plot for plot in PLOTS for thing in TABLES[plot]}
 TABLES["treasure"] = tuple(thing for plot in TREASURES for thing in TABLES[plot])
 
 
 # -----------------------------------------------------------------------------
-# Telling, and reading what was told
+# Writing and parsing
 
 class NotAFable(ValueError):
-    """The text is none that the grammar can tell; the message says where it leaves the grammar."""
+    """The text cannot come from the grammar. The message says where it departs from it."""
 
 
 def tell(choose: Callable[[str, tuple[str, ...]], int]) -> str:
     """
-    Tell one story. `choose(told, options)` is given the text so far and the texts of which one comes next and returns
-    the index of one: a random number makes this a writer, a comparison with a finished text makes it a reader.
+    Return one fable.
+
+    choose: a function of the text so far and the options for what comes next, which returns the
+    index of an option. With random numbers this writes a fable, with a finished text it parses it.
     """
     facts: dict[str, str] = {}
-    told = ""
+    text = ""
 
     def fill(template: str) -> str:
         return re.sub(r"\{(\w+)\}", lambda match: facts[match[1]], template)
 
-    def draw(slot: str) -> None:
-        nonlocal told
+    def add_choice(slot: str) -> None:
+        nonlocal text
         table = TABLES[HELPERS[PLOT_OF[facts["thing"]]] if slot == "helper" else slot]
-        facts[slot] = table[choose(told, table)]
-        told += facts[slot]
+        facts[slot] = table[choose(text, table)]
+        text += facts[slot]
         if slot == "hero":
-            words = ("She", "her", "her") if facts["hero"] in SHE else ("He", "his", "him")
-            facts.update(zip(("She", "her", "him"), words), she=words[0].lower(), Her=words[1].capitalize())
+            she, her, him = ("She", "her", "her") if facts["hero"] in SHE else ("He", "his", "him")
+            facts.update(She=she, her=her, him=him, she=she.lower(), Her=her.capitalize())
         if slot in ("treasure", "treat", "plant", "wonder"):
             facts["thing"] = facts[slot]
 
-    def beat(templates: list[str], space: str) -> None:
-        nonlocal told
-        told += space
-        starts = tuple(fill(template.split("[")[0]) for template in templates)
-        template = templates[choose(told, starts)]
-        for text, slot in re.findall(r"([^\[]*)(?:\[(\w+)\])?", template):
-            told += fill(text)
+    def add_sentence(templates: list[str], space: str) -> None:
+        nonlocal text
+        text += space
+        beginnings = tuple(fill(template.split("[")[0]) for template in templates)
+        template = templates[choose(text, beginnings)]
+        for words, slot in re.findall(r"([^\[]*)(?:\[(\w+)\])?", template):
+            text += fill(words)
             if slot:
-                draw(slot)
+                add_choice(slot)
 
-    def paragraph(beats: list[list[str]]) -> None:
-        for i, templates in enumerate(beats):
-            beat(templates, "" if not told else " " if i else "\n\n")
+    def add_paragraph(sentences: list[list[str]]) -> None:
+        for i, templates in enumerate(sentences):
+            add_sentence(templates, "" if not text else " " if i else "\n\n")
 
-    paragraph(BEGINNING)
-    trouble, help, morals = PLOTS[PLOT_OF[facts["thing"]]]
-    paragraph(trouble + MEETING)
-    paragraph(help + ENDING)
-    paragraph([morals])
-    return told
+    add_paragraph(BEGINNING)
+    trouble, rescue, morals = PLOTS[PLOT_OF[facts["thing"]]]
+    add_paragraph(trouble + MEETING)
+    add_paragraph(rescue + ENDING)
+    add_paragraph([morals])
+    return text
 
 
 def write_story(rng: random.Random) -> tuple[str, float]:
-    """Return a story and its -log p in nats."""
+    """Return a random fable and its -log p in nats."""
     nats = 0.0
 
-    def choose(told: str, options: tuple[str, ...]) -> int:
+    def choose(text: str, options: tuple[str, ...]) -> int:
         nonlocal nats
         nats += math.log(len(options))
         return rng.randrange(len(options))
@@ -395,63 +439,68 @@ def write_story(rng: random.Random) -> tuple[str, float]:
 
 
 def write_stories(seed: str, n: int) -> list[tuple[str, float]]:
+    """Return n random fables and their -log p in nats, always the same for a seed."""
     rng = random.Random(seed)
     return [write_story(rng) for _ in range(n)]
 
 
+def begins_with(text: str, option: str) -> bool:
+    """Return whether text begins with option, and not in the middle of a word."""
+    inside_word = option[-1:].isalnum() and text[len(option):][:1].isalnum()
+    return text.startswith(option) and not inside_word
+
+
 def parse(text: str) -> tuple[list[int], float]:
-    """Return the draws that tell `text`, as indices, and its -log p in nats; raise NotAFable where there are none."""
+    """
+    Return the choices that make a text, as indices of options, and its -log p in nats.
+
+    Raises NotAFable if there are none.
+    """
     choices, nats = [], 0.0
 
-    def choose(told: str, options: tuple[str, ...]) -> int:
+    def choose(start: str, options: tuple[str, ...]) -> int:
         nonlocal nats
-        if not text.startswith(told):
-            same = len(os.path.commonprefix([told, text]))
-            raise NotAFable(f"after {text[:same][-40:]!r} a fable would not go on with {text[same:][:20]!r}")
-        here = text[len(told):]
-        fits = [i for i, option in enumerate(options)
-                if here.startswith(option) and not (option[-1:].isalnum() and here[len(option):][:1].isalnum())]
+        if not text.startswith(start):
+            same = len(os.path.commonprefix([start, text]))
+            raise NotAFable(f"after {text[:same][-40:]!r} no fable continues with "
+                            f"{text[same:][:20]!r}")
+        rest = text[len(start):]
+        fits = [i for i, option in enumerate(options) if begins_with(rest, option)]
         if len(fits) != 1:
-            raise NotAFable(f"after {told[-40:]!r} a fable would not go on with {here[:20]!r}")
+            raise NotAFable(f"after {start[-40:]!r} no fable continues with {rest[:20]!r}")
         choices.append(fits[0])
         nats += math.log(len(options))
         return fits[0]
 
     if tell(choose) != text:
-        raise NotAFable("the fable is over, but the text goes on")
+        raise NotAFable("the text continues after the end of the fable")
     return choices, nats
 
 
 # -----------------------------------------------------------------------------
 
-def main() -> None:
-    here = Path(__file__).parent
-    sys.path.insert(0, str(here.parents[1]))
-    from lib.configurator import configure, user_errors
-    from lib.corpus import finish_dataset, write_split
-    from lib.tokenizer import EOT, train_tokenizer
-
-    configure(globals())
-    with user_errors():
-        amounts = dict(train=train_stories, val=val_stories)
-        for split, n in amounts.items():
-            if n < 1:
-                raise ValueError(f"{split}_stories must be at least 1, got {n}")
-        if seed < 0:
-            raise ValueError(f"seed must not be negative, got {seed}")
-        told = {split: write_stories(f"{seed} {split}", n) for split, n in amounts.items()}
-        texts = {split: [text for text, _ in stories] for split, stories in told.items()}
-        nats = math.fsum(its_nats for _, its_nats in told["val"])
-        folder = Path(out_dir) if out_dir else here
-        made = train_tokenizer(tokenizer, texts["train"] + texts["val"], vocab_size, None if tokenizer == "word" else (EOT,))
-        splits = {split: write_split(folder, split, texts[split], made, n) for split, n in amounts.items()}
-        floor = nats / splits["val"]["tokens"]
-        known = made.unk < 0  # what has lost its capitals has another entropy
-        finish_dataset(folder, made, splits, **(dict(
-            floor=floor, floor_bits_per_byte=nats / math.log(2) / splits["val"]["bytes"]) if known else {}))
-    if known:
-        print(f"the entropy of the validation split, which no model can beat: {floor:.4f} nats per token")
+def prepare(folder: Path, train_stories: int, val_stories: int, seed: int, kind: str,
+            vocab_size: int) -> None:
+    sizes = {"train": train_stories, "val": val_stories}
+    stories = {split: write_stories(f"{seed} {split}", n) for split, n in sizes.items()}
+    texts = {split: [text for text, _ in stories[split]] for split in sizes}
+    specials = None if kind == "word" else (EOT,)
+    made = train_tokenizer(kind, texts["train"] + texts["val"], vocab_size, specials)
+    splits = {split: write_split(folder, split, texts[split], made, n)
+              for split, n in sizes.items()}
+    if made.unk >= 0:  # without capitals and rare words the entropy is another
+        finish_dataset(folder, made, splits)
+        return
+    nats = math.fsum(nats for _, nats in stories["val"])
+    floor = nats / splits["val"]["tokens"]
+    floor_bits_per_byte = nats / math.log(2) / splits["val"]["bytes"]
+    finish_dataset(folder, made, splits, floor=floor, floor_bits_per_byte=floor_bits_per_byte)
+    print(f"entropy of the validation split, the lowest possible loss: {floor:.4f} nats per token")
 
 
 if __name__ == "__main__":
-    main()
+    configure(globals(), train_stories=at_least(1), val_stories=at_least(1), seed=at_least(0),
+              tokenizer=one_of(*KINDS), vocab_size=at_least(0, at_most=65536))
+    with user_errors():
+        folder = Path(out_dir) if out_dir else HERE
+        prepare(folder, train_stories, val_stories, seed, tokenizer, vocab_size)

@@ -1,11 +1,11 @@
 """
-The works of Shakespeare (tinyshakespeare, 1.1 MB), the first 90% of the characters to train on, as in nanoGPT.
+The works of Shakespeare (tinyshakespeare, 1.1 MB). Training uses the first 90%, as in nanoGPT.
 
     python data/shakespeare/prepare.py
     python data/shakespeare/prepare.py --tokenizer=word --out_dir=data/shakespeare_word
     python data/shakespeare/prepare.py --source=input.txt
 
-Writes train.bin (301,967 GPT-2 tokens) and val.bin (36,060 tokens) into this folder.
+Writes train.bin (301,967 GPT-2 tokens) and val.bin (36,060 tokens) to this folder.
 """
 import hashlib
 import sys
@@ -14,15 +14,15 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
-from lib.configurator import configure, user_errors
+from lib.configurator import at_least, configure, one_of, user_errors
 from lib.corpus import write_dataset
-from lib.tokenizer import train_tokenizer
+from lib.tokenizer import KINDS, train_tokenizer
 
 # -----------------------------------------------------------------------------
-source = ""  # a local copy of the text, or any other text file; '': download it
-tokenizer = "gpt2"  # or 'bpe', 'char', 'word': those of the text
-vocab_size = 0  # tokens of bpe, char or word at most; 0: 4,096 of bpe, 10,000 words, all characters
-out_dir = ""  # where to write; '': this folder
+source = ""  # a local copy, or any other text file (empty: download it)
+tokenizer = "gpt2"  # or bpe, char or word, learned from the text
+vocab_size = 0  # at most this many tokens (0: 4,096 of bpe, 10,000 words, all characters)
+out_dir = ""  # where to write (empty: this folder)
 # -----------------------------------------------------------------------------
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -34,10 +34,11 @@ def download() -> str:
         with urllib.request.urlopen(URL, timeout=30) as response:
             raw = response.read()
     except OSError as error:
-        raise ValueError(f"{URL} cannot be reached ({type(error).__name__}): give a local copy with --source=FILE") from None
+        raise ValueError(f"{URL} cannot be reached ({type(error).__name__}): give a local copy "
+                         "with --source=FILE") from None
     if hashlib.sha256(raw).hexdigest() != SHA256:
-        raise ValueError(f"what {URL} sent is not the expected text (its SHA-256 differs): "
-                         "give a local copy with --source=FILE")
+        raise ValueError(f"{URL} has another text than expected (its SHA-256 differs): give a "
+                         "local copy with --source=FILE")
     return raw.decode("utf-8")
 
 
@@ -45,7 +46,7 @@ def prepare(folder: Path, source: str, kind: str, vocab_size: int) -> None:
     text = Path(source).read_text(encoding="utf-8") if source else download()
     border = int(len(text) * 0.9)
     parts = {"train": text[:border], "val": text[border:]}
-    if kind == "char":  # as nanoGPT's, whose 65 ids many know: the characters of the whole text and nothing else
+    if kind == "char":  # nanoGPT's ids: the characters of the whole text, and no other tokens
         made = train_tokenizer(kind, [text], vocab_size, specials=())
     else:
         made = train_tokenizer(kind, [parts["train"]], vocab_size)
@@ -53,6 +54,6 @@ def prepare(folder: Path, source: str, kind: str, vocab_size: int) -> None:
 
 
 if __name__ == "__main__":
-    configure(globals())
+    configure(globals(), tokenizer=one_of(*KINDS), vocab_size=at_least(0, at_most=65536))
     with user_errors():
         prepare(Path(out_dir) if out_dir else HERE, source, tokenizer, vocab_size)

@@ -1,25 +1,27 @@
 """
-The works of Shakespeare, character by character, as in nanoGPT: 65 characters, the first 90% to train on.
+The works of Shakespeare by characters: 65 of them. Training uses the first 90%, as in nanoGPT.
 
     python data/shakespeare_char/prepare.py
     python data/shakespeare_char/prepare.py --source=input.txt
 
-Writes train.bin (1,003,854 tokens) and val.bin (111,540 tokens) into this folder. data/shakespeare is the same text.
+Writes train.bin (1,003,854 tokens) and val.bin (111,540 tokens) to this folder. data/shakespeare
+is the same text in GPT-2 tokens.
 """
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
-from lib.configurator import configure, user_errors
 from data.shakespeare.prepare import prepare
+from lib.configurator import at_least, configure, one_of, user_errors
+from lib.tokenizer import KINDS
 
 # -----------------------------------------------------------------------------
-source = ""  # a local copy of the text, or any other text file; '': download it
-tokenizer = "char"  # or 'gpt2', 'bpe', 'word'
-vocab_size = 0  # tokens of bpe, char or word at most; 0: 4,096 of bpe, 10,000 words, all characters
-out_dir = ""  # where to write; '': this folder
-configure(globals())
+source = ""  # a local copy, or any other text file (empty: download it)
+tokenizer = "char"  # or gpt2, bpe or word
+vocab_size = 0  # at most this many tokens (0: 4,096 of bpe, 10,000 words, all characters)
+out_dir = ""  # where to write (empty: this folder)
+configure(globals(), tokenizer=one_of(*KINDS), vocab_size=at_least(0, at_most=65536))
 # -----------------------------------------------------------------------------
 
 with user_errors():

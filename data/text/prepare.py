@@ -1,11 +1,12 @@
 """
-Any text of yours, or any data set of the Hugging Face hub.
+Your own text, or a dataset of the Hugging Face hub.
 
     python data/text/prepare.py --source=book.txt
     python data/text/prepare.py --source=FOLDER --tokenizer=char
     python data/text/prepare.py --source=roneneldan/TinyStories --tokenizer=bpe --vocab_size=4096
 
-Writes train.bin and val.bin into this folder; `--out_dir=data/NAME` makes a data set of its own.
+Reads .txt files (with <|endoftext|> between documents), .jsonl, .csv and .parquet. Writes train.bin
+and val.bin to this folder; with --out_dir=data/NAME, to a dataset of its own.
 """
 import sys
 from collections.abc import Iterator
@@ -13,18 +14,18 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
-from lib.configurator import configure, user_errors
+from lib.configurator import at_least, configure, one_of, user_errors
 from lib.corpus import hub_documents, local_documents, write_dataset
-from lib.tokenizer import train_tokenizer
+from lib.tokenizer import KINDS, train_tokenizer
 
 # -----------------------------------------------------------------------------
-source = ""  # .txt (<|endoftext|> between documents), .jsonl, .csv or .parquet; a file, a folder, or a hub name
-column = "text"  # of the rows that have several
-subset = ""  # of a data set of the hub that has several
-tokenizer = "gpt2"  # or 'bpe', 'char', 'word': those of the text
-vocab_size = 0  # tokens of bpe, char or word at most; 0: 4,096 of bpe, 10,000 words, all characters
-out_dir = ""  # where to write; '': this folder
-configure(globals())
+source = ""  # a file, a folder or the name of a dataset on the hub
+column = "text"  # of files with several columns
+subset = ""  # of a hub dataset with several subsets
+tokenizer = "gpt2"  # or bpe, char or word, learned from the text
+vocab_size = 0  # at most this many tokens (0: 4,096 of bpe, 10,000 words, all characters)
+out_dir = ""  # where to write (empty: this folder)
+configure(globals(), tokenizer=one_of(*KINDS), vocab_size=at_least(0, at_most=65536))
 # -----------------------------------------------------------------------------
 
 
@@ -36,6 +37,6 @@ def documents(split: str) -> Iterator[str]:
 
 with user_errors():
     if not source:
-        raise ValueError("--source says what to prepare: a file, a folder, or the name of a data set of the Hugging Face hub")
+        raise ValueError("set --source to a file, a folder or the name of a Hugging Face dataset")
     made = train_tokenizer(tokenizer, documents("train"), vocab_size)
     write_dataset(Path(out_dir) if out_dir else HERE, documents, made)

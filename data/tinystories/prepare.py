@@ -1,10 +1,11 @@
 """
-TinyStories (https://arxiv.org/abs/2305.07759): 2.1M short stories in the words of a four-year-old.
+TinyStories (https://arxiv.org/abs/2305.07759): 2.1M short stories in a small child's vocabulary.
 
     python data/tinystories/prepare.py
-    python data/tinystories/prepare.py --source=FOLDER --tokenizer=bpe --vocab_size=4096 --out_dir=data/tinystories_bpe
+    python data/tinystories/prepare.py --tokenizer=bpe --out_dir=data/tinystories_bpe
+    python data/tinystories/prepare.py --source=FOLDER
 
-Writes train.bin (about 470M GPT-2 tokens, 1 GB) and val.bin (4.7M tokens) into this folder.
+Writes train.bin (470M GPT-2 tokens, 1 GB) and val.bin (4.7M tokens) to this folder.
 """
 import sys
 from collections.abc import Iterator
@@ -12,21 +13,23 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
-from lib.configurator import configure, user_errors
+from lib.configurator import at_least, configure, one_of, user_errors
 from lib.corpus import hub_documents, local_documents, write_dataset
-from lib.tokenizer import train_tokenizer
+from lib.tokenizer import KINDS, train_tokenizer
 
 # -----------------------------------------------------------------------------
-source = ""  # a local copy: .txt with <|endoftext|> between stories, .jsonl or .parquet; a file, or a folder of train and val
-tokenizer = "gpt2"  # or 'bpe', 'char', 'word': those of the stories
-vocab_size = 0  # tokens of bpe, char or word at most; 0: 4,096 of bpe, 10,000 words, all characters
-out_dir = ""  # where to write; '': this folder
-configure(globals())
+source = ""  # a local copy: a file or a folder of .txt, .jsonl or .parquet files (empty: the hub)
+tokenizer = "gpt2"  # or bpe, char or word, learned from the stories
+vocab_size = 0  # at most this many tokens (0: 4,096 of bpe, 10,000 words, all characters)
+out_dir = ""  # where to write (empty: this folder)
+configure(globals(), tokenizer=one_of(*KINDS), vocab_size=at_least(0, at_most=65536))
 # -----------------------------------------------------------------------------
 
 
 def documents(split: str) -> Iterator[str]:
-    return local_documents(source, split) if source else hub_documents("roneneldan/TinyStories", split)
+    if source:
+        return local_documents(source, split)
+    return hub_documents("roneneldan/TinyStories", split)
 
 
 with user_errors():

@@ -1,58 +1,69 @@
 """
-WikiText-103 (https://arxiv.org/abs/1609.07843), the raw variant: 28,475 articles of Wikipedia.
+WikiText-103 (https://arxiv.org/abs/1609.07843), the raw variant: 28,475 Wikipedia articles.
 
     python data/wikitext103/prepare.py
     python data/wikitext103/prepare.py --source=FOLDER
 
-Writes train.bin (about 119M GPT-2 tokens), val.bin and test.bin into this folder. The text stays as it was published,
-with spaces around its punctuation. meta.json counts the words as the paper did, an end of line being one (217,646 in the
-validation split), so that eval.py's perplexity per word is comparable with published ones, whatever the tokenizer.
+Writes train.bin (119M GPT-2 tokens), val.bin and test.bin to this folder. The text is as published,
+with spaces around punctuation. meta.json counts words as the paper does, each line end as one
+(217,646 in the validation split), so that the perplexity per word that eval.py prints compares with
+published ones for every tokenizer.
 """
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
-from lib.configurator import configure, user_errors
+from lib.configurator import at_least, configure, one_of, user_errors
 from lib.corpus import finish_dataset, hub_rows, read_rows, split_of, write_split
-from lib.tokenizer import train_tokenizer
+from lib.tokenizer import KINDS, train_tokenizer
 
 # -----------------------------------------------------------------------------
-source = ""  # a local copy: a folder of wiki.train.raw, ... or .parquet files, one line of text a row; '': the hub
-tokenizer = "gpt2"  # or 'bpe', 'char', 'word': those of the articles
-vocab_size = 0  # tokens of bpe, char or word at most; 0: 4,096 of bpe, 10,000 words, all characters
-out_dir = ""  # where to write; '': this folder
+source = ""  # a local copy: a folder of wiki.train.raw, ... or of .parquet files (empty: the hub)
+tokenizer = "gpt2"  # or bpe, char or word, learned from the articles
+vocab_size = 0  # at most this many tokens (0: 4,096 of bpe, 10,000 words, all characters)
+out_dir = ""  # where to write (empty: this folder)
 # -----------------------------------------------------------------------------
 
 TITLE = re.compile(r" = [^=].* = ")
 SUFFIXES = (".raw", ".tokens", ".txt", ".parquet")
 
 
+def read_file(path: Path) -> Iterator[object]:
+    if path.suffix == ".parquet":
+        yield from read_rows(path)
+    else:
+        with open(path, encoding="utf-8", newline="\n") as file:
+            yield from file
+
+
 def lines_of(split: str, source: str, subset: str) -> Iterator[str]:
-    """The lines of one split, without their ends."""
+    """Yield the lines of one split without their line ends."""
     if not source:
         rows = hub_rows("Salesforce/wikitext", split, subset=subset)
     else:
-        folder = Path(source) / subset if (Path(source) / subset).is_dir() else Path(source)  # a copy of all variants
-        paths = [path for path in sorted(folder.rglob("*")) if path.suffix in SUFFIXES and split_of(path) == split]
+        folder = Path(source)
+        if (folder / subset).is_dir():  # a copy of all variants
+            folder = folder / subset
+        paths = [path for path in sorted(folder.rglob("*"))
+                 if path.suffix in SUFFIXES and split_of(path) == split]
         if not paths:
-            raise ValueError(f"{source} has no text for the {split} split: a folder is wanted whose files end in "
-                             f"{', '.join(SUFFIXES)} and contain {split!r} in their names")
-        rows = (row for path in paths for row in
-                (read_rows(path) if path.suffix == ".parquet" else open(path, encoding="utf-8", newline="\n")))
+            raise ValueError(f"{source} has no text for the {split} split: files must end in "
+                             f"{', '.join(SUFFIXES)}, and their names must contain {split!r}")
+        rows = (row for path in paths for row in read_file(path))
     for row in rows:
         if not isinstance(row, str):
-            raise ValueError(f"{source or 'Salesforce/wikitext'} has a row without a text column 'text'")
-        yield row.removesuffix("\n") if row.strip() else ""  # the files have a space there, the hub has none
+            raise ValueError(f"{source or 'Salesforce/wikitext'} has a row without a text column "
+                             "'text'")
+        yield row.removesuffix("\n") if row.strip() else ""  # empty lines are " " in the files
 
 
-def articles(lines: Iterator[str], words: dict[str, int], split: str) -> Iterator[str]:
-    """Articles, each from its title on; words[split] becomes the number of words in all lines."""
-    article, words[split] = [], 0
+def articles(lines: Iterable[str]) -> Iterator[str]:
+    """Yield articles, each starting with the line of its title."""
+    article = []
     for line in lines:
-        words[split] += len(line.split()) + 1
         if TITLE.fullmatch(line) and any(article):
             yield "\n".join(article).strip("\n")
             article = []
@@ -62,17 +73,17 @@ def articles(lines: Iterator[str], words: dict[str, int], split: str) -> Iterato
 
 
 def prepare(folder: Path, subset: str, source: str, kind: str, vocab_size: int) -> None:
-    words: dict[str, int] = {}
-
-    def documents(split: str) -> Iterator[str]:
-        return articles(lines_of(split, source, subset), words, split)
-
-    made = train_tokenizer(kind, documents("train"), vocab_size)
-    splits = {split: write_split(folder, split, documents(split), made) for split in ("train", "val", "test")}
-    finish_dataset(folder, made, {split: counts | {"words": words[split]} for split, counts in splits.items()})
+    made = train_tokenizer(kind, articles(lines_of("train", source, subset)), vocab_size)
+    splits = {}
+    for split in ("train", "val", "test"):
+        counts = write_split(folder, split, articles(lines_of(split, source, subset)), made)
+        words = sum(len(line.split()) + 1 for line in lines_of(split, source, subset))
+        splits[split] = counts | {"words": words}
+    finish_dataset(folder, made, splits)
 
 
 if __name__ == "__main__":
-    configure(globals())
+    configure(globals(), tokenizer=one_of(*KINDS), vocab_size=at_least(0, at_most=65536))
     with user_errors():
-        prepare(Path(out_dir) if out_dir else HERE, "wikitext-103-raw-v1", source, tokenizer, vocab_size)
+        folder = Path(out_dir) if out_dir else HERE
+        prepare(folder, "wikitext-103-raw-v1", source, tokenizer, vocab_size)

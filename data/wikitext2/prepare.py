@@ -1,27 +1,29 @@
 """
-WikiText-2 (https://arxiv.org/abs/1609.07843), the raw variant: 600 articles of Wikipedia, a fiftieth of WikiText-103 with
-the same validation and test articles; data/wikitext103/prepare.py says more.
+WikiText-2 (https://arxiv.org/abs/1609.07843), the raw variant: 600 Wikipedia articles.
 
     python data/wikitext2/prepare.py
     python data/wikitext2/prepare.py --source=FOLDER
 
-Writes train.bin (about 2.4M GPT-2 tokens), val.bin and test.bin into this folder.
+Writes train.bin (2.4M GPT-2 tokens), val.bin and test.bin to this folder. The validation and test
+articles are those of WikiText-103; see data/wikitext103/prepare.py.
 """
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
-from lib.configurator import configure, user_errors
 from data.wikitext103.prepare import prepare
+from lib.configurator import at_least, configure, one_of, user_errors
+from lib.tokenizer import KINDS
 
 # -----------------------------------------------------------------------------
-source = ""  # a local copy: a folder of wiki.train.raw, ... or .parquet files, one line of text a row; '': the hub
-tokenizer = "gpt2"  # or 'bpe', 'char', 'word': those of the articles
-vocab_size = 0  # tokens of bpe, char or word at most; 0: 4,096 of bpe, 10,000 words, all characters
-out_dir = ""  # where to write; '': this folder
-configure(globals())
+source = ""  # a local copy: a folder of wiki.train.raw, ... or of .parquet files (empty: the hub)
+tokenizer = "gpt2"  # or bpe, char or word, learned from the articles
+vocab_size = 0  # at most this many tokens (0: 4,096 of bpe, 10,000 words, all characters)
+out_dir = ""  # where to write (empty: this folder)
+configure(globals(), tokenizer=one_of(*KINDS), vocab_size=at_least(0, at_most=65536))
 # -----------------------------------------------------------------------------
 
 with user_errors():
-    prepare(Path(out_dir) if out_dir else HERE, "wikitext-2-raw-v1", source, tokenizer, vocab_size)
+    folder = Path(out_dir) if out_dir else HERE
+    prepare(folder, "wikitext-2-raw-v1", source, tokenizer, vocab_size)

@@ -1,0 +1,159 @@
+"""
+Optimizers, learning rate schedules and the update at the end of a step.
+"""
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn as nn
+
+from model import GPT
+
+SCHEDULES = ("cosine", "linear", "trapezoid")
+
+
+def make_optimizers(model: GPT, optimizer: str, weight_decay: float, learning_rate: float,
+                    betas: tuple[float, float], device_type: str) -> list[torch.optim.Optimizer]:
+    """
+    Return the optimizers that together update all parameters of a model.
+
+    'adamw': one AdamW. 'muon': Muon for the matrices of the blocks, AdamW for the rest.
+    """
+    if optimizer == "adamw":
+        return [model.configure_optimizers(weight_decay, learning_rate, betas, device_type)]
+    if optimizer != "muon":
+        raise ValueError(f"optimizer must be adamw or muon, got {optimizer!r}")
+    blocks, n_inner = model.transformer.h, model.config.n_inner
+    groups = [
+        {"params": [block.attn.c_attn.weight for block in blocks]},
+        {"params": [block.attn.c_proj.weight for block in blocks]},
+        {"params": [block.mlp.c_fc.weight for block in blocks]},
+        {"params": [block.mlp.c_proj.weight for block in blocks]},
+    ]
+    stacked = {block.attn.c_attn.weight: block.attn.qkv_sizes for block in blocks}
+    if model.config.arch != "gpt2":
+        stacked |= {block.mlp.c_fc.weight: [n_inner, n_inner] for block in blocks}  # SwiGLU
+    matrices = {p for group in groups for p in group["params"]}
+    adamw = model.configure_optimizers(weight_decay, learning_rate, betas, device_type)
+    for group in adamw.param_groups:
+        group["params"] = [p for p in group["params"] if p not in matrices]
+    return [adamw, Muon(groups, learning_rate, weight_decay, momentum=betas[0], stacked=stacked)]
+
+
+class Muon(torch.optim.Optimizer):
+    """
+    Momentum with orthogonalized updates, which change every direction of a matrix equally.
+
+    The update of an (r, c) matrix has the spectral norm 4 * lr * sqrt(max(1, r / c)). The factor 4
+    lets one learning rate serve AdamW too; the root lets it serve models of any width
+    (https://arxiv.org/abs/2310.17813). Source: https://kellerjordan.github.io/posts/muon/
+
+    stacked: for parameters that hold several matrices on top of each other, their heights.
+    """
+
+    def __init__(self, params, lr: float, weight_decay: float = 0.0, momentum: float = 0.9,
+                 stacked: dict[nn.Parameter, Sequence[int]] | None = None):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+        self.stacked = stacked or {}
+        self._step_supports_amp_scaling = True  # it honors found_inf, see step_unless()
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update the parameters; change nothing where the tensor found_inf is 1."""
+        device = self.param_groups[0]["params"][0].device
+        go = 1 - getattr(self, "found_inf", torch.zeros((), device=device))
+        by_shape = {}  # (r, c) -> [(update, matrix, group)], orthogonalized in one batch
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if "momentum" not in state:
+                    state["momentum"] = torch.zeros_like(p)
+                grad = p.grad.where(go > 0, 0.0)
+                state["momentum"].lerp_(grad, (1 - group["momentum"]) * go)
+                update = grad.lerp(state["momentum"], group["momentum"])  # Nesterov
+                heights = self.stacked.get(p, [p.size(0)])
+                for u, matrix in zip(update.split(heights), p.split(heights)):
+                    by_shape.setdefault(u.shape, []).append((u, matrix, group))
+        for (r, c), items in by_shape.items():
+            updates = orthogonalize(torch.stack([u for u, _, _ in items]))  # (n, r, c)
+            for u, (_, matrix, group) in zip(updates, items):
+                matrix.mul_(1 - group["lr"] * group["weight_decay"] * go)
+                matrix.sub_(u * (4 * group["lr"] * math.sqrt(max(1, r / c)) * go))
+
+
+def orthogonalize(g: torch.Tensor) -> torch.Tensor:
+    """
+    Return about U V^T of the singular value decompositions U S V^T of matrices (n, r, c).
+
+    Five Newton-Schulz steps bring the singular values between 0.7 and 1.2; they are products only.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = g.bfloat16() if g.is_cuda else g  # few CPUs are fast in bfloat16
+    tall = x.size(1) > x.size(2)
+    x = x.mT if tall else x
+    x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
+    for _ in range(5):
+        square = x @ x.mT  # (n, r, r)
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).to(g.dtype)
+
+
+def step(model: nn.Module, optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler,
+         grad_clip: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Clip the gradient to the norm grad_clip (0: do not), update the parameters, clear the gradient.
+
+    A bad step, one whose gradient is not finite, changes nothing. Return the norm of the gradient
+    before clipping and whether the step is bad, as tensors () on the device, not waiting for it.
+    """
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    bad = ~grad_norm.isfinite()
+    for optimizer in optimizers:
+        step_unless(bad, optimizer)
+    scaler.update()
+    model.zero_grad(set_to_none=True)
+    return grad_norm, bad
+
+
+def step_unless(bad: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """
+    Make an optimizer's step unless the tensor `bad` () is true.
+
+    Fused optimizers decide this on the device: torch's GradScaler tells them with the attribute
+    found_inf, and grad_scale is None once the gradients are unscaled. Others wait for the value.
+    """
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer.grad_scale, optimizer.found_inf = None, bad.float()
+        optimizer.step()
+    elif not bad:
+        optimizer.step()
+
+
+def scheduled_lr(step: int, schedule: str, learning_rate: float, min_lr: float, warmup_iters: int,
+                 end: float, progress_in_time: float = 0.0) -> float:
+    """
+    Return the learning rate of a step: linear warmup, then the schedule down to min_lr.
+
+    min_lr is reached at step `end`, or earlier where progress_in_time, the elapsed share of the
+    time budget, is ahead of the steps.
+    """
+    if step < warmup_iters:
+        return learning_rate * (step + 1) / warmup_iters
+    progress = (step - warmup_iters) / max(1, end - warmup_iters)
+    factor = schedule_factor(schedule, min(1.0, max(progress_in_time, progress)))
+    return min_lr + (learning_rate - min_lr) * factor
+
+
+def schedule_factor(schedule: str, progress: float) -> float:
+    """Return how much of the learning rate is left, 1 to 0, at a progress from 0 to 1."""
+    if schedule == "cosine":
+        return (1 + math.cos(math.pi * progress)) / 2
+    if schedule == "linear":
+        return 1 - progress
+    if schedule == "trapezoid":  # constant, then linear over the last 40%
+        return min(1.0, (1 - progress) / 0.4)
+    raise ValueError(f"schedule must be {', '.join(SCHEDULES)}, got {schedule!r}")

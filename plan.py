@@ -1,0 +1,269 @@
+"""
+Predict the memory, the time and the best batch size of a training run, from formulas.
+
+    python plan.py config/train_small.py
+    python plan.py config/train_small.py --device_memory=16GB --gpu=T4
+    python plan.py config/train_large.py --gpu="RTX 4090" --mfu=0.4 --tokens=1e9
+
+No weights are allocated and no data is read. The last line of output is a JSON object.
+"""
+import json
+import math
+import re
+from pathlib import Path
+
+import torch
+
+from lib import machine
+from lib.configurator import at_least, configure, one_of, user_errors
+from lib.corpus import load_meta
+from lib.loss import check_softmax_tokens
+from model import GPT, GPTConfig
+
+# -----------------------------------------------------------------------------
+# Settings
+device_memory = ""  # what training must fit into: 4GB, 24 GB, 512MB, or bytes (empty: unknown)
+gpu = ""  # T4, A100, RTX 3060, ... (empty: this machine)
+mfu = 0.3  # share of the GPU's peak that training reaches; `python bench.py` measures it
+tokens = 0  # tokens to train on (0: those of max_iters steps or max_epochs)
+# data
+dataset = "tinystories"  # where it is prepared, it tells vocab_size and the size of an epoch
+gradient_accumulation_steps = 2
+batch_size = 32  # rows of a micro-batch
+block_size = 128  # context in tokens
+vocab_size = 0  # 0: that of the dataset, where it is prepared, else GPT-2's 50,257
+# model
+arch = "gpt2"
+n_layer = 6
+n_head = 6
+n_kv_head = 0
+n_embd = 384
+dropout = 0.1
+bias = True
+tied = True
+# optimizer
+optimizer = "adamw"
+max_iters = 20000
+max_epochs = 0.0  # passes over the training data (0: no limit)
+# system
+device = "auto"  # cuda, else mps, else cpu; or 'cpu', 'cuda:1', ...
+dtype = "auto"  # fastest safe type on the device; or 'float32', 'bfloat16', 'float16'
+remat = False  # as in train.py
+softmax_tokens = 0  # as in train.py
+loss_chunk = -1  # as in train.py
+config, given = configure(
+    globals(), skip_settings_of="train.py", announce=True, mfu=at_least(0, at_most=1),
+    tokens=at_least(0),
+    gradient_accumulation_steps=at_least(1), batch_size=at_least(1), vocab_size=at_least(0),
+    optimizer=one_of("adamw", "muon"), max_iters=at_least(1), max_epochs=at_least(0),
+    loss_chunk=at_least(-1))
+
+# -----------------------------------------------------------------------------
+RUNTIME = 5e8  # bytes of CUDA's context and libraries on a GPU, of Python and torch on a CPU
+# share of memory lost between tensors: glibc leaves more gaps than torch's allocator for GPUs
+GAPS = {"cpu": 0.4, "cuda": 0.1, "mps": 0.1}
+
+
+def bytes_of(text: str) -> float:
+    """Return the bytes of '4GB', '24 GB', '512MB' or '1000000'; a GB is 10**9, a GiB 2**30."""
+    number, unit = re.fullmatch(r"([\d.]*)\s*(.*)", text.strip().upper(), re.DOTALL).groups()
+    units = {"": 1, "B": 1, "MB": 1e6, "GB": 1e9, "MIB": 2**20, "GIB": 2**30}
+    if not re.fullmatch(r"\d+(\.\d+)?", number) or float(number) == 0 or unit not in units:
+        raise ValueError(f"device_memory takes a size such as 4GB, 512MB or a number of bytes, "
+                         f"got {text!r}")
+    return float(number) * units[unit]
+
+
+def chip_of(name: str) -> str:
+    """Return the name in PEAK_FLOPS that is meant, or '' for ''."""
+    names = {"": ""} | {chip.lower(): chip for chip in machine.PEAK_FLOPS}
+    if name.lower() not in names:
+        raise ValueError(f"gpu must be one of {', '.join(machine.PEAK_FLOPS)}, or empty for this "
+                         f"machine; got {name!r}")
+    return names[name.lower()]
+
+
+def block_activations(c: GPTConfig, n: int, size: int, on_cpu: bool) -> int:
+    """
+    Return the bytes that a block keeps of n tokens for the backward pass.
+
+    size: bytes of a number that a matrix product reads or writes.
+    """
+    q, kv = c.n_head * c.head_dim, c.n_kv_head * c.head_dim  # widths of all heads together
+    qwen3, autocast, dropout = c.arch == "qwen3", size == 2, c.dropout > 0
+    # the input of a norm; a CPU's RMSNorm also keeps its result before the gains
+    norm = 8 if qwen3 and on_cpu else 4
+    fc_out = c.n_inner * (2 if qwen3 else 1)
+    kept = 2 * c.n_embd * (norm + size)  # two norms, and what they pass to c_attn and c_fc
+    if dropout and on_cpu:  # the CPU has no attention kernel with dropout
+        kept += 3 * 4 * q  # scaled queries and keys, values, in float32 and for every head
+        kept += 3 * 4 * c.n_head * c.block_size  # softmax, mask and product of each pair of tokens
+    else:
+        kept += size * (q + 2 * kv)  # the output of c_attn; its values and, in gpt2, queries, keys
+    if qwen3:
+        # the output of c_attn, or the rotated queries and keys and c_proj's copy
+        kept += size * (q + 2 * kv if dropout and on_cpu else q + kv + q)
+        # q_norm and k_norm: their input, unless it is a view, and their result
+        kept += (q + kv) * ((4 if autocast else 0) + norm - 4)
+    kept += size * q  # the output of attention
+    kept += size * (fc_out + c.n_inner)  # the output of c_fc, the input of c_proj
+    kept += size * c.n_inner if qwen3 else 0  # SwiGLU: silu of the gate
+    kept += 2 * c.n_embd * (size if on_cpu else 1) if dropout else 0  # dropout masks
+    return n * kept
+
+
+def training_memory(model: GPT, B: int, accumulation: int, number: str,
+                    kind: str) -> dict[str, int]:
+    """
+    Return the bytes that eager training takes with micro-batches of B rows.
+
+    Each part is given at its largest; `memory` is all that is alive at the worst moment. That is
+    less than their sum: gradients are allocated while activations are freed. number: float32, or
+    16-bit matrix products. kind: 'cuda' or 'cpu'.
+    """
+    c = model.config
+    n, C, V, on_cpu = B * c.block_size, c.n_embd, c.vocab_size, kind == "cpu"
+    autocast = number != "float32"  # weights, norms and the residual stream stay in float32
+    size = 2 if autocast else 4
+    chunk = machine.resolve_loss_chunk(loss_chunk, kind, V)
+    sampled = softmax_tokens if softmax_tokens < V else 0
+
+    params, table = model.num_params(), 4 * V * C  # table: a gradient of the embedding or the head
+    matrices = sum(p.numel() for p in model.transformer.h.parameters() if p.dim() == 2)
+    weights = 6 * params if autocast else 4 * params  # with the 16-bit copies that autocast keeps
+    gradients = 4 * params
+    # AdamW has two numbers per weight, Muon one
+    states = 8 * params - (4 * matrices if optimizer == "muon" else 0)
+
+    block = block_activations(c, n, size, on_cpu)
+    fc_out = c.n_inner * (2 if c.arch == "qwen3" else 1)
+    backward = n * (2 * size * fc_out + 4 * C)  # gradients inside a block in the backward pass
+    blocks = c.n_layer * (n * 4 * C if remat else block)  # remat: only the inputs
+    norm = 8 if c.arch == "qwen3" and on_cpu else 4
+    mask = (4 if on_cpu else 1) * (c.dropout > 0)
+    ends = n * C * (norm + 4 + 4 + mask)  # ln_f in and out, its gradient; the embedding's mask
+    activations = blocks + ends + (block if remat else 0)
+
+    held = 0  # what the caller of the model holds until the next call
+    if sampled:  # log-softmax in float32, its gradient and that of the logits; rows of the head
+        logits = 12 * n * sampled + 4 * sampled * C
+    elif chunk:  # the logits of a chunk, a copy of logsumexp, under autocast another in float32
+        logits = V * min(chunk, n) * (10 if autocast else 8)
+    else:  # as with a sampled softmax, and the logits themselves
+        logits, held = n * V * (12 + size), n * V * size
+    chunked = chunk > 0 and not sampled
+    before = gradients if accumulation > 1 else 0  # of the micro-batches before
+    moments = [
+        # the loss; a chunked one computes the gradient of the head, which is then scaled
+        before + blocks + ends + logits + (table if chunked else 0),
+        before + blocks + ends + 2 * table if chunked else 0,
+        # the start of the backward pass
+        before + activations + table + held + backward,
+        # its end: a tied embedding has two gradients and their sum
+        gradients + held + table * (2 * c.tied + (accumulation > 1)),
+        # the update; Muon has updates and their squares
+        gradients + held + (3 * 4 * matrices if optimizer == "muon" else 0),
+        # an evaluation, which uses the whole softmax
+        V * n * (10 if autocast else 8) if sampled and not chunk else 0,
+    ]
+    return dict(memory=weights + states + max(moments), weights=weights, gradients=gradients,
+                optimizer=states, activations=activations, logits=logits)
+
+
+def memory_with_runtime(model: GPT, B: int, accumulation: int, number: str,
+                        kind: str) -> dict[str, int]:
+    """Return training_memory() and, as with_runtime, all that the device needs."""
+    parts = training_memory(model, B, accumulation, number, kind)
+    return parts | dict(with_runtime=int(RUNTIME + (1 + GAPS[kind]) * parts["memory"]))
+
+
+def plan_batch(model: GPT, number: str, kind: str, limit: float) -> tuple[int, dict[str, int]]:
+    """
+    Return the most rows per micro-batch that fit into limit bytes, and the memory they take.
+
+    The rows of a step stay the same. 0 where not even one row fits, with the memory of that one.
+    """
+    rows = batch_size * gradient_accumulation_steps
+    most = softmax_tokens // block_size if softmax_tokens else rows  # each target is sampled
+    for B in range(min(rows, most), 0, -1):
+        if rows % B == 0:
+            memory = memory_with_runtime(model, B, rows // B, number, kind)
+            if memory["with_runtime"] <= limit:
+                return B, memory
+    return 0, memory_with_runtime(model, 1, rows, number, kind)
+
+
+def main() -> None:
+    with user_errors():
+        if not mfu:
+            raise ValueError(f"mfu must be above 0 and at most 1, got {mfu}")
+        here = machine.resolve_device(device)
+        chip, limit = chip_of(gpu), bytes_of(device_memory) if device_memory else 0.0
+        check_softmax_tokens(softmax_tokens, batch_size * block_size)
+        kind = "cuda" if chip else here.split(":")[0]
+        number = machine.resolve_dtype(dtype, here)
+        number = "16 bits" if chip and dtype == "auto" else number
+        number = "float32" if number == "auto" else number  # on a CPU only a measurement can tell
+        folder = Path("data") / dataset
+        meta = load_meta(folder) if (folder / "meta.json").exists() else None
+        V = vocab_size or (meta["vocab_size"] if meta else 50257)
+        with torch.device("meta"):
+            model = GPT(GPTConfig(
+                arch=arch, block_size=block_size, vocab_size=V, n_layer=n_layer, n_head=n_head,
+                n_kv_head=n_kv_head, n_embd=n_embd, dropout=dropout, bias=bias, tied=tied))
+    model.remat = remat
+    n_params, n_params_in_blocks = model.num_params(), model.num_params(non_embedding=True)
+    rows = batch_size * gradient_accumulation_steps
+    memory = memory_with_runtime(model, batch_size, gradient_accumulation_steps, number, kind)
+    print(f"{n_params:,} parameters, {n_params_in_blocks:,} without embeddings: {arch}, {n_layer} "
+          f"layers of width {n_embd}, vocab_size {V:,}")
+    print(f"{batch_size} rows of {block_size} tokens on {chip or here}, matrix products in "
+          f"{number}, not compiled, take")
+    for name in ("weights", "gradients", "optimizer", "activations", "logits"):
+        print(f"{memory[name] / 1e9:12.3f} GB {name}")
+    print(f"{memory['memory'] / 1e9:12.3f} GB at the worst moment, when not all of these are at "
+          "their largest")
+    print(f"{memory['with_runtime'] / 1e9:12.3f} GB with the device's runtime ({RUNTIME / 1e9:.1f} "
+          f"GB) and the gaps between tensors ({GAPS[kind]:.0%})")
+
+    fits, best = None, batch_size
+    if limit:
+        fits = memory["with_runtime"] <= limit
+        print(f"that {'fits' if fits else 'does not fit'} into {limit / 1e9:g} GB")
+        best, memory_of_best = plan_batch(model, number, kind, limit)
+        if best:
+            print(f"take --batch_size={best} --gradient_accumulation_steps={rows // best}: the "
+                  f"largest micro-batches that fit, {memory_of_best['with_runtime'] / 1e9:.3f} GB, "
+                  f"with {rows * block_size:,} tokens a step as before")
+        else:
+            chunk = machine.resolve_loss_chunk(loss_chunk, kind, V)
+            ways = ["--loss_chunk=256"] * (not chunk) + ["--remat=True"] * (not remat)
+            print(f"a single row takes {memory_of_best['with_runtime'] / 1e9:.3f} GB: try "
+                  f"{', '.join([*ways, 'a smaller --block_size'])} or a smaller model")
+
+    epoch = meta["splits"].get("train", {}).get("tokens", 0) if meta else 0
+    if max_epochs and not tokens and not epoch:
+        print(f"how long {max_epochs:g} epochs take depends on the dataset {dataset}, which is not "
+              "prepared: give --tokens")
+    trained = tokens
+    if not trained:  # the nearest of the limits that are set
+        limits = [max_iters * rows * block_size] * ("max_iters" in given or not max_epochs * epoch)
+        trained = min(limits + [int(max_epochs * epoch)] * bool(max_epochs * epoch))
+    flops = trained * model.flops_per_token(head_tokens=min(softmax_tokens, V))
+    peak, source = machine.PEAK_FLOPS.get(chip), "16-bit datasheet"
+    if not chip:
+        peak, source = machine.peak_flops(here, number)
+    seconds = flops / (mfu * peak)
+    duration = f"{seconds / 3600:,.1f} hours" if seconds > 7200 else f"{seconds / 60:.1f} minutes"
+    print(f"{trained:,} tokens, {math.ceil(trained / (rows * block_size)):,} steps: {flops:.3g} "
+          f"FLOPs, {duration} at {mfu:.0%} of {peak / 1e12:.3g} TFLOP/s ({source})")
+    print(json.dumps(dict(
+        mode="plan", device=chip or here, torch=torch.__version__, parameters=n_params,
+        parameters_non_embedding=n_params_in_blocks,
+        **{f"{name}_bytes": n for name, n in memory.items()}, fits=fits, batch_size=best or None,
+        gradient_accumulation_steps=rows // best if best else None, tokens=trained, flops=flops,
+        peak_flops=peak, seconds=seconds)))
+
+
+if __name__ == "__main__":
+    main()
