@@ -1,4 +1,5 @@
-"""The model against Hugging Face's, against closed forms, and against itself computed another way."""
+"""model.py against Hugging Face, closed forms, and slower ways to compute the same."""
+
 import math
 import shutil
 import subprocess
@@ -25,26 +26,54 @@ def test_same_logits_and_greedy_ids_as_hugging_face(gelu, theirs):
     model = tiny(gelu=gelu)
     randomize(model)
     c = model.config
-    hf = GPT2LMHeadModel(GPT2Config(vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
-                                    n_head=c.n_head, activation_function=theirs, bos_token_id=None, eos_token_id=None)).eval()
+    hf = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=c.vocab_size,
+            n_positions=c.block_size,
+            n_embd=c.n_embd,
+            n_layer=c.n_layer,
+            n_head=c.n_head,
+            activation_function=theirs,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    ).eval()
     hf.load_state_dict(to_hf(model))
     assert_same_as_hugging_face(model, hf)
 
 
-@pytest.mark.parametrize("changes", [
-    dict(tied=True), dict(tied=False), dict(n_kv_head=2, n_inner=48), dict(n_kv_head=1, head_dim=6, tied=False),
-])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(tied=True),
+        dict(tied=False),
+        dict(n_kv_head=2, n_inner=48),
+        dict(n_kv_head=1, head_dim=6, tied=False),
+    ],
+)
 def test_qwen3_is_that_of_hugging_face(changes):
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     model = tiny(arch="qwen3", **changes)
     randomize(model)
     c = model.config
-    hf = Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.n_inner, num_hidden_layers=c.n_layer,
-        num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, head_dim=c.head_dim,
-        max_position_embeddings=c.block_size, rope_theta=c.rope_theta, tie_word_embeddings=c.tied, bos_token_id=None,
-        eos_token_id=None, pad_token_id=None)).eval()
+    hf = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=c.vocab_size,
+            hidden_size=c.n_embd,
+            intermediate_size=c.n_inner,
+            num_hidden_layers=c.n_layer,
+            num_attention_heads=c.n_head,
+            num_key_value_heads=c.n_kv_head,
+            head_dim=c.head_dim,
+            max_position_embeddings=c.block_size,
+            rope_theta=c.rope_theta,
+            tie_word_embeddings=c.tied,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=None,
+        )
+    ).eval()
     hf.load_state_dict(to_hf(model))
     assert_same_as_hugging_face(model, hf)
     randomize(hf)  # and the other way
@@ -57,23 +86,48 @@ def assert_same_as_hugging_face(model: GPT, hf) -> None:
     logits, loss = model(idx, idx)
     with torch.no_grad():
         assert (logits - hf(idx).logits).abs().max() < 1e-5
-        assert loss.item() == pytest.approx(F.cross_entropy(hf(idx).logits.flatten(0, 1), idx.flatten()).item(), abs=1e-5)
-        greedy = hf.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=12, do_sample=False, pad_token_id=0)
+        assert loss.item() == pytest.approx(
+            F.cross_entropy(hf(idx).logits.flatten(0, 1), idx.flatten()).item(), abs=1e-5
+        )
+        greedy = hf.generate(
+            idx,
+            attention_mask=torch.ones_like(idx),
+            max_new_tokens=12,
+            do_sample=False,
+            pad_token_id=0,
+        )
         assert model.generate(idx, 12, temperature=0).equal(greedy)
         pad = torch.tensor([0, 4, 1])
         shown = (torch.arange(17) >= pad[:, None]).long()
-        greedy = hf.generate(idx, attention_mask=shown, max_new_tokens=12, do_sample=False, pad_token_id=0)
+        greedy = hf.generate(
+            idx, attention_mask=shown, max_new_tokens=12, do_sample=False, pad_token_id=0
+        )
         assert model.generate(idx, 12, temperature=0, pad=pad).equal(greedy)
-        greedy = hf.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=12, do_sample=False, pad_token_id=0,
-                             repetition_penalty=1.4, no_repeat_ngram_size=2)
+        greedy = hf.generate(
+            idx,
+            attention_mask=torch.ones_like(idx),
+            max_new_tokens=12,
+            do_sample=False,
+            pad_token_id=0,
+            repetition_penalty=1.4,
+            no_repeat_ngram_size=2,
+        )
         sampler = Sampling(temperature=0, repetition_penalty=1.4, no_repeat_ngram=2)
         assert model.generate(idx, 12, sampler=sampler).equal(greedy)
         for row, stop in ((idx[:1], -1), (idx[1:2], int(greedy[1, 20])), (idx[2:], int(idx[2, 3]))):
             for length_penalty in (-1.0, 0.0, 2.0):
-                best = hf.generate(row, attention_mask=torch.ones_like(row), max_new_tokens=12, do_sample=False, num_beams=4,
-                                   length_penalty=length_penalty, eos_token_id=stop if stop >= 0 else None, pad_token_id=0)
+                best = hf.generate(
+                    row,
+                    attention_mask=torch.ones_like(row),
+                    max_new_tokens=12,
+                    do_sample=False,
+                    num_beams=4,
+                    length_penalty=length_penalty,
+                    eos_token_id=stop if stop >= 0 else None,
+                    pad_token_id=0,
+                )
                 ours = beam_search(model, row, 12, 4, length_penalty, stop_token=stop)
-                assert ours.equal(best[:, :ours.size(1)]) and not best[:, ours.size(1):].any()
+                assert ours.equal(best[:, : ours.size(1)]) and not best[:, ours.size(1) :].any()
 
 
 def test_parameters_of_gpt2():
@@ -95,7 +149,11 @@ def test_initialisation(n_embd, scale):
         if p.dim() == 1:
             assert (p == (0 if name.endswith("bias") else 1)).all(), name
         else:
-            std = 0.02 if "transformer.w" in name else scale * 0.02 / (2 if name.endswith("c_proj.weight") else 1)
+            std = (
+                0.02
+                if "transformer.w" in name
+                else scale * 0.02 / (2 if name.endswith("c_proj.weight") else 1)
+            )
             assert p.std().item() == pytest.approx(std, rel=0.1), name
 
 
@@ -105,7 +163,9 @@ def test_initialisation_of_qwen3(tied, loss_above_uniform):
     _, loss = model(torch.randint(1000, (8, 32)), torch.randint(1000, (8, 32)))
     assert loss.item() == pytest.approx(math.log(1000), abs=loss_above_uniform)
     for name, p in model.named_parameters():
-        assert p.any() == (not name.endswith("c_proj.weight") and (tied or "lm_head" not in name)), name
+        assert p.any() == (
+            not name.endswith("c_proj.weight") and (tied or "lm_head" not in name)
+        ), name
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
@@ -117,22 +177,31 @@ def test_no_position_sees_a_later_one(arch):
     changed[0, 12] = (idx[0, 12] + 1) % 61
     before, after = model(idx)[0], model(changed)[0]
     assert before[:, :12].equal(after[:, :12])
-    assert (before[:, 12:] - after[:, 12:]).abs().amax(-1).min() > 1e-3  # and every later one does see it
+    assert (before[:, 12:] - after[:, 12:]).abs().amax(
+        -1
+    ).min() > 1e-3  # and every later one does see it
 
 
 def test_masked_targets_do_not_count():
     model = tiny()
     idx, targets = torch.randint(61, (2, 10)), torch.randint(61, (2, 10))
     targets[:, 4:] = -1
-    assert model(idx, targets)[1].item() == pytest.approx(model(idx[:, :4], targets[:, :4])[1].item(), abs=1e-6)
+    assert model(idx, targets)[1].item() == pytest.approx(
+        model(idx[:, :4], targets[:, :4])[1].item(), abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("changes", [dict(bias=False), dict(arch="qwen3", n_kv_head=2, tied=False)])
 def test_flops_per_token(changes):
     model = tiny(**changes)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it cannot look into fused attention
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+    ):  # it cannot look into fused attention
         model(torch.zeros(1, 32, dtype=torch.long))
-    gains = sum(p.numel() for p in model.parameters() if p.dim() == 1)  # ours counts the few of them, torch does not
+    gains = sum(
+        p.numel() for p in model.parameters() if p.dim() == 1
+    )  # ours counts the few of them, torch does not
     assert model.flops_per_token() - 6 * gains == 3 * counter.get_total_flops() / 32
 
 
@@ -160,11 +229,13 @@ def test_generation_repeats_with_the_seed_and_stops():
     ended = run(stop_token=stop)
     for row in ended.tolist():
         if stop in row[1:]:
-            assert set(row[row.index(stop, 1):]) == {stop}
+            assert set(row[row.index(stop, 1) :]) == {stop}
     assert ended[0, :6].tolist() == free[0, :6].tolist()
 
 
-@pytest.mark.parametrize("changes", [{}, dict(arch="qwen3"), dict(arch="qwen3", n_kv_head=2, tied=False)])
+@pytest.mark.parametrize(
+    "changes", [{}, dict(arch="qwen3"), dict(arch="qwen3", n_kv_head=2, tied=False)]
+)
 @pytest.mark.parametrize("pieces", [[12], [1] * 12, [7, 1, 4], [3, 9]])
 def test_the_cache_changes_no_logit(changes, pieces):
     model = tiny(**changes)
@@ -172,7 +243,9 @@ def test_the_cache_changes_no_logit(changes, pieces):
     idx = torch.randint(61, (3, 12))
     cache = KVCache(32)
     with torch.no_grad():
-        logits = torch.cat([model(piece, cache=cache)[0] for piece in idx.split(pieces, dim=1)], dim=1)
+        logits = torch.cat(
+            [model(piece, cache=cache)[0] for piece in idx.split(pieces, dim=1)], dim=1
+        )
         torch.testing.assert_close(logits, model(idx)[0], rtol=1e-4, atol=1e-5)
 
 
@@ -184,9 +257,11 @@ def test_padding_at_the_left_changes_no_logit(changes, pieces):
     idx, pad = torch.randint(61, (3, 9)), torch.tensor([0, 5, 2])
     cache = KVCache(32, pad)
     with torch.no_grad():
-        logits = torch.cat([model(piece, cache=cache)[0] for piece in idx.split(pieces, dim=1)], dim=1)
+        logits = torch.cat(
+            [model(piece, cache=cache)[0] for piece in idx.split(pieces, dim=1)], dim=1
+        )
         for row, n in enumerate(pad.tolist()):
-            alone = model(idx[row:row + 1, n:])[0][0]
+            alone = model(idx[row : row + 1, n:])[0][0]
             torch.testing.assert_close(logits[row, n:], alone, rtol=1e-4, atol=1e-5)
 
 
@@ -197,11 +272,13 @@ def test_generation_past_block_size_keeps_the_newest_half(arch):
     idx, pad = torch.randint(61, (2, 5)), torch.tensor([0, 2])
     out = model.generate(idx, 20, temperature=0, pad=pad)
     for row, n in enumerate(pad.tolist()):
-        text, start = idx[row:row + 1], 0
+        text, start = idx[row : row + 1], 0
         for _ in range(20):  # without a cache; the padding counts as part of the window
             if text.size(1) - start > 8:
                 start = text.size(1) - 4
-            text = torch.cat((text, model(text[:, max(start, n):])[0][:, -1].argmax(-1, keepdim=True)), dim=1)
+            text = torch.cat(
+                (text, model(text[:, max(start, n) :])[0][:, -1].argmax(-1, keepdim=True)), dim=1
+            )
         assert out[row].tolist() == text[0].tolist()
     long = torch.randint(61, (1, 30))  # of a prompt longer than the context, the end counts
     assert model.generate(long, 1, temperature=0)[0, -1] == model(long[:, -8:])[0][0, -1].argmax()
@@ -216,18 +293,35 @@ def test_a_model_made_from_weights_is_the_same_model(changes):
     assert torch.equal(again.eval()(idx)[0], model(idx)[0])
     assert [n for n, _ in again.named_parameters()] == [n for n, _ in model.named_parameters()]
     assert (again.lm_head.weight is again.transformer.wte.weight) == model.config.tied
-    for wrong in ({"lm_head.weight_scale": torch.ones(61)}, {"transformer.ln_f.weight_scale": torch.ones(32)},
-                  {"lm_head.weight": torch.zeros(61, 32, dtype=torch.int8)}, {"lm_head.weight": torch.zeros(60, 32)}):
+    for wrong in (
+        {"lm_head.weight_scale": torch.ones(61)},
+        {"transformer.ln_f.weight_scale": torch.ones(32)},
+        {"lm_head.weight": torch.zeros(61, 32, dtype=torch.int8)},
+        {"lm_head.weight": torch.zeros(60, 32)},
+    ):
         with pytest.raises((RuntimeError, TypeError)):
             model_from_weights(model.config, model.state_dict() | wrong)
-    half = model_from_weights(model.config, {name: w.bfloat16() for name, w in model.state_dict().items()})
+    half = model_from_weights(
+        model.config, {name: w.bfloat16() for name, w in model.state_dict().items()}
+    )
     assert {p.dtype for p in half.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("changes", [
-    dict(n_head=3), dict(n_layer=0), dict(vocab_size=-1), dict(dropout=1.0), dict(arch="bert"), dict(tied=False),
-    dict(n_kv_head=2), dict(arch="qwen3", n_kv_head=3), dict(arch="qwen3", n_inner=-1), dict(arch="qwen3", rope_theta=0),
-])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(n_head=3),
+        dict(n_layer=0),
+        dict(vocab_size=-1),
+        dict(dropout=1.0),
+        dict(arch="bert"),
+        dict(tied=False),
+        dict(n_kv_head=2),
+        dict(arch="qwen3", n_kv_head=3),
+        dict(arch="qwen3", n_inner=-1),
+        dict(arch="qwen3", rope_theta=0),
+    ],
+)
 def test_impossible_configurations_are_named(changes):
     with pytest.raises(ValueError, match=list(changes)[-1]):
         tiny(**changes)
@@ -271,8 +365,9 @@ print(model.generate(idx[:, :1], 8, temperature=0.8, top_k=3).shape)
 
 def test_model_file_works_alone(tmp_path):
     shutil.copy("model.py", tmp_path)
-    done = subprocess.run([sys.executable, "-I", "-c", ALONE], cwd=tmp_path, capture_output=True,
-                          text=True)
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", ALONE], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.stdout == "learned\n[0, 1, 2, 3, 0, 1, 2, 3]\ntorch.Size([1, 9])\n", done.stderr
 
 
@@ -312,7 +407,11 @@ def test_mfu_is_the_share_of_the_peak():
 
 def test_resolved_configurations_describe_the_same_model():
     """Checkpoints hold resolved values; older ones have zeros."""
-    for changes in ({}, dict(arch="qwen3"), dict(arch="qwen3", n_kv_head=2, head_dim=6, n_inner=48)):
+    for changes in (
+        {},
+        dict(arch="qwen3"),
+        dict(arch="qwen3", n_kv_head=2, head_dim=6, n_inner=48),
+    ):
         config = tiny(**changes).config
         assert GPTConfig(**asdict(config)) == config
         assert config.n_kv_head and config.head_dim and config.n_inner

@@ -176,7 +176,8 @@ def config_to_resume(checkpoint: dict, new: GPTConfig, settings: dict,
 
     new: the config that the settings ask for. Raises ValueError where settings contradict the run.
     """
-    old, out_dir = GPTConfig(**checkpoint["model_args"]), settings["out_dir"]
+    out_dir = settings["out_dir"]
+    old = config_of(checkpoint, f"the checkpoint in {out_dir}")
     wrong = [f"{name}={value}" for name, value in asdict(old).items()
              if name in settings and name != "dropout" and value != getattr(new, name)]
     if wrong:
@@ -217,12 +218,20 @@ def load_model(name: str | Path, device: str, quantize: str = "") -> tuple[GPT, 
     return model.eval(), checkpoint
 
 
+def config_of(checkpoint: dict, where: object, **changes) -> GPTConfig:
+    """Return the config of a checkpoint's model. Raise ValueError if it is damaged."""
+    try:
+        return GPTConfig(**checkpoint["model_args"] | changes)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{where} does not fit the model: {error}") from None
+
+
 def build_model(checkpoint: dict, where: object, device: str = "cpu", **changes) -> GPT:
     """Return a checkpoint's model. Raise ValueError that names missing and misshapen weights."""
+    config = config_of(checkpoint, where, **changes)
     try:
-        config = GPTConfig(**checkpoint["model_args"] | changes)
         return model_from_weights(config, checkpoint["model"], device)
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{where} does not fit the model: {reason}") from None
 

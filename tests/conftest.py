@@ -1,4 +1,5 @@
-"""The fixtures of the tests: small datasets, a trained run and a stand-in for the Hugging Face hub."""
+"""Fixtures: small datasets, a trained run and a stand-in for the Hugging Face hub."""
+
 import base64
 import hashlib
 import json
@@ -9,16 +10,17 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+import torch
 
 from helpers import run, train  # first: sets OMP_NUM_THREADS before torch is imported
-
-import torch
 
 
 @pytest.fixture(scope="session")
 def fables_data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "fables"
-    done = run("data/fables/prepare.py", f"--out_dir={folder}", "--train_stories=60", "--val_stories=8")
+    done = run(
+        "data/fables/prepare.py", f"--out_dir={folder}", "--train_stories=60", "--val_stories=8"
+    )
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -35,7 +37,13 @@ def trained(tmp_path_factory, fables_data) -> Path:
 def gpt2_data(tmp_path_factory) -> Path:
     """Fables as GPT-2 tokens."""
     folder = tmp_path_factory.mktemp("data") / "gpt2"
-    done = run("data/fables/prepare.py", f"--out_dir={folder}", "--train_stories=60", "--val_stories=8", "--tokenizer=gpt2")
+    done = run(
+        "data/fables/prepare.py",
+        f"--out_dir={folder}",
+        "--train_stories=60",
+        "--val_stories=8",
+        "--tokenizer=gpt2",
+    )
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -47,21 +55,31 @@ def openai_folder(tmp_path_factory) -> Path:
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("hf") / "gpt2"
-    GPT2LMHeadModel(GPT2Config(n_positions=64, n_embd=16, n_layer=2, n_head=2, vocab_size=50304,
-                               activation_function="gelu")).save_pretrained(folder)
+    GPT2LMHeadModel(
+        GPT2Config(
+            n_positions=64,
+            n_embd=16,
+            n_layer=2,
+            n_head=2,
+            vocab_size=50304,
+            activation_function="gelu",
+        )
+    ).save_pretrained(folder)
     return folder
 
 
 # -----------------------------------------------------------------------------
 
-COMMIT = "5" * 40  # the only one that every data set has
+COMMIT = "5" * 40  # the only one that every dataset has
 
 
 @pytest.fixture
 def hub(tmp_path) -> Iterator[ThreadingHTTPServer]:
     """
-    A stand-in for the Hugging Face hub: serves tmp_path/hub/<owner>/<name>/ as data sets to scripts that run with its `env`;
-    `sent` has the paths that were asked for. It takes models: `created` has their names, `uploaded` their files.
+    Serve tmp_path/hub/<owner>/<name>/ as datasets of the Hugging Face hub.
+
+    Scripts that run with its `env` use it. `sent` holds the paths that were requested. Of uploaded
+    models, `created` holds the names and `uploaded` the files.
     """
     folder = tmp_path / "hub"
 
@@ -76,24 +94,51 @@ def hub(tmp_path) -> Iterator[ThreadingHTTPServer]:
                 self.wfile.write(body)
 
         def do_GET(self) -> None:
-            parts = unquote(urlsplit(self.path).path).removeprefix("/api").split("/")[1:]  # datasets/owner/name/what/commit/...
-            repo, what, path = folder / "/".join(parts[1:3]), "/".join(parts[3:4]), "/".join(parts[5:])
+            parts = (
+                unquote(urlsplit(self.path).path).removeprefix("/api").split("/")[1:]
+            )  # datasets/owner/name/what/commit/...
+            repo, what, path = (
+                folder / "/".join(parts[1:3]),
+                "/".join(parts[3:4]),
+                "/".join(parts[5:]),
+            )
             if parts[0] != "datasets" or len(parts) < 3 or not repo.is_dir():
                 self.answer(401, X_Error_Code="RepoNotFound")
             elif what in ("", "revision"):
                 self.answer(200, json.dumps({"id": "/".join(parts[1:3]), "sha": COMMIT}).encode())
             elif what == "tree" and (repo / path).is_dir():
-                found = sorted((repo / path).rglob("*") if "recursive=true" in self.path else (repo / path).iterdir())
-                self.answer(200, json.dumps([{"type": "directory" if item.is_dir() else "file", "size": item.stat().st_size,
-                                              "path": str(item.relative_to(repo)), "oid": "0"} for item in found]).encode())
+                found = sorted(
+                    (repo / path).rglob("*")
+                    if "recursive=true" in self.path
+                    else (repo / path).iterdir()
+                )
+                self.answer(
+                    200,
+                    json.dumps(
+                        [
+                            {
+                                "type": "directory" if item.is_dir() else "file",
+                                "size": item.stat().st_size,
+                                "path": str(item.relative_to(repo)),
+                                "oid": "0",
+                            }
+                            for item in found
+                        ]
+                    ).encode(),
+                )
             elif what == "resolve" and (repo / path).is_file():
                 body = (repo / path).read_bytes()
                 headers = {"ETag": f'"{hashlib.sha1(body).hexdigest()}"', "X-Repo-Commit": COMMIT}
                 if "Range" not in self.headers:
                     return self.answer(200, body, **headers)
                 first, last = self.headers["Range"].removeprefix("bytes=").split("-")
-                part = body[int(first):int(last or len(body)) + 1]
-                self.answer(206, part, **headers, Content_Range=f"bytes {first}-{int(first) + len(part) - 1}/{len(body)}")
+                part = body[int(first) : int(last or len(body)) + 1]
+                self.answer(
+                    206,
+                    part,
+                    **headers,
+                    Content_Range=f"bytes {first}-{int(first) + len(part) - 1}/{len(body)}",
+                )
             else:
                 self.answer(404, X_Error_Code="EntryNotFound")
 
@@ -102,20 +147,40 @@ def hub(tmp_path) -> Iterator[ThreadingHTTPServer]:
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             if self.path == "/api/repos/create":
-                server.created.append("/".join(filter(None, map(json.loads(body).get, ("organization", "name")))))
-                self.answer(200, json.dumps({"url": f"{server.env['HF_ENDPOINT']}/{server.created[-1]}"}).encode())
+                server.created.append(
+                    "/".join(filter(None, map(json.loads(body).get, ("organization", "name"))))
+                )
+                self.answer(
+                    200,
+                    json.dumps(
+                        {"url": f"{server.env['HF_ENDPOINT']}/{server.created[-1]}"}
+                    ).encode(),
+                )
             elif self.path == "/api/validate-yaml":  # of a model card
                 self.answer(200, b"{}")
             elif "/preupload/" in self.path:
-                files = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
-                         for file in json.loads(body)["files"]]
+                files = [
+                    {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                    for file in json.loads(body)["files"]
+                ]
                 self.answer(200, json.dumps({"files": files}).encode())
             elif "/commit/" in self.path:
                 for line in map(json.loads, body.splitlines()):
                     if line["key"] == "file":
-                        server.uploaded[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-                self.answer(200, json.dumps({"commitUrl": f"{server.env['HF_ENDPOINT']}/{server.created[-1]}/commit/{COMMIT}",
-                                             "commitOid": COMMIT}).encode())
+                        server.uploaded[line["value"]["path"]] = base64.b64decode(
+                            line["value"]["content"]
+                        )
+                self.answer(
+                    200,
+                    json.dumps(
+                        {
+                            "commitUrl": "/".join(
+                                [server.env["HF_ENDPOINT"], server.created[-1], "commit", COMMIT]
+                            ),
+                            "commitOid": COMMIT,
+                        }
+                    ).encode(),
+                )
             else:
                 self.answer(404)
 
@@ -124,8 +189,13 @@ def hub(tmp_path) -> Iterator[ThreadingHTTPServer]:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.sent, server.created, server.uploaded = [], [], {}
-    server.env = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0", "NO_PROXY": "*",
-                  "no_proxy": "*", "HF_HOME": str(tmp_path / "hf")}
+    server.env = {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HUB_OFFLINE": "0",
+        "NO_PROXY": "*",
+        "no_proxy": "*",
+        "HF_HOME": str(tmp_path / "hf"),
+    }
     threading.Thread(target=server.serve_forever, args=[0.05], daemon=True).start()
     try:
         yield server

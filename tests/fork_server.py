@@ -1,8 +1,9 @@
 """
-Import everything once and then fork for every Python command: most of the seconds of a short run are imports.
+Import everything once, then fork for every Python command: a short run mostly imports.
 
-A child has the arguments, environment variables, standard streams and exit status of a process of its own.
+A child has its own arguments, environment variables, standard streams and exit status.
 """
+
 import atexit
 import gc
 import json
@@ -18,19 +19,19 @@ import types
 import weakref
 
 sys.path[0] = os.getcwd()
-import matplotlib.figure  # noqa: F401
-import torch._dynamo
-import torch.distributed.launcher.api  # noqa: F401  (nearly all of torchrun)
-import tqdm  # noqa: F401
+import matplotlib.figure  # noqa: E402, F401
+import torch._dynamo  # noqa: E402
+import torch.distributed.launcher.api  # noqa: E402, F401
+import tqdm  # noqa: E402, F401
 
-import lib.checkpoint  # noqa: F401
-import lib.corpus  # noqa: F401
-import lib.dataset  # noqa: F401
-import lib.decoding  # noqa: F401
-import lib.distributed  # noqa: F401
-import lib.machine  # noqa: F401
-import lib.optim  # noqa: F401
-import lib.runlog  # noqa: F401
+import lib.checkpoint  # noqa: E402, F401
+import lib.corpus  # noqa: E402, F401
+import lib.dataset  # noqa: E402, F401
+import lib.decoding  # noqa: E402, F401
+import lib.distributed  # noqa: E402, F401
+import lib.machine  # noqa: E402, F401
+import lib.optim  # noqa: E402, F401
+import lib.runlog  # noqa: E402, F401
 
 
 def execute(command: list[str]) -> None:
@@ -74,11 +75,18 @@ def child(command: list[str], env: dict[str, str], streams: list[int]) -> int:
 
 
 def main() -> None:
-    """Answer {command, env} and three streams with a process id, and {wait, options} with the status of that process."""
+    """
+    Answer requests until the socket is closed.
+
+    {command, env} with three streams: the id of the process that was started. {wait, options}: the
+    exit status of that process.
+    """
     requests = socket.socket(fileno=int(sys.argv[1]))
     atexit.unregister(torch._dynamo.utils.dump_compile_times)
     for finalizer in weakref.finalize._registry:
-        finalizer.atexit = False  # PyTorch has hundreds; only what the script makes is to be finalized
+        finalizer.atexit = (
+            False  # PyTorch has hundreds; only what the script makes is to be finalized
+        )
     gc.collect()
     gc.freeze()  # children do not copy what they share
     while True:

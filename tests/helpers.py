@@ -1,4 +1,5 @@
 """What the test files share: running the scripts, tiny models, texts and comparisons."""
+
 import contextlib
 import functools
 import json
@@ -10,39 +11,69 @@ import sys
 import tempfile
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the tests themselves run side by side
-
 import torch
 
 from lib.checkpoint import model_from_weights
 from lib.quantize import quantize_int8, use_fast_products
 from model import GPT, GPTConfig
 
+# the tests run side by side: one thread each, also in the scripts that they start
+torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 HERE = Path(__file__).parent.parent
-TINY = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=32", "--batch_size=4", "--gradient_accumulation_steps=2",
-        "--max_iters=6", "--lr_decay_iters=6", "--warmup_iters=2", "--eval_interval=3", "--eval_iters=2", "--log_interval=1",
-        "--compile=False", "--device=cpu", "--dtype=float32", "--dropout=0.1"]
+TINY = [
+    "--n_layer=2",
+    "--n_head=2",
+    "--n_embd=16",
+    "--block_size=32",
+    "--batch_size=4",
+    "--gradient_accumulation_steps=2",
+    "--max_iters=6",
+    "--lr_decay_iters=6",
+    "--warmup_iters=2",
+    "--eval_interval=3",
+    "--eval_iters=2",
+    "--log_interval=1",
+    "--compile=False",
+    "--device=cpu",
+    "--dtype=float32",
+    "--dropout=0.1",
+]
 
-SCRIPTS = ["train.py", "sample.py", "eval.py", "bench.py", "plan.py", "export.py", "app.py",
-           *sorted(f"data/{path.parent.name}/prepare.py" for path in HERE.glob("data/*/prepare.py"))]
+SCRIPTS = [
+    "train.py",
+    "sample.py",
+    "eval.py",
+    "bench.py",
+    "plan.py",
+    "export.py",
+    "app.py",
+    *sorted(f"data/{path.parent.name}/prepare.py" for path in HERE.glob("data/*/prepare.py")),
+]
+
 
 @functools.lru_cache
 def fork_server() -> socket.socket:
     ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    subprocess.Popen([sys.executable, "tests/fork_server.py", str(its.fileno())], cwd=HERE, pass_fds=[its.fileno()])
+    subprocess.Popen(
+        [sys.executable, "tests/fork_server.py", str(its.fileno())],
+        cwd=HERE,
+        pass_fds=[its.fileno()],
+    )
     its.close()
     return ours
 
 
 class Forked:
-    """A child of the fork server that runs `python *command`, with the interface of subprocess.Popen."""
+    """A child of the fork server that runs `python *command`, used like a subprocess.Popen."""
 
     def __init__(self, command: list[str], stdin, stdout, stderr, env: dict[str, str]):
         self.args, self.returncode = command, None
         self.pid = self.ask({"command": command, "env": env}, stdin, stdout, stderr)
 
     def ask(self, request: dict, *streams) -> int | None:
-        socket.send_fds(fork_server(), [json.dumps(request).encode()], [stream.fileno() for stream in streams])
+        socket.send_fds(
+            fork_server(), [json.dumps(request).encode()], [stream.fileno() for stream in streams]
+        )
         return json.loads(fork_server().recv(100))
 
     def wait(self, options: int = 0) -> int | None:
@@ -67,7 +98,7 @@ class Forked:
 
 
 def start(*command: str, **env: str) -> Forked:
-    """Start `python *command` in the repository's folder; `stdout` has its output and errors while it runs."""
+    """Start `python *command` in the root; `stdout` has its output and errors as it runs."""
     reading, writing = (open(end, mode, errors="replace") for end, mode in zip(os.pipe(), "rw"))
     with open(os.devnull) as nothing, writing:
         process = Forked([*command], nothing, writing, writing, env)
@@ -75,15 +106,30 @@ def start(*command: str, **env: str) -> Forked:
     return process
 
 
-def run(script: str, *args: str, ranks: int = 0, stdin: str = "", **env: str) -> subprocess.CompletedProcess:
+def run(
+    script: str, *args: str, ranks: int = 0, stdin: str = "", **env: str
+) -> subprocess.CompletedProcess:
     """Run a script in the repository's folder, under torchrun if ranks is given."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        if ranks
+        else []
+    )
     command = [*launcher, script, *args]
     if "CXX" in env:  # is read when PyTorch is imported
-        return subprocess.run([sys.executable, *command], cwd=HERE, capture_output=True, text=True, timeout=300, input=stdin,
-                              env=os.environ | env)
+        return subprocess.run(
+            [sys.executable, *command],
+            cwd=HERE,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            input=stdin,
+            env=os.environ | env,
+        )
     with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(tempfile.TemporaryFile("w+", errors="replace")) for _ in range(3)]
+        files = [
+            stack.enter_context(tempfile.TemporaryFile("w+", errors="replace")) for _ in range(3)
+        ]
         files[0].write(stdin)
         files[0].seek(0)
         status = Forked(command, *files, env).wait()
@@ -104,8 +150,19 @@ def train_on_ranks(n: int, data: Path, out_dir: Path, *args: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     env = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [start("train.py", f"--dataset={data}", f"--out_dir={out_dir}", *TINY, *args, **env, RANK=str(i), LOCAL_RANK=str(i))
-             for i in range(n)]
+    ranks = [
+        start(
+            "train.py",
+            f"--dataset={data}",
+            f"--out_dir={out_dir}",
+            *TINY,
+            *args,
+            **env,
+            RANK=str(i),
+            LOCAL_RANK=str(i),
+        )
+        for i in range(n)
+    ]
     for rank in ranks:
         output = rank.communicate()[0]
         assert rank.returncode == 0, output
@@ -114,7 +171,10 @@ def train_on_ranks(n: int, data: Path, out_dir: Path, *args: str) -> None:
 def read_log(out_dir: Path) -> list[dict]:
     """log.jsonl without the timings, which no two runs share."""
     timings = {"ms", "tokens_per_second", "mfu"}
-    return [{k: v for k, v in json.loads(line).items() if k not in timings} for line in open(out_dir / "log.jsonl")]
+    return [
+        {k: v for k, v in json.loads(line).items() if k not in timings}
+        for line in open(out_dir / "log.jsonl")
+    ]
 
 
 def prepare(name: str, *args: str, **env: str) -> subprocess.CompletedProcess:
@@ -146,16 +206,24 @@ def assert_same(a, b, where="checkpoint"):
 
 def damage_by(kind: str, raw: bytes) -> bytes:
     middle = len(raw) // 2
-    return {"truncated": raw[:middle], "empty": b"", "zeroed": bytes(len(raw)), "text": b"hello",
-            "flipped": raw[:middle] + bytes([raw[middle] ^ 1]) + raw[middle + 1:]}[kind]
+    return {
+        "truncated": raw[:middle],
+        "empty": b"",
+        "zeroed": bytes(len(raw)),
+        "text": b"hello",
+        "flipped": raw[:middle] + bytes([raw[middle] ^ 1]) + raw[middle + 1 :],
+    }[kind]
 
 
 # -----------------------------------------------------------------------------
 # Models
 
+
 def tiny(**changes) -> GPT:
     torch.manual_seed(0)
-    return GPT(GPTConfig(**dict(block_size=32, vocab_size=61, n_layer=2, n_head=4, n_embd=32) | changes)).eval()
+    return GPT(
+        GPTConfig(**dict(block_size=32, vocab_size=61, n_layer=2, n_head=4, n_embd=32) | changes)
+    ).eval()
 
 
 def randomize(model: GPT) -> None:
@@ -179,8 +247,12 @@ def export(out_dir: Path, to: Path, *args: str) -> None:
 def transformers_of(folder: Path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    return (AutoModelForCausalLM.from_pretrained(folder).eval(),
-            AutoTokenizer.from_pretrained(folder, trust_remote_code=(folder / "tokenization_word.py").exists()))
+    return (
+        AutoModelForCausalLM.from_pretrained(folder).eval(),
+        AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=(folder / "tokenization_word.py").exists()
+        ),
+    )
 
 
 # -----------------------------------------------------------------------------
@@ -189,5 +261,7 @@ def transformers_of(folder: Path):
 SPLITS = ("train", "val")
 ODD = "Zoë's café — 3.5%?!\n\n  \"hide-and-seek\"\tnaïve\u200b 🦊 l'été\r\n"
 PROMPT = "Once upon a time"
-TEXT = "Once upon a time, the cat's owner said: \"Don't!\"\n\n" \
-       "Then 12 dogs -- well-fed -- ran\taway.  Fin\u00e9 \u4e2d\U0001f600 ...\n"
+TEXT = (
+    "Once upon a time, the cat's owner said: \"Don't!\"\n\n"
+    "Then 12 dogs -- well-fed -- ran\taway.  Fin\u00e9 \u4e2d\U0001f600 ...\n"
+)

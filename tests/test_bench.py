@@ -1,15 +1,27 @@
 """bench.py: each mode beside a peer, and its errors."""
+
 import json
 import math
 
 import pytest
-from helpers import HERE, one_line_error, run
 
+from helpers import HERE, one_line_error, run
 from lib.checkpoint import load_model
 from lib.corpus import load_meta
 
-BENCH = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=2", "--vocab_size=50", "--rounds=3",
-         "--steps=2", "--compile=False", "--device=cpu", "--dtype=float32"]
+BENCH = [
+    "--n_layer=1",
+    "--n_head=2",
+    "--n_embd=16",
+    "--block_size=16",
+    "--batch_size=2",
+    "--vocab_size=50",
+    "--rounds=3",
+    "--steps=2",
+    "--compile=False",
+    "--device=cpu",
+    "--dtype=float32",
+]
 
 
 def test_bench_beside_another_model(tmp_path):
@@ -17,7 +29,9 @@ def test_bench_beside_another_model(tmp_path):
     done = run("bench.py", *BENCH, f"--against={tmp_path}/model.py")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.strip().splitlines()[-1])
-    assert result["ratio"] == pytest.approx(result["tokens_per_second"] / result["their_tokens_per_second"])
+    assert result["ratio"] == pytest.approx(
+        result["tokens_per_second"] / result["their_tokens_per_second"]
+    )
     assert result["tokens_per_second"] > 0 and result["mfu"] > 0 and not result["compiled"]
     assert result["parameters"] == 16 * (50 + 16) + 12 * 16 * 16 + 13 * 16 + 2 * 16
     assert "ratio" not in json.loads(run("bench.py", *BENCH).stdout.strip().splitlines()[-1])
@@ -31,26 +45,52 @@ def test_bench_beside_transformers():
 
 def test_bench_of_batches(fables_data):
     for batching, some in (("windows", False), ("by_length", True)):
-        done = run("bench.py", *BENCH, "--block_size=192", "--mode=data", f"--dataset={fables_data}",
-                   f"--batching={batching}")
+        done = run(
+            "bench.py",
+            *BENCH,
+            "--block_size=192",
+            "--mode=data",
+            f"--dataset={fables_data}",
+            f"--batching={batching}",
+        )
         assert done.returncode == 0, done.stderr
         result = json.loads(done.stdout.strip().splitlines()[-1])
         assert result["tokens_per_second"] > 0 and (0 < result["padding"] < 0.5) == some
 
 
 def test_bench_of_the_way_to_a_loss(tmp_path, fables_data):
-    """The peer is our own model with a rate of zero: it stays where it began, and we reach that at the first evaluation."""
+    """The peer is our own model with a rate of zero, so we reach its loss at once."""
     (tmp_path / "model.py").write_text((HERE / "model.py").read_text())
     (tmp_path / "theirs.py").write_text("learning_rate = min_lr = 0.0\nmax_iters = 6\n")
-    done = run("bench.py", *BENCH, "--mode=loss", f"--dataset={fables_data}", f"--against={tmp_path}/model.py", "--seeds=2",
-               f"--their_config={tmp_path}/theirs.py", "--max_iters=4", "--eval_interval=2", "--arch=qwen3", "--tied=False",
-               "--optimizer=muon", "--learning_rate=0.01", "--warmup_iters=0", "--gradient_accumulation_steps=1")
+    done = run(
+        "bench.py",
+        *BENCH,
+        "--mode=loss",
+        f"--dataset={fables_data}",
+        f"--against={tmp_path}/model.py",
+        "--seeds=2",
+        f"--their_config={tmp_path}/theirs.py",
+        "--max_iters=4",
+        "--eval_interval=2",
+        "--arch=qwen3",
+        "--tied=False",
+        "--optimizer=muon",
+        "--learning_rate=0.01",
+        "--warmup_iters=0",
+        "--gradient_accumulation_steps=1",
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.strip().splitlines()[-1])
     ours, theirs = result["ours"], result["theirs"]
-    assert theirs["final_loss"][0] == result["target_loss"] == pytest.approx(
-        math.log(load_meta(fables_data)["vocab_size"]), abs=0.1)
-    assert ours["reached"] == theirs["reached"] == 2 and ours["final_loss"][0] < theirs["final_loss"][0]
+    assert (
+        theirs["final_loss"][0]
+        == result["target_loss"]
+        == pytest.approx(math.log(load_meta(fables_data)["vocab_size"]), abs=0.1)
+    )
+    assert (
+        ours["reached"] == theirs["reached"] == 2
+        and ours["final_loss"][0] < theirs["final_loss"][0]
+    )
     assert ours["tokens"][0] == 2 * 2 * 16 and theirs["tokens"] == [6 * 2 * 16, 0]
     assert result["ratio"] == pytest.approx(ours["seconds"][0] / theirs["seconds"][0])
 
@@ -58,23 +98,47 @@ def test_bench_of_the_way_to_a_loss(tmp_path, fables_data):
 def test_bench_of_generation(tmp_path):
     (tmp_path / "model.py").write_text((HERE / "model.py").read_text())
     for against in (f"{tmp_path}/model.py", "hf"):
-        done = run("bench.py", *BENCH, "--mode=generate", f"--against={against}", "--rounds=1", "--max_new_tokens=11",
-                   "--texts=1,3")
+        done = run(
+            "bench.py",
+            *BENCH,
+            "--mode=generate",
+            f"--against={against}",
+            "--rounds=1",
+            "--max_new_tokens=11",
+            "--texts=1,3",
+        )
         assert done.returncode == 0, done.stderr
         result = json.loads(done.stdout.strip().splitlines()[-1])
         for texts in (1, 3):
             row = result[f"batch_{texts}"]
-            assert row["ratio"] == pytest.approx(row["tokens_per_second"] / row["their_tokens_per_second"])
-            assert row["int8_ratio"] == pytest.approx(row["int8_tokens_per_second"] / row["their_tokens_per_second"])
-            assert row["weights_read_per_second"] == pytest.approx(4 * result["parameters"] * row["tokens_per_second"] / texts)
+            assert row["ratio"] == pytest.approx(
+                row["tokens_per_second"] / row["their_tokens_per_second"]
+            )
+            assert row["int8_ratio"] == pytest.approx(
+                row["int8_tokens_per_second"] / row["their_tokens_per_second"]
+            )
+            assert row["weights_read_per_second"] == pytest.approx(
+                4 * result["parameters"] * row["tokens_per_second"] / texts
+            )
 
 
 def test_bench_of_a_trained_models_generation(trained):
     """Its shape decides about everything: the peer's, the prompt, the parameters."""
-    done = run("bench.py", *BENCH, "--mode=generate", f"--run={trained}", "--against=hf", "--rounds=1", "--max_new_tokens=11",
-               "--texts=1")
+    done = run(
+        "bench.py",
+        *BENCH,
+        "--mode=generate",
+        f"--run={trained}",
+        "--against=hf",
+        "--rounds=1",
+        "--max_new_tokens=11",
+        "--texts=1",
+    )
     assert done.returncode == 0 and "8 + 11 tokens" in done.stdout, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["parameters"] == load_model(trained, "cpu")[0].num_params()
+    assert (
+        json.loads(done.stdout.splitlines()[-1])["parameters"]
+        == load_model(trained, "cpu")[0].num_params()
+    )
 
 
 def test_bench_takes_training_configs(tmp_path):
@@ -82,18 +146,34 @@ def test_bench_takes_training_configs(tmp_path):
     config.write_text("dataset = 'fables'\nlearning_rate = 1e-3\nn_embd = 8\nmax_iters = 5\n")
     done = run("bench.py", *BENCH, str(config))
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.strip().splitlines()[-1])["parameters"] == 8 * (50 + 16) + 12 * 8 * 8 + 13 * 8 + 2 * 8
+    assert (
+        json.loads(done.stdout.strip().splitlines()[-1])["parameters"]
+        == 8 * (50 + 16) + 12 * 8 * 8 + 13 * 8 + 2 * 8
+    )
 
 
-@pytest.mark.parametrize("args, says", [
-    (["--against=nowhere.py"], "no file nowhere.py"), (["--against=lib/tokenizer.py"], "not a model.py with GPT"),
-    (["--steps=0"], "steps must"), (["--mode=speed"], "mode must"), (["--optimizer=sgd"], "optimizer must"),
-    (["--schedule=step"], "schedule must"), (["--dtype=int8"], "dtype must"), (["--mode=data", "--dataset=none"], "none"),
-    (["--n_head=3"], "multiple of n_head"), (["--patience=1"], "no setting 'patience'"),
-    (["--their_config=none.py"], "no such config file"), (["--mode=generate", "--max_new_tokens=12"], "must fit behind"),
-    (["--run=out"], "run is for --mode=generate"), (["--mode=generate", "--run=none"], "no checkpoint in none"),
-    (["--texts=1;8"], "texts takes numbers"), (["--texts=0"], "texts takes numbers"),
-    (["--mode=plan"], "python plan.py"), (["--mode=plan", "--gpu=T4"], "python plan.py"),
-])
+@pytest.mark.parametrize(
+    "args, says",
+    [
+        (["--against=nowhere.py"], "no file nowhere.py"),
+        (["--against=lib/tokenizer.py"], "not a model.py with GPT"),
+        (["--steps=0"], "steps must"),
+        (["--mode=speed"], "mode must"),
+        (["--optimizer=sgd"], "optimizer must"),
+        (["--schedule=step"], "schedule must"),
+        (["--dtype=int8"], "dtype must"),
+        (["--mode=data", "--dataset=none"], "none"),
+        (["--n_head=3"], "multiple of n_head"),
+        (["--patience=1"], "no setting 'patience'"),
+        (["--their_config=none.py"], "no such config file"),
+        (["--mode=generate", "--max_new_tokens=12"], "must fit behind"),
+        (["--run=out"], "run is for --mode=generate"),
+        (["--mode=generate", "--run=none"], "no checkpoint in none"),
+        (["--texts=1;8"], "texts takes numbers"),
+        (["--texts=0"], "texts takes numbers"),
+        (["--mode=plan"], "python plan.py"),
+        (["--mode=plan", "--gpu=T4"], "python plan.py"),
+    ],
+)
 def test_bench_errors_are_one_line(args, says):
     assert says in one_line_error(run("bench.py", *BENCH, *args))

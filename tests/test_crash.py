@@ -1,11 +1,13 @@
 """
-Accidents of every kind: whatever happens to a run, going on with it ends in the same weights, log and best checkpoint.
+Accidents: whatever happens to a run, it resumes to the same weights, log and best checkpoint.
 
     python tests/test_crash.py --kills=100 --rank_kills=10 --inputs=10000
 
-kills runs and ranks at random instants, feeds damaged files and settings to the scripts, and prints a table; the suite
+kills runs and ranks at random instants, feeds damaged files and settings to the scripts, and
+prints a table. The suite
 does the same with fewer.
 """
+
 import argparse
 import json
 import os
@@ -27,13 +29,25 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # for `python tests/test_crash.py`
 
+from helpers import (
+    HERE,
+    SCRIPTS,
+    TINY,
+    Forked,
+    assert_same,
+    damage_by,
+    read_log,
+    run,
+    start,
+    train,
+    train_on_ranks,
+)
 from lib.checkpoint import find_resumable, read_checkpoint
 from lib.configurator import settings_of
-from helpers import HERE, SCRIPTS, TINY, Forked, assert_same, damage_by, read_log, run, start, train, train_on_ranks
 
 LONGER = ["--max_iters=40", "--lr_decay_iters=40", "--eval_interval=4", "--init_from=auto"]
 
-# runs a script, and SIGKILLs it at the n-th call of a file operation, `torch.save` after half of its bytes
+# runs a script, kills it at the n-th call of a file operation, in torch.save after half the bytes
 KILL_AT = """
 import io, os, runpy, signal, sys, torch
 operation, n = sys.argv[1], int(sys.argv[2])
@@ -58,12 +72,28 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def command(data: Path, out_dir: Path, *args: str, ranks: int = 0) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "--max-restarts=3"]
-    return [*(launcher if ranks else []), "train.py", f"--dataset={data}", f"--out_dir={out_dir}", *TINY, *LONGER, *args]
+    launcher = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={ranks}",
+        "--max-restarts=3",
+    ]
+    return [
+        *(launcher if ranks else []),
+        "train.py",
+        f"--dataset={data}",
+        f"--out_dir={out_dir}",
+        *TINY,
+        *LONGER,
+        *args,
+    ]
 
 
 def start_program(command: list[str], **how) -> subprocess.Popen:
-    return subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **how)
+    return subprocess.Popen(
+        command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **how
+    )
 
 
 def outcome(out_dir: Path) -> tuple:
@@ -72,7 +102,10 @@ def outcome(out_dir: Path) -> tuple:
     for name in ("last.pt", "best.pt"):
         checkpoint = read_checkpoint(out_dir / name)
         checkpoint.pop("seconds", None)
-        kept.append(checkpoint | {"config": {k: v for k, v in checkpoint["config"].items() if k != "out_dir"}})
+        kept.append(
+            checkpoint
+            | {"config": {k: v for k, v in checkpoint["config"].items() if k != "out_dir"}}
+        )
     return kept, read_log(out_dir)
 
 
@@ -81,7 +114,7 @@ def assert_same_outcome(a: Path, b: Path) -> None:
 
 
 def train_through_kills(data: Path, out_dir: Path, kills: int, rng: random.Random) -> list[str]:
-    """Kill a run `kills` times at random instants, each time going on with it, and let it end; what each kill hit."""
+    """Kill and resume a run `kills` times at random instants. Return what each kill hit."""
     hit = []
     while True:
         process = start(*command(data, out_dir))
@@ -97,7 +130,13 @@ def train_through_kills(data: Path, out_dir: Path, kills: int, rng: random.Rando
                 return hit
             shutil.rmtree(out_dir)  # it was over before the kill: begin again
         elif process.returncode == -signal.SIGKILL:
-            hit.append("inside a write" if any(out_dir.glob("*.tmp")) else "between two steps" if rest else "while starting")
+            hit.append(
+                "inside a write"
+                if any(out_dir.glob("*.tmp"))
+                else "between two steps"
+                if rest
+                else "while starting"
+            )
         else:
             raise AssertionError(rest)
 
@@ -114,12 +153,19 @@ def test_kills_at_random_instants_change_nothing(tmp_path, fables_data, undistur
     assert_same_outcome(undisturbed, tmp_path / "out")
 
 
-@pytest.mark.parametrize("operation, n, files", [  # all in the saving of step 4, the second one
-    ("save", 4, {"last.pt", "last.pt.tmp"}), ("fsync", 6, {"last.pt", "last.pt.tmp"}),
-    ("replace", 5, {"last.pt", "best.pt.tmp"}), ("replace", 6, {"last.pt", "last.pt.tmp"}),
-    ("replace", 7, {"prev.pt", "last.pt.tmp"}),  # for this instant there is no last.pt
-])
-def test_a_kill_inside_a_write_changes_nothing(tmp_path, fables_data, undisturbed, operation, n, files):
+@pytest.mark.parametrize(
+    "operation, n, files",
+    [  # all in the saving of step 4, the second one
+        ("save", 4, {"last.pt", "last.pt.tmp"}),
+        ("fsync", 6, {"last.pt", "last.pt.tmp"}),
+        ("replace", 5, {"last.pt", "best.pt.tmp"}),
+        ("replace", 6, {"last.pt", "last.pt.tmp"}),
+        ("replace", 7, {"prev.pt", "last.pt.tmp"}),  # for this instant there is no last.pt
+    ],
+)
+def test_a_kill_inside_a_write_changes_nothing(
+    tmp_path, fables_data, undisturbed, operation, n, files
+):
     killed = start("-c", KILL_AT, operation, str(n), *command(fables_data, tmp_path / "out"))
     output = killed.communicate()[0]
     assert killed.returncode == -signal.SIGKILL, output
@@ -144,10 +190,20 @@ def test_a_polite_signal_finishes_the_step_and_saves(tmp_path, fables_data, undi
 
 
 def test_a_second_interrupt_leaves_at_once(tmp_path, fables_data):
-    process = start(*command(fables_data, tmp_path / "out", "--max_iters=100000", "--eval_interval=100000", "--n_layer=8"))
+    process = start(
+        *command(
+            fables_data,
+            tmp_path / "out",
+            "--max_iters=100000",
+            "--eval_interval=100000",
+            "--n_layer=8",
+        )
+    )
     for line in process.stdout:
         if line.startswith("step 2:"):
-            process.send_signal(signal.SIGSTOP)  # so that both signals are there before the step is over
+            process.send_signal(
+                signal.SIGSTOP
+            )  # so that both signals are there before the step is over
             process.send_signal(signal.SIGINT)
             process.send_signal(signal.SIGCONT)
             process.send_signal(signal.SIGINT)
@@ -163,14 +219,18 @@ def test_no_space_left_keeps_the_newest_good_checkpoint(tmp_path, fables_data, u
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size // 2, size // 2))
     output = process.communicate()[0]
     assert process.returncode == 2 and "Traceback" not in output, output
-    assert "last.pt could not be written (File too large)" in output and not any((tmp_path / "out").glob("*.tmp"))
+    assert "last.pt could not be written (File too large)" in output and not any(
+        (tmp_path / "out").glob("*.tmp")
+    )
     assert find_resumable(tmp_path / "out")["step"] == 8
     train(fables_data, tmp_path / "out", *LONGER)
     assert_same_outcome(undisturbed, tmp_path / "out")
 
 
 @pytest.mark.parametrize("kind", ["truncated", "zeroed", "flipped", "missing"])
-def test_a_damaged_checkpoint_costs_one_interval_and_nothing_else(tmp_path, fables_data, undisturbed, kind):
+def test_a_damaged_checkpoint_costs_one_interval_and_nothing_else(
+    tmp_path, fables_data, undisturbed, kind
+):
     train(fables_data, tmp_path / "out", *LONGER, "--max_iters=12")
     last = tmp_path / "out/last.pt"
     if kind == "missing":
@@ -200,19 +260,26 @@ def test_two_processes_never_share_a_run(tmp_path, fables_data):
 @pytest.mark.parametrize("out_dir", ["/proc/run", "README.md/run"])
 def test_a_folder_that_cannot_be_written(fables_data, out_dir):
     done = run(*command(fables_data, Path(out_dir)))
-    assert done.returncode == 2 and out_dir in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert (
+        done.returncode == 2
+        and out_dir in done.stderr
+        and len(done.stderr.strip().splitlines()) == 1
+    )
 
 
 # -----------------------------------------------------------------------------
 # Ranks
 
+
 def workers_of(process: Forked) -> list[int]:
-    done = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
+    done = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True
+    )
     return [int(pid) for pid in done.stdout.split()]
 
 
 def train_through_rank_kills(data: Path, out_dir: Path, kills: int, rng: random.Random) -> int:
-    """Kill one of two workers at random instants; torchrun starts both again. The number of kills that hit."""
+    """Kill one of two workers at random; torchrun restarts both. Return the kills that hit."""
     process = start(*command(data, out_dir, ranks=2))
     hit = 0
     for line in process.stdout:
@@ -237,10 +304,16 @@ def two_machines():
     """Two network namespaces with a cable between them; prefixes of commands to run in each."""
     names = [f"fable{os.getpid()}{end}" for end in "ab"]
     cables = [f"fab{os.getpid()}{end}" for end in "ab"]
-    setup = [f"ip netns add {name}" for name in names] + [f"ip link add {cables[0]} type veth peer name {cables[1]}"]
+    setup = [f"ip netns add {name}" for name in names] + [
+        f"ip link add {cables[0]} type veth peer name {cables[1]}"
+    ]
     for number, (name, cable) in enumerate(zip(names, cables), 1):
-        setup += [f"ip link set {cable} netns {name}", f"ip -n {name} addr add 10.99.0.{number}/24 dev {cable}",
-                  f"ip -n {name} link set {cable} up", f"ip -n {name} link set lo up"]
+        setup += [
+            f"ip link set {cable} netns {name}",
+            f"ip -n {name} addr add 10.99.0.{number}/24 dev {cable}",
+            f"ip -n {name} link set {cable} up",
+            f"ip -n {name} link set lo up",
+        ]
     try:
         for line in setup:
             try:
@@ -250,11 +323,19 @@ def two_machines():
             if done.returncode:
                 pytest.skip(f"network namespaces cannot be made here: {done.stderr.strip()}")
         prefixes = [["ip", "netns", "exec", name] for name in names]
-        listen = "import socket; s = socket.create_server(('10.99.0.1', 29501)); print(flush=True); s.settimeout(9); s.accept()"
+        listen = (
+            "import socket; s = socket.create_server(('10.99.0.1', 29501)); print(flush=True); "
+            "s.settimeout(9); s.accept()"
+        )
         listener = start_program([*prefixes[0], sys.executable, "-c", listen])
         listener.stdout.readline()
         knock = "import socket; socket.create_connection(('10.99.0.1', 29501), timeout=5)"
-        if subprocess.run([*prefixes[1], sys.executable, "-c", knock], capture_output=True).returncode or listener.wait():
+        if (
+            subprocess.run(
+                [*prefixes[1], sys.executable, "-c", knock], capture_output=True
+            ).returncode
+            or listener.wait()
+        ):
             pytest.skip("network namespaces can be made here, but not talk to each other")
         yield list(zip(prefixes, cables))
     finally:
@@ -266,14 +347,38 @@ def test_two_machines_train_like_one(tmp_path, fables_data, two_machines):
     """The README's command for two nodes, in two network namespaces that share only the disk."""
     train_on_ranks(2, fables_data, tmp_path / "one", "--max_iters=12", "--lr_decay_iters=12")
     nodes = []
-    for number, (prefix, cable) in enumerate(two_machines, 1):  # both think they have this machine's name: tell them apart
-        launcher = [f"--rdzv_conf=is_host={number == 1}", f"--local_addr=10.99.0.{number}",
-                    "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_endpoint=10.99.0.1:29500",
-                    "--max-restarts=3"]
-        nodes.append(start_program([*prefix, sys.executable, "-m", "torch.distributed.run", *launcher, "train.py",
-                            f"--dataset={fables_data}", f"--out_dir={tmp_path}/two", *TINY, "--max_iters=12",
-                            "--lr_decay_iters=12", "--init_from=auto"],
-                           env=os.environ | {"GLOO_SOCKET_IFNAME": cable, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}))
+    for number, (prefix, cable) in enumerate(
+        two_machines, 1
+    ):  # both think they have this machine's name: tell them apart
+        launcher = [
+            f"--rdzv_conf=is_host={number == 1}",
+            f"--local_addr=10.99.0.{number}",
+            "--nnodes=2",
+            "--nproc_per_node=1",
+            "--rdzv_backend=c10d",
+            "--rdzv_endpoint=10.99.0.1:29500",
+            "--max-restarts=3",
+        ]
+        nodes.append(
+            start_program(
+                [
+                    *prefix,
+                    sys.executable,
+                    "-m",
+                    "torch.distributed.run",
+                    *launcher,
+                    "train.py",
+                    f"--dataset={fables_data}",
+                    f"--out_dir={tmp_path}/two",
+                    *TINY,
+                    "--max_iters=12",
+                    "--lr_decay_iters=12",
+                    "--init_from=auto",
+                ],
+                env=os.environ
+                | {"GLOO_SOCKET_IFNAME": cable, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+            )
+        )
     for node in nodes:
         output = node.communicate(timeout=120)[0]
         assert node.returncode == 0, output
@@ -290,13 +395,37 @@ def test_the_slurm_example_is_one_that_a_shell_can_parse():
 # -----------------------------------------------------------------------------
 # Bad input by the thousand: one line, status 2, and nothing in out_dir changes
 
-NUMBERS = {"n_layer", "n_head", "n_embd", "batch_size", "block_size", "max_iters", "learning_rate", "dropout", "patience",
-           "num_samples", "max_new_tokens", "temperature", "top_k", "seed", "steps", "rounds", "eval_iters", "valid_samples",
-           "train_stories", "val_stories", "max_epochs", "stride", "continuations", "prompt_tokens", "vocab_size"}
+NUMBERS = {
+    "n_layer",
+    "n_head",
+    "n_embd",
+    "batch_size",
+    "block_size",
+    "max_iters",
+    "learning_rate",
+    "dropout",
+    "patience",
+    "num_samples",
+    "max_new_tokens",
+    "temperature",
+    "top_k",
+    "seed",
+    "steps",
+    "rounds",
+    "eval_iters",
+    "valid_samples",
+    "train_stories",
+    "val_stories",
+    "max_epochs",
+    "stride",
+    "continuations",
+    "prompt_tokens",
+    "vocab_size",
+}
 
 
 class Victims:
-    """A data set and a run to damage, and the scripts to try on them."""
+    """A dataset and a run to damage, and the scripts to try on them."""
 
     def __init__(self, root: Path, data: Path, trained: Path):
         self.root, self.good_data, self.good_run = root, data, trained
@@ -310,7 +439,9 @@ class Victims:
         (self.out_dir / "prev.pt").unlink()  # nothing to fall back to
 
     def contents(self) -> dict[str, bytes]:
-        return {path.name: path.read_bytes() for path in self.out_dir.iterdir() if path.name != "lock"}
+        return {
+            path.name: path.read_bytes() for path in self.out_dir.iterdir() if path.name != "lock"
+        }
 
     def refuse(self, *args: str) -> None:
         """The script says one line, leaves with status 2, and leaves out_dir as it was."""
@@ -318,75 +449,147 @@ class Victims:
         done = run(*args)
         status, output = done.returncode, done.stdout + done.stderr
         errors = [line for line in output.splitlines() if line.startswith("error: ")]
-        assert status == 2 and len(errors) == 1 and "Traceback" not in output, f"{args}: status {status}\n{output}"
+        assert status == 2 and len(errors) == 1 and "Traceback" not in output, (
+            f"{args}: status {status}\n{output}"
+        )
         assert self.contents() == before, f"{args} changed {self.out_dir}"
         self.count += 1
 
 
 def damaged(draw, raw: bytes) -> bytes:
     at = draw(st.integers(0, len(raw) - 1))
-    return draw(st.sampled_from([
-        raw[:at], raw[:at] + bytes([raw[at] ^ 1 << at % 8]) + raw[at + 1:], raw[:at] + b"\xff" + raw[at:], b"", b"hello",
-        raw[:at] + bytes(len(raw[at:at + 64])) + raw[at + 64:], bytes(len(raw)), raw[at:],
-    ]))
+    return draw(
+        st.sampled_from(
+            [
+                raw[:at],
+                raw[:at] + bytes([raw[at] ^ 1 << at % 8]) + raw[at + 1 :],
+                raw[:at] + b"\xff" + raw[at:],
+                b"",
+                b"hello",
+                raw[:at] + bytes(len(raw[at : at + 64])) + raw[at + 64 :],
+                bytes(len(raw)),
+                raw[at:],
+            ]
+        )
+    )
 
 
 def same_archive(a: Path, b: Path) -> bool:
-    """Whether two zip files hold the same: another date or other padding between the records harms nobody."""
+    """Return whether two zip files hold the same files, whatever their dates and padding."""
     try:
         with zipfile.ZipFile(a) as one, zipfile.ZipFile(b) as two:
-            return [(name, one.read(name)) for name in one.namelist()] == [(name, two.read(name)) for name in two.namelist()]
+            return [(name, one.read(name)) for name in one.namelist()] == [
+                (name, two.read(name)) for name in two.namelist()
+            ]
     except Exception:
         return False
 
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=12)
-WRONG = st.one_of(st.none(), st.booleans(), st.integers(-5, -2), st.floats(allow_nan=False), st.text(max_size=5),
-                  st.lists(st.integers(), max_size=2), st.dictionaries(st.text(max_size=3), st.integers(), max_size=2))
+WRONG = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-5, -2),
+    st.floats(allow_nan=False),
+    st.text(max_size=5),
+    st.lists(st.integers(), max_size=2),
+    st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
+)
 
 
 def bad_settings(victims: Victims, draw) -> None:
     script = draw(st.sampled_from(SCRIPTS))
     known = settings_of(HERE / script)
-    unknown = TEXT.filter(lambda name: name not in known and name not in ("help",) and "=" not in name)
-    bad = draw(st.one_of(
-        st.builds("--{}={}".format, unknown, TEXT),
-        st.builds("--{}".format, unknown),
-        st.builds("{}.py".format, unknown.filter(lambda name: not Path(name + ".py").exists())),
-        st.builds("--{}={}".format, st.sampled_from(sorted(NUMBERS & set(known)) or ["none"]),
-                  st.sampled_from(["", "x", "-1", "nan", "inf", "1e400", "0x10", "None", "[1]", "1,000", "True"])),
-    ))
+    unknown = TEXT.filter(
+        lambda name: name not in known and name not in ("help",) and "=" not in name
+    )
+    bad = draw(
+        st.one_of(
+            st.builds("--{}={}".format, unknown, TEXT),
+            st.builds("--{}".format, unknown),
+            st.builds("{}.py".format, unknown.filter(lambda name: not Path(name + ".py").exists())),
+            st.builds(
+                "--{}={}".format,
+                st.sampled_from(sorted(NUMBERS & set(known)) or ["none"]),
+                st.sampled_from(
+                    ["", "x", "-1", "nan", "inf", "1e400", "0x10", "None", "[1]", "1,000", "True"]
+                ),
+            ),
+        )
+    )
     victims.refuse(script, *([f"--out_dir={victims.out_dir}"] if "out_dir" in known else []), bad)
 
 
 def bad_config_file(victims: Victims, draw) -> None:
     path = victims.root / "config.py"
-    path.write_bytes(draw(st.one_of(
-        st.builds("seed = {!r}".format, WRONG.filter(lambda value: type(value) not in (int, float))).map(str.encode),
-        st.builds("{} = 1".format, st.from_regex(r"[a-z]{3,9}_zz", fullmatch=True)).map(str.encode),
-        TEXT.map(lambda text: f"seed = 1\nraise ValueError({text!r})".encode(errors="replace")),
-        st.binary(min_size=1, max_size=30).map(lambda raw: b"\xff" + raw),
-        st.sampled_from([b"seed = (", b"import nowhere_zz", b"exit()", b"1 / 0", b"nowhere_zz", b"\x00", b"seed = [", b"'"]),
-    )))
-    victims.refuse(draw(st.sampled_from(["train.py", "eval.py", "sample.py", "bench.py"])), str(path))
+    path.write_bytes(
+        draw(
+            st.one_of(
+                st.builds(
+                    "seed = {!r}".format,
+                    WRONG.filter(lambda value: type(value) not in (int, float)),
+                ).map(str.encode),
+                st.builds("{} = 1".format, st.from_regex(r"[a-z]{3,9}_zz", fullmatch=True)).map(
+                    str.encode
+                ),
+                TEXT.map(
+                    lambda text: f"seed = 1\nraise ValueError({text!r})".encode(errors="replace")
+                ),
+                st.binary(min_size=1, max_size=30).map(lambda raw: b"\xff" + raw),
+                st.sampled_from(
+                    [
+                        b"seed = (",
+                        b"import nowhere_zz",
+                        b"exit()",
+                        b"1 / 0",
+                        b"nowhere_zz",
+                        b"\x00",
+                        b"seed = [",
+                        b"'",
+                    ]
+                ),
+            )
+        )
+    )
+    victims.refuse(
+        draw(st.sampled_from(["train.py", "eval.py", "sample.py", "bench.py"])), str(path)
+    )
 
 
 def bad_meta(victims: Victims, draw) -> None:
     path = victims.data / "meta.json"
     if draw(st.booleans()):
-        path.write_bytes(path.read_bytes()[:draw(st.integers(0, path.stat().st_size - 4))])
+        path.write_bytes(path.read_bytes()[: draw(st.integers(0, path.stat().st_size - 4))])
     else:
         meta = json.loads(path.read_text())
         where = meta
-        *folders, key = draw(st.sampled_from(["format_version", "tokenizer", "vocab_size", "eot", "splits", "tokenizer/kind",
-                                              "tokenizer/vocab", "splits/train", "splits/val", "splits/train/tokens",
-                                              "splits/val/tokens", "splits/val/sha256"])).split("/")
+        *folders, key = draw(
+            st.sampled_from(
+                [
+                    "format_version",
+                    "tokenizer",
+                    "vocab_size",
+                    "eot",
+                    "splits",
+                    "tokenizer/kind",
+                    "tokenizer/vocab",
+                    "splits/train",
+                    "splits/val",
+                    "splits/train/tokens",
+                    "splits/val/tokens",
+                    "splits/val/sha256",
+                ]
+            )
+        ).split("/")
         for folder in folders:
             where = where[folder]
         where[key] = draw(WRONG)
         path.write_text(json.dumps(meta))
-    victims.refuse(draw(st.sampled_from(["train.py", "eval.py"])), f"--out_dir={victims.out_dir}",
-                   f"--dataset={victims.data}")
+    victims.refuse(
+        draw(st.sampled_from(["train.py", "eval.py"])),
+        f"--out_dir={victims.out_dir}",
+        f"--dataset={victims.data}",
+    )
 
 
 def bad_bin(victims: Victims, draw) -> None:
@@ -394,9 +597,15 @@ def bad_bin(victims: Victims, draw) -> None:
     good = path.read_bytes()
     path.write_bytes(damaged(draw, good))
     assume(path.read_bytes() != good)
-    script = draw(st.sampled_from(["train.py", "eval.py"]) if path.name == "val.bin" else st.just("train.py"))
-    victims.refuse(script, f"--dataset={victims.data}", f"--out_dir={victims.out_dir}",
-                   *(TINY + ["--overwrite=True"] if script == "train.py" else []))
+    script = draw(
+        st.sampled_from(["train.py", "eval.py"]) if path.name == "val.bin" else st.just("train.py")
+    )
+    victims.refuse(
+        script,
+        f"--dataset={victims.data}",
+        f"--out_dir={victims.out_dir}",
+        *(TINY + ["--overwrite=True"] if script == "train.py" else []),
+    )
 
 
 def bad_checkpoint(victims: Victims, draw) -> None:
@@ -409,8 +618,23 @@ def bad_checkpoint(victims: Victims, draw) -> None:
         assume(not same_archive(path, good))
     else:
         checkpoint = read_checkpoint(good)
-        key = draw(st.sampled_from(["model", "model_args", "step", "config", "meta", "model_args/n_layer", "model_args/n_embd",
-                                    "model_args/vocab_size", "model_args/arch", "meta/tokenizer", "model/lm_head.weight"]))
+        key = draw(
+            st.sampled_from(
+                [
+                    "model",
+                    "model_args",
+                    "step",
+                    "config",
+                    "meta",
+                    "model_args/n_layer",
+                    "model_args/n_embd",
+                    "model_args/vocab_size",
+                    "model_args/arch",
+                    "meta/tokenizer",
+                    "model/lm_head.weight",
+                ]
+            )
+        )
         *folders, key = key.split("/")
         where = checkpoint
         for folder in folders:
@@ -418,9 +642,11 @@ def bad_checkpoint(victims: Victims, draw) -> None:
         where[key] = draw(WRONG.filter(lambda value: value is not True))
         torch.save(checkpoint, path)
     script = draw(st.sampled_from(["train.py", "sample.py", "eval.py"]))
-    how = {"train.py": [f"--dataset={victims.data}", *TINY, "--max_iters=6", "--init_from=resume"],
-           "eval.py": [f"--dataset={victims.data}", "--valid_samples=0"],
-           "sample.py": ["--num_samples=1", "--max_new_tokens=2"]}[script]
+    how = {
+        "train.py": [f"--dataset={victims.data}", *TINY, "--max_iters=6", "--init_from=resume"],
+        "eval.py": [f"--dataset={victims.data}", "--valid_samples=0"],
+        "sample.py": ["--num_samples=1", "--max_new_tokens=2"],
+    }[script]
     victims.refuse(script, f"--out_dir={victims.out_dir}", *how)
 
 
@@ -428,8 +654,13 @@ KINDS = [bad_settings, bad_config_file, bad_meta, bad_bin, bad_checkpoint]
 
 
 def try_bad_inputs(victims: Victims, kind, n: int, derandomize: bool) -> None:
-    @settings(max_examples=n, deadline=None, database=None, derandomize=derandomize,
-              suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=n,
+        deadline=None,
+        database=None,
+        derandomize=derandomize,
+        suppress_health_check=list(HealthCheck),
+    )
     @given(st.data())
     def attempt(data) -> None:
         victims.fresh()
@@ -447,11 +678,21 @@ def test_bad_input_is_refused_with_one_line(tmp_path, fables_data, trained, kind
 
 # -----------------------------------------------------------------------------
 
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=100, help="of a single process, 10 a run")
-    parser.add_argument("--rank_kills", type=int, default=10, help="of one of two ranks, up to 3 a run")
-    parser.add_argument("--inputs", type=int, default=0, help="damaged settings, config files, metas, bins and checkpoints")
+    parser.add_argument(
+        "--rank_kills", type=int, default=10, help="of one of two ranks, up to 3 a run"
+    )
+    parser.add_argument(
+        "--inputs",
+        type=int,
+        default=0,
+        help="damaged settings, config files, metas, bins and checkpoints",
+    )
     parser.add_argument("--seed", type=int, default=1337)
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -459,7 +700,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         data = root / "fables"
-        done = run("data/fables/prepare.py", f"--out_dir={data}", "--train_stories=60", "--val_stories=8")
+        done = run(
+            "data/fables/prepare.py", f"--out_dir={data}", "--train_stories=60", "--val_stories=8"
+        )
         assert done.returncode == 0, done.stderr
         train(data, root / "whole", *LONGER)
         train_on_ranks(2, data, root / "whole2", *LONGER)
@@ -471,7 +714,9 @@ def main() -> None:
             runs, exact = runs + 1, exact + kills
             print(f"{len(hits)} kills, {exact} exact resumes", flush=True)
         while rank_hits < args.rank_kills:
-            hit = train_through_rank_kills(data, root / f"ranks{rank_runs}", min(3, args.rank_kills - rank_hits), rng)
+            hit = train_through_rank_kills(
+                data, root / f"ranks{rank_runs}", min(3, args.rank_kills - rank_hits), rng
+            )
             assert_same_outcome(root / "whole2", root / f"ranks{rank_runs}")
             rank_runs, rank_hits, rank_exact = rank_runs + 1, rank_hits + hit, rank_exact + hit
             print(f"{rank_hits} rank kills, {rank_exact} exact resumes", flush=True)

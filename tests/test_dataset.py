@@ -1,18 +1,19 @@
 """Read and batch token files: order, windows, documents, evaluation and damaged files."""
+
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from helpers import SPLITS
 from lib.corpus import finish_dataset, load_meta, write_split
 from lib.dataset import TokenStream, TrainBatches, eval_batches, permute, prefetch
 from lib.tokenizer import get_tokenizer, train_tokenizer
-from helpers import SPLITS
 
 
 def bins(folder: Path, **splits: list[int]) -> dict:
-    """Write a data set of bare token ids; the meta that load_meta would return for nanoGPT's files."""
+    """Write token files without meta.json, as nanoGPT does. Return their meta."""
     folder.mkdir(exist_ok=True)
     for split, ids in splits.items():
         np.array(ids, dtype="<u2").tofile(folder / f"{split}.bin")
@@ -29,7 +30,7 @@ def test_permute_is_a_permutation(n):
 
 
 def test_permute_is_random_at_any_size():
-    """Each position goes to each place equally often over many keys (chi-squared, 35 degrees of freedom)."""
+    """Over many keys, each position goes to each place equally often (chi-squared test)."""
     n, keys = 6, 3000
     counts = np.zeros((n, n))
     for key in range(keys):
@@ -48,13 +49,19 @@ def test_an_epoch_serves_every_window_once(tmp_path):
     for _ in range(3):
         rows = [next(position) for _ in range(batches.n_windows)]
         for x, y in rows:
-            assert y.tolist() == [t + 1 for t in x.tolist()] and len(x) == 10  # ids count up, so windows are contiguous
+            assert (
+                y.tolist() == [t + 1 for t in x.tolist()] and len(x) == 10
+            )  # ids count up, so windows are contiguous
         firsts = [int(x[0]) for x, _ in rows]
-        assert sorted(firsts) == list(range(min(firsts), min(firsts) + 10 * len(firsts), 10))  # each window once
+        assert sorted(firsts) == list(
+            range(min(firsts), min(firsts) + 10 * len(firsts), 10)
+        )  # each window once
         assert min(firsts) < 10 and max(firsts) + 10 < 1003
         epochs.append(firsts)
     assert batches.n_windows == 99
-    assert len({min(firsts) for firsts in epochs}) > 1 and epochs[0] != epochs[1]  # another offset, another order
+    assert (
+        len({min(firsts) for firsts in epochs}) > 1 and epochs[0] != epochs[1]
+    )  # another offset, another order
 
 
 @pytest.mark.parametrize("length", [11, 12, 19, 20, 21, 31])
@@ -79,7 +86,10 @@ def test_global_batch_is_the_same_for_any_number_of_ranks(tmp_path, batching, wo
             for i in range(step * accumulation + rank, (step + 1) * accumulation, world_size):
                 seen.append((step, i, mine.spans_of_batch(i).tolist()))
     reference = TrainBatches(stream, 8, 3, seed=1, batching=batching, eot=0)
-    assert sorted(seen) == [(i // accumulation, i, reference.spans_of_batch(i).tolist()) for i in range(5 * accumulation)]
+    assert sorted(seen) == [
+        (i // accumulation, i, reference.spans_of_batch(i).tolist())
+        for i in range(5 * accumulation)
+    ]
 
 
 def test_documents_by_length(tmp_path):
@@ -92,33 +102,56 @@ def test_documents_by_length(tmp_path):
         x, y = batches.batch(i)
         for row_x, row_y in zip(x, y):
             n = int((row_y >= 0).sum())
-            assert row_x[0] == 0 and row_x[1:n].equal(row_y[:n - 1]) and (row_y[n:] == -1).all()
+            assert row_x[0] == 0 and row_x[1:n].equal(row_y[: n - 1]) and (row_y[n:] == -1).all()
             served.append(row_y[:n].tolist())
         padding, total = padding + int((y < 0).sum()), total + y.numel()
-    assert sorted(served) == sorted(documents)  # each once, from the end-of-text before it to its own
+    assert sorted(served) == sorted(
+        documents
+    )  # each once, from the end-of-text before it to its own
     assert padding / total < 0.05
-    assert [batches.batch(i)[0].shape[1] for i in range(25)] != sorted(batches.batch(i)[0].shape[1] for i in range(25))
+    assert [batches.batch(i)[0].shape[1] for i in range(25)] != sorted(
+        batches.batch(i)[0].shape[1] for i in range(25)
+    )
 
 
 def test_padding_by_length_is_a_quarter_of_that_in_random_order(tmp_path):
     rng = np.random.default_rng(0)
-    documents = [[*rng.integers(1, 50, n), 0] for n in np.minimum(rng.lognormal(4, 0.6, 3000), 250).astype(int)]
+    documents = [
+        [*rng.integers(1, 50, n), 0]
+        for n in np.minimum(rng.lognormal(4, 0.6, 3000), 250).astype(int)
+    ]
     stream = TokenStream(tmp_path, "train", bins(tmp_path, train=sum(documents, [])))
     batches = TrainBatches(stream, 256, 16, seed=0, batching="by_length", eot=0)
     targets = [batches.batch(i)[1] for i in range(len(documents) // 16)]
     counted = [sum(int((y < 0).sum()) for y in targets), sum(y.numel() for y in targets)]
-    assert batches.padding() == pytest.approx(counted[0] / counted[1], abs=0.003)  # one batch of the epoch is not full
+    assert batches.padding() == pytest.approx(
+        counted[0] / counted[1], abs=0.003
+    )  # one batch of the epoch is not full
     order = np.random.default_rng(batches.key(0)).permutation(len(documents))
-    rows = [[len(documents[i]) for i in order[j:j + 16]] for j in range(0, len(order) - 15, 16)]
-    assert batches.padding(sort=False) == pytest.approx(1 - sum(map(sum, rows)) / sum(16 * max(row) for row in rows))
+    rows = [[len(documents[i]) for i in order[j : j + 16]] for j in range(0, len(order) - 15, 16)]
+    assert batches.padding(sort=False) == pytest.approx(
+        1 - sum(map(sum, rows)) / sum(16 * max(row) for row in rows)
+    )
     assert batches.padding() < batches.padding(sort=False) / 4
 
 
 def test_long_documents_are_cut(tmp_path):
     stream = TokenStream(tmp_path, "train", bins(tmp_path, train=[5, 6, 7, 8, 9, 0, 1, 2, 3, 4]))
-    assert stream.document_spans(0, 4).tolist() == [[0, 4], [4, 6], [6, 10]]  # the last document was never ended
-    rows = [(x, y) for xs, ys in eval_batches(stream, 4, 2, "by_length", 0) for x, y in zip(xs.tolist(), ys.tolist())]
-    assert sorted(rows) == [([0, 1, 2, 3], [1, 2, 3, 4]), ([0, 5, 6, 7], [5, 6, 7, 8]), ([8, 9], [9, 0])]
+    assert stream.document_spans(0, 4).tolist() == [
+        [0, 4],
+        [4, 6],
+        [6, 10],
+    ]  # the last document was never ended
+    rows = [
+        (x, y)
+        for xs, ys in eval_batches(stream, 4, 2, "by_length", 0)
+        for x, y in zip(xs.tolist(), ys.tolist())
+    ]
+    assert sorted(rows) == [
+        ([0, 1, 2, 3], [1, 2, 3, 4]),
+        ([0, 5, 6, 7], [5, 6, 7, 8]),
+        ([8, 9], [9, 0]),
+    ]
 
 
 @pytest.mark.parametrize("batching, targets", [("windows", 1002), ("by_length", 1003)])
@@ -131,7 +164,7 @@ def test_evaluation_covers_the_whole_split_and_is_shared_out(tmp_path, batching,
         return torch.bincount(ys[ys >= 0], minlength=97)
 
     whole = count()
-    assert whole.equal(torch.from_numpy(np.bincount(ids[1003 - targets:], minlength=97)))
+    assert whole.equal(torch.from_numpy(np.bincount(ids[1003 - targets :], minlength=97)))
     assert whole.equal(sum(count(rank=rank, world_size=3) for rank in range(3)))
     leading = count(max_batches=2)
     assert 0 < leading.sum() <= 8 * 50 and leading.equal(count(max_batches=2))
@@ -144,7 +177,11 @@ def test_shards_read_as_one_stream(tmp_path):
     one, many = (TokenStream(tmp_path / name, "train", {"splits": {}}) for name in ("one", "many"))
     assert len(one) == len(many) == 300
     for start, stop in [(0, 300), (9, 12), (10, 11), (5, 6), (250, 300)]:
-        assert one.read(start, stop).tolist() == many.read(start, stop).tolist() == ids[start:stop].tolist()
+        assert (
+            one.read(start, stop).tolist()
+            == many.read(start, stop).tolist()
+            == ids[start:stop].tolist()
+        )
     assert one.document_spans(5, 64).tolist() == many.document_spans(5, 64).tolist()
 
 
@@ -165,21 +202,28 @@ def test_nanogpt_bins_work_as_they_are(tmp_path):
     assert get_tokenizer(meta).vocab_size == 50257 and meta["eot"] == 50256
 
 
-@pytest.mark.parametrize("damage, says", [
-    (lambda d: (d / "meta.json").unlink(), None),
-    (lambda d: (d / "meta.json").write_text("{"), "damaged"),
-    (lambda d: (d / "meta.json").write_text('{"format_version": 9}'), "format version"),
-    (lambda d: (d / "meta.json").write_text("[]"), "damaged"),
-    (lambda d: (d / "train.bin").write_bytes(b"abc"), "3 bytes"),
-    (lambda d: (d / "train.bin").write_bytes(b""), "0 bytes"),
-    (lambda d: (d / "train.bin").write_bytes(b"ab"), "1 tokens"),
-    (lambda d: (d / "train.bin").unlink(), "train.bin"),
-    (lambda d: [(d / "meta.json").unlink(), (d / "meta.json.tmp").touch()], "not prepared"),
-    (lambda d: [(d / "meta.json").unlink(), (d / "meta.pkl").touch()], "not what nanoGPT's"),
-])
+@pytest.mark.parametrize(
+    "damage, says",
+    [
+        (lambda d: (d / "meta.json").unlink(), None),
+        (lambda d: (d / "meta.json").write_text("{"), "damaged"),
+        (lambda d: (d / "meta.json").write_text('{"format_version": 9}'), "format version"),
+        (lambda d: (d / "meta.json").write_text("[]"), "damaged"),
+        (lambda d: (d / "train.bin").write_bytes(b"abc"), "3 bytes"),
+        (lambda d: (d / "train.bin").write_bytes(b""), "0 bytes"),
+        (lambda d: (d / "train.bin").write_bytes(b"ab"), "1 tokens"),
+        (lambda d: (d / "train.bin").unlink(), "train.bin"),
+        (lambda d: [(d / "meta.json").unlink(), (d / "meta.json.tmp").touch()], "not prepared"),
+        (lambda d: [(d / "meta.json").unlink(), (d / "meta.pkl").touch()], "not what nanoGPT's"),
+    ],
+)
 def test_damaged_data_is_named(tmp_path, damage, says):
     tokenizer = train_tokenizer("char", ["hello"])
-    finish_dataset(tmp_path, tokenizer, {split: write_split(tmp_path, split, ["hello"], tokenizer) for split in SPLITS})
+    finish_dataset(
+        tmp_path,
+        tokenizer,
+        {split: write_split(tmp_path, split, ["hello"], tokenizer) for split in SPLITS},
+    )
     TokenStream(tmp_path, "train", load_meta(tmp_path))
     damage(tmp_path)
     if says is None:  # looks like nanoGPT's files then

@@ -1,4 +1,5 @@
 """Sampling and penalties against transformers, topk against PyTorch."""
+
 import math
 
 import pytest
@@ -10,7 +11,10 @@ from lib.decoding import Sampling, topk
 def test_sampled_frequencies_are_the_probabilities():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, -9.0]])
     generator = torch.Generator().manual_seed(0)
-    sampler, text = Sampling(0.7, top_k=3, generator=generator), torch.zeros(1000, 1, dtype=torch.long)
+    sampler, text = (
+        Sampling(0.7, top_k=3, generator=generator),
+        torch.zeros(1000, 1, dtype=torch.long),
+    )
     draws = torch.cat([sampler(logits.expand(1000, -1), text) for _ in range(20)])
     kept = (logits[0, :3] / 0.7).exp()
     expected = torch.cat([kept / kept.sum(), torch.zeros(2)])
@@ -21,21 +25,44 @@ def test_sampled_frequencies_are_the_probabilities():
 def test_temperature_zero_and_top_k_one_are_argmax():
     logits, text = torch.randn(50, 61), torch.zeros(50, 1, dtype=torch.long)
     best = logits.argmax(-1)
-    for how in (dict(temperature=0.0), dict(temperature=5.0, top_k=1), dict(top_p=1e-6), dict(min_p=1.0)):
+    for how in (
+        dict(temperature=0.0),
+        dict(temperature=5.0, top_k=1),
+        dict(top_p=1e-6),
+        dict(min_p=1.0),
+    ):
         assert Sampling(**how)(logits, text).equal(best)
 
 
-@pytest.mark.parametrize("how", [
-    dict(top_k=5), dict(top_p=0.7), dict(min_p=0.2), dict(top_k=20, top_p=0.8), dict(top_p=0.9, min_p=0.05),
-    dict(top_k=30, top_p=0.9, min_p=0.02), dict(top_k=500), dict(top_p=1e-3),
-])
+@pytest.mark.parametrize(
+    "how",
+    [
+        dict(top_k=5),
+        dict(top_p=0.7),
+        dict(min_p=0.2),
+        dict(top_k=20, top_p=0.8),
+        dict(top_p=0.9, min_p=0.05),
+        dict(top_k=30, top_p=0.9, min_p=0.02),
+        dict(top_k=500),
+        dict(top_p=1e-3),
+    ],
+)
 def test_candidates_are_those_of_transformers(how):
-    from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+    from transformers import (
+        MinPLogitsWarper,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
 
     torch.manual_seed(0)
     logits = 2 * torch.randn(40, 61)
     expected = TemperatureLogitsWarper(0.7)(None, logits)
-    for name, warper in (("top_k", TopKLogitsWarper), ("top_p", TopPLogitsWarper), ("min_p", MinPLogitsWarper)):
+    for name, warper in (
+        ("top_k", TopKLogitsWarper),
+        ("top_p", TopPLogitsWarper),
+        ("min_p", MinPLogitsWarper),
+    ):
         expected = warper(how[name])(None, expected) if name in how else expected
     left, ids = Sampling(temperature=0.7, **how).candidates(logits)
     ours = left if ids is None else torch.full_like(logits, -math.inf).scatter(1, ids, left)

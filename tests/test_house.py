@@ -1,20 +1,36 @@
 """Which file may import which: each only from those below it."""
+
 import ast
 from pathlib import Path
 
 import pytest
+
 from helpers import HERE
 
 FLOORS = [  # from top to bottom, as in CONTRIBUTING.md
     ["train", "sample", "eval", "bench", "plan", "export", "app", "data/*/prepare"],
-    ["lib/checkpoint"], ["lib/convert"], ["lib/runlog"], ["lib/corpus"], ["lib/dataset"],
-    ["lib/decoding"], ["lib/loss"], ["lib/optim"], ["lib/quantize"], ["model"],
-    ["lib/distributed"], ["lib/machine"], ["lib/files"], ["lib/tokenizer"], ["lib/configurator"],
+    ["lib/checkpoint"],
+    ["lib/convert"],
+    ["lib/runlog"],
+    ["lib/corpus"],
+    ["lib/dataset"],
+    ["lib/decoding"],
+    ["lib/loss"],
+    ["lib/optim"],
+    ["lib/quantize"],
+    ["model"],
+    ["lib/distributed"],
+    ["lib/machine"],
+    ["lib/files"],
+    ["lib/tokenizer"],
+    ["lib/configurator"],
 ]
 EXCEPTIONS = {("app", "sample"), ("eval", "data/fables/prepare")}  # and one prepare may use another
-FILES = sorted(path.relative_to(HERE).with_suffix("").as_posix()
-               for path in [*HERE.glob("*.py"), *HERE.glob("lib/*.py"), *HERE.glob("data/*/*.py")]
-               if path.stem not in ("__init__", "test_model"))
+FILES = sorted(
+    path.relative_to(HERE).with_suffix("").as_posix()
+    for path in [*HERE.glob("*.py"), *HERE.glob("lib/*.py"), *HERE.glob("data/*/*.py")]
+    if path.stem not in ("__init__", "test_model")
+)
 
 
 def floor_of(name: str) -> int:

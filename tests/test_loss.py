@@ -1,4 +1,5 @@
 """The loss in chunks and over sampled tokens against the plain one."""
+
 import pytest
 import torch
 
@@ -45,12 +46,14 @@ def test_softmax_over_fewer_tokens():
     nearly_all = sampled_cross_entropy(states, weight, targets.flatten(), weights, 59)
     assert nearly_all.item() == pytest.approx(whole.item(), rel=0.1) and nearly_all != whole
 
-    # the sum over the vocabulary is right on the average: exp of (loss + logit of the target) for one token
+    # the expected sum over the vocabulary is exact: exp(loss + logit of the target) of a token
     x, target = states[5:6].detach(), targets.flatten()[5:6]
-    sums = torch.stack([sampled_cross_entropy(x, weight.detach(), target, weights, 12).exp() for _ in range(5_000)])
+    sums = torch.stack(
+        [sampled_cross_entropy(x, weight.detach(), target, weights, 12).exp() for _ in range(5_000)]
+    )
     sums *= (x @ weight[target].t()).exp().item()
     exact = (x @ weight.t()).exp().sum().item()
-    assert abs(sums.mean().item() - exact) < 4 * sums.std().item() / len(sums)**0.5 < 0.2 * exact
+    assert abs(sums.mean().item() - exact) < 4 * sums.std().item() / len(sums) ** 0.5 < 0.2 * exact
 
     # in training only, and always with the targets of the batch
     model.loss_fn = make_loss(softmax_tokens=40, token_counts=counts)
@@ -59,19 +62,26 @@ def test_softmax_over_fewer_tokens():
     assert model.eval()(idx, targets)[1].item() == pytest.approx(whole.item())
     flops = [6 * 40 * 32, 6 * 60 * 32]  # of the head, forward and backward
     for n_tokens, count in ((60, flops[1]), (40, flops[0])):
-        assert model.flops_per_token(head_tokens=n_tokens) - count == 6 * model.num_params(non_embedding=True) + 12 * 2 * 32 * 32
+        assert (
+            model.flops_per_token(head_tokens=n_tokens) - count
+            == 6 * model.num_params(non_embedding=True) + 12 * 2 * 32 * 32
+        )
     model.loss_fn = make_loss(softmax_tokens=60, token_counts=counts)
     assert model.train()(idx, targets)[1].item() == pytest.approx(whole.item())
 
 
-LOSSES = {"whole": dict(), "chunked": dict(loss_chunk=7),
-          "sampled": dict(softmax_tokens=40, token_counts=torch.arange(61))}
+LOSSES = {
+    "whole": dict(),
+    "chunked": dict(loss_chunk=7),
+    "sampled": dict(softmax_tokens=40, token_counts=torch.arange(61)),
+}
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
 @pytest.mark.parametrize("remat", [False, True])
-@pytest.mark.parametrize("loss, graphs, breaks", [("whole", 1, 0), ("chunked", 2, 2),
-                                                  ("sampled", 1, 0)])
+@pytest.mark.parametrize(
+    "loss, graphs, breaks", [("whole", 1, 0), ("chunked", 2, 2), ("sampled", 1, 0)]
+)
 def test_graphs_of_the_compiled_model(arch, remat, loss, graphs, breaks):
     """One graph for everything, and one around the chunked loss; none later for the same shape."""
     torch._dynamo.reset()

@@ -1,4 +1,5 @@
 """Muon against PyTorch's, parameter groups and learning rate schedules."""
+
 import math
 
 import pytest
@@ -38,7 +39,9 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest(arch):
     names = {p: name for name, p in model.named_parameters()}
     matrices = {names[p] for group in muon.param_groups for p in group["params"]}
     assert matrices == {name for p, name in names.items() if p.dim() == 2 and ".h." in name}
-    assert {names[p] for group in adamw.param_groups for p in group["params"]} == set(names.values()) - matrices
+    assert {names[p] for group in adamw.param_groups for p in group["params"]} == set(
+        names.values()
+    ) - matrices
 
 
 def test_muon_is_that_of_torch():
@@ -58,7 +61,10 @@ def test_muon_is_that_of_torch():
             p.grad = grad.clone()
         muon.step()
         oracle.step()
-        after, expected = torch.cat([p.detach().flatten() for p in ours]), torch.cat([p.detach().flatten() for p in theirs])
+        after, expected = (
+            torch.cat([p.detach().flatten() for p in ours]),
+            torch.cat([p.detach().flatten() for p in theirs]),
+        )
         assert (after - expected).norm() < 0.03 * (expected - before).norm()
 
 
@@ -66,7 +72,10 @@ def test_a_bad_step_leaves_muon_as_it_was():
     p = torch.nn.Parameter(torch.randn(4, 6))
     muon = Muon([p], lr=0.1, weight_decay=0.1)
     for grad, found_inf in ((1.0, 0.0), (math.nan, 1.0)):
-        before, momentum = p.detach().clone(), muon.state[p].get("momentum", torch.zeros(4, 6)).clone()
+        before, momentum = (
+            p.detach().clone(),
+            muon.state[p].get("momentum", torch.zeros(4, 6)).clone(),
+        )
         p.grad = torch.full_like(p, grad)
         muon.found_inf = torch.tensor(found_inf)
         muon.step()
@@ -79,16 +88,27 @@ def test_orthogonalize_levels_the_singular_values(shape):
     g = torch.randn(shape)
     u, _, v = torch.linalg.svd(g, full_matrices=False)
     values = torch.diagonal(u.mT @ orthogonalize(g) @ v.mT, dim1=-2, dim2=-1)
-    assert values.min() > 0.3 and values.max() < 1.3  # the smallest of a square matrix may need a step more
-    assert ((u * values[:, None]) @ v - orthogonalize(g)).abs().max() < 1e-4  # and nothing but the values has changed
+    assert (
+        values.min() > 0.3 and values.max() < 1.3
+    )  # the smallest of a square matrix may need a step more
+    assert (
+        (u * values[:, None]) @ v - orthogonalize(g)
+    ).abs().max() < 1e-4  # and nothing but the values has changed
 
 
 def test_schedules():
     assert [schedule_factor("linear", p) for p in (0, 0.25, 1)] == [1, 0.75, 0]
-    assert [schedule_factor("trapezoid", p) for p in (0, 0.6, 0.8, 1)] == pytest.approx([1, 1, 0.5, 0])
+    assert [schedule_factor("trapezoid", p) for p in (0, 0.6, 0.8, 1)] == pytest.approx(
+        [1, 1, 0.5, 0]
+    )
     assert [schedule_factor("cosine", p) for p in (0, 1 / 3, 1)] == pytest.approx([1, 0.75, 0])
-    rates = [scheduled_lr(step, "linear", 8.0, 2.0, warmup_iters=4, end=10) for step in (0, 3, 4, 7, 10, 11)]
+    rates = [
+        scheduled_lr(step, "linear", 8.0, 2.0, warmup_iters=4, end=10)
+        for step in (0, 3, 4, 7, 10, 11)
+    ]
     assert rates == pytest.approx([2, 8, 8, 5, 2, 2])
-    assert scheduled_lr(5, "linear", 8.0, 2.0, warmup_iters=4, end=10, progress_in_time=0.5) == pytest.approx(5)
+    assert scheduled_lr(
+        5, "linear", 8.0, 2.0, warmup_iters=4, end=10, progress_in_time=0.5
+    ) == pytest.approx(5)
     with pytest.raises(ValueError, match="warp"):
         schedule_factor("warp", 0)

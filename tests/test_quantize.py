@@ -1,4 +1,5 @@
 """Linear against PyTorch's, and int8 weights within their rounding."""
+
 import pytest
 import torch
 from torch import nn
@@ -23,7 +24,9 @@ def test_linear_is_that_of_torch(shape, N):
                 with torch.no_grad():
                     torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
                     assert layer(x).is_contiguous()
-                    torch.testing.assert_close(layer(x.mT.contiguous().mT), F.linear(x, layer.weight, layer.bias))
+                    torch.testing.assert_close(
+                        layer(x.mT.contiguous().mT), F.linear(x, layer.weight, layer.bias)
+                    )
     finally:
         torch.set_num_threads(threads)
 
@@ -55,7 +58,9 @@ def test_int8_linear_rounds_each_row_by_itself(bias):
     layer.load_state_dict(weights)
     x = torch.randn(3, 2, 64) * torch.tensor([1e-3, 1.0, 1e3])[:, None, None]
     expected = F.linear(x, w, b)
-    torch.testing.assert_close(layer(x), expected, atol=1e-3, rtol=1e-4)  # the way without fbgemm, as on a GPU
+    torch.testing.assert_close(
+        layer(x), expected, atol=1e-3, rtol=1e-4
+    )  # the way without fbgemm, as on a GPU
     layer.pack()
     assert (layer.packed is not None) == (torch.backends.quantized.engine in ("x86", "fbgemm"))
     step = 2 * x.abs().amax(dim=-1, keepdim=True) / 127  # an activation is at most half of it away
@@ -82,8 +87,11 @@ def test_nothing_of_an_int8_model_is_float_but_gains_biases_and_scales():
     model = tiny(arch="qwen3")
     int8 = in_int8(model)
     tensors = list(int8.parameters()) + list(int8.buffers())
-    assert all(t.dim() < 2 for t in tensors if t.is_floating_point() and t.data_ptr() not in
-               (int8.cos.data_ptr(), int8.sin.data_ptr()))
+    assert all(
+        t.dim() < 2
+        for t in tensors
+        if t.is_floating_point() and t.data_ptr() not in (int8.cos.data_ptr(), int8.sin.data_ptr())
+    )
     assert int8.num_params() == model.num_params()
     assert int8.num_params(non_embedding=True) == model.num_params(non_embedding=True)
     assert measure_dtype(int8) == "float32"

@@ -1,4 +1,5 @@
-"""The training loop: resuming, ranks, accumulation, fine-tuning, bad steps and loggers, by runs of train.py."""
+"""Runs of train.py: resuming, ranks, accumulation, fine-tuning, bad steps, loggers."""
+
 import hashlib
 import json
 import math
@@ -9,16 +10,22 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers import HERE, TINY, assert_same, read_log, run, train, train_on_ranks
 from lib.checkpoint import load_model, read_checkpoint
 from lib.configurator import read_config_file
 from lib.corpus import load_meta
 from lib.dataset import TokenStream, TrainBatches
 from model import GPT, GPTConfig
-from helpers import HERE, TINY, assert_same, read_log, run, train, train_on_ranks
 
 
-@pytest.mark.parametrize("how", [[], ["--batching=by_length"], ["--arch=qwen3", "--n_kv_head=1", "--optimizer=muon",
-                                  "--softmax_tokens=128"]])
+@pytest.mark.parametrize(
+    "how",
+    [
+        [],
+        ["--batching=by_length"],
+        ["--arch=qwen3", "--n_kv_head=1", "--optimizer=muon", "--softmax_tokens=128"],
+    ],
+)
 def test_stopped_and_resumed_equals_undisturbed(tmp_path, fables_data, how):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(fables_data, whole, *how)
@@ -46,31 +53,60 @@ def test_two_ranks_equal_one(tmp_path, fables_data, accumulation):
     for a, b in zip(one, two):
         assert a.keys() == b.keys() and a["step"] == b["step"]
         for key in a.keys() - {"step"}:
-            assert b[key] == pytest.approx(a[key], rel=1e-6 if a["step"] <= 1 and "loss" in key else 1e-4), (a["step"], key)
+            assert b[key] == pytest.approx(
+                a[key], rel=1e-6 if a["step"] <= 1 and "loss" in key else 1e-4
+            ), (a["step"], key)
 
 
 def test_accumulation_equals_a_larger_batch(tmp_path, fables_data):
-    train(fables_data, tmp_path / "a", "--gradient_accumulation_steps=4", "--batch_size=2", "--dropout=0")
-    train(fables_data, tmp_path / "b", "--gradient_accumulation_steps=1", "--batch_size=8", "--dropout=0")
+    train(
+        fables_data,
+        tmp_path / "a",
+        "--gradient_accumulation_steps=4",
+        "--batch_size=2",
+        "--dropout=0",
+    )
+    train(
+        fables_data,
+        tmp_path / "b",
+        "--gradient_accumulation_steps=1",
+        "--batch_size=8",
+        "--dropout=0",
+    )
     for a, b in zip(read_log(tmp_path / "a"), read_log(tmp_path / "b")):
         if "loss" in a:
             assert b == pytest.approx(a, rel=1e-4)
 
 
 def test_first_step_is_what_torch_computes_by_hand(tmp_path, fables_data):
-    """One step of AdamW on the mean gradient of the step's windows, clipped, at the first warm-up rate."""
-    train(fables_data, tmp_path / "out", "--dropout=0", "--max_iters=1", "--grad_clip=0.5", "--learning_rate=0.01")
+    """One step of AdamW on the mean gradient, clipped, at the first rate of the warmup."""
+    train(
+        fables_data,
+        tmp_path / "out",
+        "--dropout=0",
+        "--max_iters=1",
+        "--grad_clip=0.5",
+        "--learning_rate=0.01",
+    )
     meta = load_meta(fables_data)
     batches = TrainBatches(TokenStream(fables_data, "train", meta), 32, 4, 1337)
     torch.manual_seed(1337)
-    model = GPT(GPTConfig(block_size=32, vocab_size=meta["vocab_size"], n_layer=2, n_head=2, n_embd=16))
+    model = GPT(
+        GPTConfig(block_size=32, vocab_size=meta["vocab_size"], n_layer=2, n_head=2, n_embd=16)
+    )
     x, y = (torch.cat(parts) for parts in zip(batches.batch(0), batches.batch(1)))
     loss = model(x, y)[1]
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-    decay, rest = [p for p in model.parameters() if p.dim() >= 2], [p for p in model.parameters() if p.dim() < 2]
-    torch.optim.AdamW([{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], lr=0.01 / 2,
-                      betas=(0.9, 0.99)).step()
+    decay, rest = (
+        [p for p in model.parameters() if p.dim() >= 2],
+        [p for p in model.parameters() if p.dim() < 2],
+    )
+    torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
+        lr=0.01 / 2,
+        betas=(0.9, 0.99),
+    ).step()
     record = next(r for r in read_log(tmp_path / "out") if "loss" in r)
     assert record["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert record["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
@@ -80,8 +116,15 @@ def test_first_step_is_what_torch_computes_by_hand(tmp_path, fables_data):
 
 
 def test_loss_falls_on_a_known_corpus(tmp_path, fables_data):
-    done = train(fables_data, tmp_path / "out", "--max_iters=60", "--lr_decay_iters=0", "--learning_rate=0.02",
-                 "--eval_interval=30", "--batching=by_length")
+    done = train(
+        fables_data,
+        tmp_path / "out",
+        "--max_iters=60",
+        "--lr_decay_iters=0",
+        "--learning_rate=0.02",
+        "--eval_interval=30",
+        "--batching=by_length",
+    )
     evaluations = [r for r in read_log(tmp_path / "out") if "val_loss" in r]
     assert [r["step"] for r in evaluations] == [0, 30, 60]
     assert evaluations[2]["val_loss"] < evaluations[1]["val_loss"] < evaluations[0]["val_loss"] - 1
@@ -93,8 +136,12 @@ def test_loss_falls_on_a_known_corpus(tmp_path, fables_data):
 def test_mixed_precision_stays_close_to_float32(tmp_path, fables_data, trained, dtype):
     train(fables_data, tmp_path / "out", f"--dtype={dtype}")
     low, full = read_log(tmp_path / "out")[-1], read_log(trained)[-1]
-    assert low["step"] == full["step"] == 6 and low["val_loss"] == pytest.approx(full["val_loss"], rel=0.01)
-    assert (read_checkpoint(tmp_path / "out/last.pt")["scaler"].get("scale", 1) > 1) == (dtype == "float16")
+    assert low["step"] == full["step"] == 6 and low["val_loss"] == pytest.approx(
+        full["val_loss"], rel=0.01
+    )
+    assert (read_checkpoint(tmp_path / "out/last.pt")["scaler"].get("scale", 1) > 1) == (
+        dtype == "float16"
+    )
 
 
 def test_compiled_equals_eager(tmp_path, fables_data, trained):
@@ -103,12 +150,19 @@ def test_compiled_equals_eager(tmp_path, fables_data, trained):
     done = train(fables_data, tmp_path / "out", "--compile=True", "--dropout=0", "--loss_chunk=48")
     train(fables_data, tmp_path / "eager", "--dropout=0")
     assert "compiled;" in done.stdout
-    assert read_log(tmp_path / "out")[-1] == pytest.approx(read_log(tmp_path / "eager")[-1], rel=1e-4)
+    assert read_log(tmp_path / "out")[-1] == pytest.approx(
+        read_log(tmp_path / "eager")[-1], rel=1e-4
+    )
 
 
 def test_without_a_compiler_training_goes_on(tmp_path, fables_data, trained):
-    done = train(fables_data, tmp_path / "out", "--compile=True", CXX="no-such-compiler",
-                 TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "c"))
+    done = train(
+        fables_data,
+        tmp_path / "out",
+        "--compile=True",
+        CXX="no-such-compiler",
+        TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "c"),
+    )
     assert done.stdout.count("torch.compile does not work here") == 1 and "eager;" in done.stdout
     assert read_log(tmp_path / "out") == read_log(trained)
 
@@ -129,7 +183,11 @@ def test_existing_runs_are_safe(tmp_path, fables_data, trained):
     TINY_AGAIN = [f"--{k}={v}" for k, v in saved.items() if k not in ("out_dir", "dataset")]
     refused = again()
     assert refused.returncode == 2 and "already holds a run" in refused.stderr
-    for how in (["--init_from=auto"], ["--eval_only=True"], ["--init_from=resume", "--eval_only=True"]):
+    for how in (
+        ["--init_from=auto"],
+        ["--eval_only=True"],
+        ["--init_from=resume", "--eval_only=True"],
+    ):
         assert again(*how).returncode == 0
     wrong = again("--init_from=resume", "--n_layer=3")
     assert wrong.returncode == 2 and "n_layer=2" in wrong.stderr
@@ -139,39 +197,69 @@ def test_existing_runs_are_safe(tmp_path, fables_data, trained):
 
 
 def test_nothing_to_resume(tmp_path, fables_data):
-    done = run("train.py", f"--dataset={fables_data}", f"--out_dir={tmp_path}/none", "--init_from=resume")
-    assert done.returncode == 2 and "nothing to resume" in done.stderr and not (tmp_path / "none").exists()
+    done = run(
+        "train.py", f"--dataset={fables_data}", f"--out_dir={tmp_path}/none", "--init_from=resume"
+    )
+    assert (
+        done.returncode == 2
+        and "nothing to resume" in done.stderr
+        and not (tmp_path / "none").exists()
+    )
     train(fables_data, tmp_path / "none", "--init_from=auto", "--max_iters=1")
 
 
 # -----------------------------------------------------------------------------
 # Epochs, fine-tuning, presets
 
+
 @pytest.mark.parametrize("batching", ["windows", "by_length"])
 def test_epochs_are_passes_over_the_data(tmp_path, fables_data, batching):
-    done = train(fables_data, tmp_path / "out", "--max_epochs=1.5", "--max_iters=1000", f"--batching={batching}",
-                 "--eval_interval=999", "--log_interval=99", "--batch_size=16", "--lr_decay_iters=0")
+    done = train(
+        fables_data,
+        tmp_path / "out",
+        "--max_epochs=1.5",
+        "--max_iters=1000",
+        f"--batching={batching}",
+        "--eval_interval=999",
+        "--log_interval=99",
+        "--batch_size=16",
+        "--lr_decay_iters=0",
+    )
     stream = TokenStream(fables_data, "train", load_meta(fables_data))
-    rows = len(stream.document_spans(0, 32)) if batching == "by_length" else (len(stream) - 32) // 32
+    rows = (
+        len(stream.document_spans(0, 32)) if batching == "by_length" else (len(stream) - 32) // 32
+    )
     steps = read_checkpoint(tmp_path / "out/last.pt")["step"]
     assert steps == math.ceil(1.5 * rows / (16 * 2)) > 10
     assert ("padding: " in done.stdout) == (batching == "by_length")
 
 
 def test_training_goes_on_from_another_model(openai_folder, gpt2_data, tmp_path):
-    """From OpenAI's format, with a shorter context; then from that run; both begin with the loss of what they began from."""
+    """From a Hugging Face folder with a shorter context, then from that run."""
     first, second = tmp_path / "first", tmp_path / "second"
     train(gpt2_data, first, f"--init_from={openai_folder}", "--n_layer=7", "--learning_rate=0.01")
     state = read_checkpoint(first / "last.pt")
-    assert state["model_args"]["n_layer"] == state["config"]["n_layer"] == 2 and state["model_args"]["block_size"] == 32
+    assert (
+        state["model_args"]["n_layer"] == state["config"]["n_layer"] == 2
+        and state["model_args"]["block_size"] == 32
+    )
     from_theirs = load_model(openai_folder, "cpu")[0].state_dict()
     assert not state["model"]["transformer.wte.weight"].equal(from_theirs["transformer.wte.weight"])
     train(gpt2_data, second, f"--init_from={first}", "--max_iters=0")
-    assert_same(read_checkpoint(second / "last.pt")["model"], read_checkpoint(first / "best.pt")["model"])
-    assert read_log(second)[0]["val_loss"] == min(r["val_loss"] for r in read_log(first) if "val_loss" in r)
-    train(gpt2_data, first, "--init_from=resume", "--max_iters=8")  # with what no setting says: a padded vocabulary, its GELU
+    assert_same(
+        read_checkpoint(second / "last.pt")["model"], read_checkpoint(first / "best.pt")["model"]
+    )
+    assert read_log(second)[0]["val_loss"] == min(
+        r["val_loss"] for r in read_log(first) if "val_loss" in r
+    )
+    train(
+        gpt2_data, first, "--init_from=resume", "--max_iters=8"
+    )  # with what no setting says: a padded vocabulary, its GELU
     args = read_checkpoint(first / "last.pt")["model_args"]
-    assert read_checkpoint(first / "last.pt")["step"] == 8 and (args["vocab_size"], args["gelu"]) == (50304, "none")
+    assert read_checkpoint(first / "last.pt")["step"] == 8 and (
+        args["vocab_size"],
+        args["gelu"],
+    ) == (50304, "none")
 
 
 def test_what_cannot_be_tuned_is_one_line(openai_folder, gpt2_data, fables_data, trained, tmp_path):
@@ -180,18 +268,43 @@ def test_what_cannot_be_tuned_is_one_line(openai_folder, gpt2_data, fables_data,
         (fables_data, [f"--init_from={openai_folder}"], "another tokenizer"),
         (gpt2_data, [f"--init_from={openai_folder}", "--block_size=65"], "more than the 64"),
         (fables_data, [f"--init_from={trained}-int8"], "is in int8"),
-        (fables_data, [f"--init_from={tmp_path}"], "no checkpoint"), (fables_data, ["--init_from=gpt3"], "init_from must be"),
+        (fables_data, [f"--init_from={tmp_path}"], "no checkpoint"),
+        (fables_data, ["--init_from=gpt3"], "init_from must be"),
     ):
         done = run("train.py", f"--dataset={data}", f"--out_dir={tmp_path}/out", *TINY, *args)
-        assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr, done.stderr
+        assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr, (
+            done.stderr
+        )
         assert not list(tmp_path.glob("out/*.pt"))
-    done = run("train.py", f"--dataset={gpt2_data}", f"--out_dir={tmp_path}/out", *TINY, "--init_from=gpt2",
-               HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
-    assert done.returncode == 2 and "cannot be reached" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    done = run(
+        "train.py",
+        f"--dataset={gpt2_data}",
+        f"--out_dir={tmp_path}/out",
+        *TINY,
+        "--init_from=gpt2",
+        HF_HOME=str(tmp_path),
+        HF_HUB_OFFLINE="1",
+    )
+    assert (
+        done.returncode == 2
+        and "cannot be reached" in done.stderr
+        and "Traceback" not in done.stderr
+    ), done.stderr
 
 
-SHRUNK = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 32, "batch_size": 4, "gradient_accumulation_steps": 1,
-          "max_iters": 20, "warmup_iters": 2, "eval_interval": 10, "eval_iters": 1, "log_interval": 10}
+SHRUNK = {
+    "n_layer": 2,
+    "n_head": 2,
+    "n_embd": 16,
+    "block_size": 32,
+    "batch_size": 4,
+    "gradient_accumulation_steps": 1,
+    "max_iters": 20,
+    "warmup_iters": 2,
+    "eval_interval": 10,
+    "eval_iters": 1,
+    "log_interval": 10,
+}
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (HERE / "config").glob("*.py")))
@@ -201,14 +314,30 @@ def test_every_config_trains(name, tmp_path, fables_data, gpt2_data, openai_fold
     args = [f"--{key}={value}" for key, value in SHRUNK.items()]
     if said.get("max_epochs"):
         data = TokenStream(gpt2_data, "train", load_meta(gpt2_data))
-        rows = len(data.document_spans(50256, 32)) if said.get("batching") == "by_length" else (len(data) - 32) // 32
+        rows = (
+            len(data.document_spans(50256, 32))
+            if said.get("batching") == "by_length"
+            else (len(data) - 32) // 32
+        )
         args.append(f"--max_epochs={20 * 4 / rows - 1e-6}")
     if name.startswith("finetune"):
         args.append(f"--init_from={openai_folder}")
-    of_words = said.get("dataset", "tinystories") in ("fables", "shakespeare_char", "shakespeare_word")
+    of_words = said.get("dataset", "tinystories") in (
+        "fables",
+        "shakespeare_char",
+        "shakespeare_word",
+    )
     configs = ["config/train_nano.py"] * (name == "tuned") + [f"config/{name}.py"]
-    done = run("train.py", *configs, f"--dataset={fables_data if of_words else gpt2_data}", f"--out_dir={tmp_path}/out", *args,
-               "--compile=False", "--device=cpu", "--dtype=float32")
+    done = run(
+        "train.py",
+        *configs,
+        f"--dataset={fables_data if of_words else gpt2_data}",
+        f"--out_dir={tmp_path}/out",
+        *args,
+        "--compile=False",
+        "--device=cpu",
+        "--dtype=float32",
+    )
     assert done.returncode == 0, done.stderr
     losses = [record["val_loss"] for record in read_log(tmp_path / "out") if "val_loss" in record]
     assert read_checkpoint(tmp_path / "out/best.pt")["step"] > 0 and min(losses) < losses[0]
@@ -235,19 +364,36 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def train_spoiled(factor: str, first: int, last: int, data: Path, out_dir: Path, *args: str) -> subprocess.CompletedProcess:
-    """A run whose micro-batches first to last, counted from 1, two a step, have a loss times factor."""
-    return run("-c", LOSS_TIMES, factor, str(first), str(last), "train.py", f"--dataset={data}", f"--out_dir={out_dir}", *TINY,
-               *args)
+def train_spoiled(
+    factor: str, first: int, last: int, data: Path, out_dir: Path, *args: str
+) -> subprocess.CompletedProcess:
+    """Run with the loss of micro-batches first to last (from 1, two a step) times factor."""
+    return run(
+        "-c",
+        LOSS_TIMES,
+        factor,
+        str(first),
+        str(last),
+        "train.py",
+        f"--dataset={data}",
+        f"--out_dir={out_dir}",
+        *TINY,
+        *args,
+    )
 
 
 @pytest.mark.parametrize("factor", ["nan", "inf"])
 def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, fables_data, factor):
     how = ["--optimizer=muon"]  # and AdamW for the rest
     train(fables_data, tmp_path / "two", *how, "--max_iters=2")
-    done = train_spoiled(factor, 5, 5, fables_data, tmp_path / "three", *how, "--max_iters=3")  # half of the third step
+    done = train_spoiled(
+        factor, 5, 5, fables_data, tmp_path / "three", *how, "--max_iters=3"
+    )  # half of the third step
     assert done.returncode == 0, done.stderr
-    two, three = read_checkpoint(tmp_path / "two/last.pt"), read_checkpoint(tmp_path / "three/last.pt")
+    two, three = (
+        read_checkpoint(tmp_path / "two/last.pt"),
+        read_checkpoint(tmp_path / "three/last.pt"),
+    )
     assert_same(two["model"], three["model"])
     for a, b in zip(two["optimizer"], three["optimizer"]):
         assert_same(a["state"], b["state"])
@@ -257,40 +403,73 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, fables_data,
 
 def test_many_bad_steps_lead_back_with_half_the_rate(tmp_path, fables_data):
     how = ["--eval_interval=4", "--max_iters=9"]
-    done = train_spoiled("nan", 11, 16, fables_data, tmp_path / "out", *how, "--max_bad_steps=3")  # steps 6, 7 and 8
+    done = train_spoiled(
+        "nan", 11, 16, fables_data, tmp_path / "out", *how, "--max_bad_steps=3"
+    )  # steps 6, 7 and 8
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("returned to step 4, continuing with 0.5 of the learning rate") == 1
     train(fables_data, tmp_path / "hand", *how, "--max_iters=4")
-    train(fables_data, tmp_path / "hand", *how, "--init_from=resume", "--learning_rate=5e-4", "--min_lr=5e-5")
+    train(
+        fables_data,
+        tmp_path / "hand",
+        *how,
+        "--init_from=resume",
+        "--learning_rate=5e-4",
+        "--min_lr=5e-5",
+    )
     a, b = read_checkpoint(tmp_path / "out/last.pt"), read_checkpoint(tmp_path / "hand/last.pt")
     assert_same(a["model"], b["model"])
-    assert [r["step"] for r in read_log(tmp_path / "out")] == [r["step"] for r in read_log(tmp_path / "hand")]
+    assert [r["step"] for r in read_log(tmp_path / "out")] == [
+        r["step"] for r in read_log(tmp_path / "hand")
+    ]
 
 
 def test_hopeless_runs_end_and_keep_the_last_good_checkpoint(tmp_path, fables_data):
-    done = train_spoiled("nan", 9, 10 ** 9, fables_data, tmp_path / "out", "--max_bad_steps=2", "--max_iters=9")
+    done = train_spoiled(
+        "nan", 9, 10**9, fables_data, tmp_path / "out", "--max_bad_steps=2", "--max_iters=9"
+    )
     assert done.returncode == 2 and "not finite" in done.stderr and "Traceback" not in done.stderr
     assert read_checkpoint(tmp_path / "out/last.pt")["step"] == 3
-    assert all(p.isfinite().all() for p in read_checkpoint(tmp_path / "out/last.pt")["model"].values())
+    assert all(
+        p.isfinite().all() for p in read_checkpoint(tmp_path / "out/last.pt")["model"].values()
+    )
 
 
 def test_spikes_are_in_the_log(tmp_path, fables_data):
-    done = train_spoiled("3", 31, 32, fables_data, tmp_path / "out", "--max_iters=20", "--eval_interval=20")
+    done = train_spoiled(
+        "3", 31, 32, fables_data, tmp_path / "out", "--max_iters=20", "--eval_interval=20"
+    )
     assert done.returncode == 0, done.stderr
     assert [r["step"] for r in read_log(tmp_path / "out") if r.get("spike")] == [16]
     assert "step 16: " in done.stdout and done.stdout.count(", spike") == 1
 
 
 def test_patience_ends_a_run_that_no_longer_learns(tmp_path, fables_data):
-    done = train(fables_data, tmp_path / "out", "--max_iters=60", "--learning_rate=0", "--min_lr=0", "--patience=2")
+    done = train(
+        fables_data,
+        tmp_path / "out",
+        "--max_iters=60",
+        "--learning_rate=0",
+        "--min_lr=0",
+        "--patience=2",
+    )
     assert "no better for 2 evaluations" in done.stdout
     assert [r["step"] for r in read_log(tmp_path / "out") if "val_loss" in r] == [0, 3, 6]
-    assert read_checkpoint(tmp_path / "out/best.pt")["step"] == 0 and read_checkpoint(tmp_path / "out/last.pt")["step"] == 6
+    assert (
+        read_checkpoint(tmp_path / "out/best.pt")["step"] == 0
+        and read_checkpoint(tmp_path / "out/last.pt")["step"] == 6
+    )
 
 
 def test_a_budget_of_minutes_ends_the_schedule_too(tmp_path, fables_data):
-    done = train(fables_data, tmp_path / "out", "--max_iters=100000", "--lr_decay_iters=0", "--max_minutes=0.1",
-                 "--eval_interval=100000")
+    done = train(
+        fables_data,
+        tmp_path / "out",
+        "--max_iters=100000",
+        "--lr_decay_iters=0",
+        "--max_minutes=0.1",
+        "--eval_interval=100000",
+    )
     assert "the time is over" in done.stdout
     records = [r for r in read_log(tmp_path / "out") if "loss" in r]
     rates = [r["lr"] for r in records[2:]]
@@ -301,13 +480,18 @@ def test_a_budget_of_minutes_ends_the_schedule_too(tmp_path, fables_data):
 # -----------------------------------------------------------------------------
 # Data that is not what it should be, and ranks that differ
 
+
 def test_damaged_data_is_refused_before_the_first_step(tmp_path, fables_data):
     def refused(change) -> str:
         shutil.rmtree(tmp_path / "data", ignore_errors=True)
         shutil.copytree(fables_data, tmp_path / "data")
         change(tmp_path / "data")
         done = run("train.py", f"--dataset={tmp_path}/data", f"--out_dir={tmp_path}/out", *TINY)
-        assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and not (tmp_path / "out").exists()
+        assert (
+            done.returncode == 2
+            and len(done.stderr.strip().splitlines()) == 1
+            and not (tmp_path / "out").exists()
+        )
         return done.stderr
 
     def set_first(folder, value, sign=False):
@@ -327,7 +511,9 @@ def test_damaged_data_is_refused_before_the_first_step(tmp_path, fables_data):
 
 def test_ranks_that_cannot_work_together_leave_with_one_line(tmp_path, fables_data):
     def refused(*args: str, script: str = "train.py") -> str:
-        done = run(script, f"--dataset={fables_data}", f"--out_dir={tmp_path}/out", *TINY, *args, ranks=2)
+        done = run(
+            script, f"--dataset={fables_data}", f"--out_dir={tmp_path}/out", *TINY, *args, ranks=2
+        )
         assert done.returncode != 0 and not (tmp_path / "out").exists()
         lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert len(lines) == 1, done.stderr
@@ -341,26 +527,40 @@ def test_ranks_that_cannot_work_together_leave_with_one_line(tmp_path, fables_da
     (tmp_path / "train_other.py").write_text(  # rank 1 looks elsewhere
         "import os, runpy, sys\nsys.path.insert(0, os.getcwd())\n"
         f"if os.environ['RANK'] == '1': sys.argv.append('--dataset={tmp_path}/other')\n"
-        "sys.argv[0] = 'train.py'\nrunpy.run_path('train.py', run_name='__main__')\n")
+        "sys.argv[0] = 'train.py'\nrunpy.run_path('train.py', run_name='__main__')\n"
+    )
     assert "rank 1 has the data" in refused(script=str(tmp_path / "train_other.py"))
 
 
 # -----------------------------------------------------------------------------
 # Loggers, with the real libraries
 
+
 @pytest.mark.parametrize("logger", ["tensorboard", "wandb", "trackio"])
 def test_loggers_get_what_the_log_has(tmp_path, fables_data, logger):
     pytest.importorskip(logger)
-    train(fables_data, tmp_path / "out", f"--logger={logger}", WANDB_MODE="offline", TRACKIO_DIR=str(tmp_path / "trackio"))
+    train(
+        fables_data,
+        tmp_path / "out",
+        f"--logger={logger}",
+        WANDB_MODE="offline",
+        TRACKIO_DIR=str(tmp_path / "trackio"),
+    )
     losses = [r["loss"] for r in read_log(tmp_path / "out") if "loss" in r]
     if logger == "tensorboard":
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
         events = EventAccumulator(str(tmp_path / "out")).Reload()
         assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses)
     elif logger == "trackio":
         import sqlite3
-        rows = sqlite3.connect(tmp_path / "trackio/fablegpt.db").execute("select metrics from metrics order by step, id")
-        assert [m["loss"] for (text,) in rows if "loss" in (m := json.loads(text))] == pytest.approx(losses)
+
+        rows = sqlite3.connect(tmp_path / "trackio/fablegpt.db").execute(
+            "select metrics from metrics order by step, id"
+        )
+        assert [
+            m["loss"] for (text,) in rows if "loss" in (m := json.loads(text))
+        ] == pytest.approx(losses)
     else:
         [path] = (tmp_path / "out/wandb").glob("offline-run-*/run-*.wandb")
         assert path.stat().st_size > 1000
@@ -368,6 +568,16 @@ def test_loggers_get_what_the_log_has(tmp_path, fables_data, logger):
 
 def test_a_logger_that_is_not_installed_names_the_command(tmp_path, fables_data):
     (tmp_path / "wandb.py").write_text("raise ImportError('no', name='wandb')")
-    done = run("train.py", f"--dataset={fables_data}", f"--out_dir={tmp_path}/out", *TINY, "--logger=wandb",
-               PYTHONPATH=str(tmp_path))
-    assert done.returncode == 2 and "pip install wandb" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    done = run(
+        "train.py",
+        f"--dataset={fables_data}",
+        f"--out_dir={tmp_path}/out",
+        *TINY,
+        "--logger=wandb",
+        PYTHONPATH=str(tmp_path),
+    )
+    assert (
+        done.returncode == 2
+        and "pip install wandb" in done.stderr
+        and len(done.stderr.strip().splitlines()) == 1
+    )
