@@ -34,7 +34,7 @@ from lib.corpus import load_meta
 from lib.dataset import TokenStream, TrainBatches, eval_batches, prefetch
 from lib.decoding import Sampling
 from lib.loss import check_softmax_tokens, evaluate, make_loss
-from lib.quantize import quantize_int8, use_fast_products
+from lib.quantize import prepare_for_inference, quantize_int8
 from model import GPT, GPTConfig
 
 # -----------------------------------------------------------------------------
@@ -393,8 +393,8 @@ def bench_generate(c: SimpleNamespace, peer, trained: GPT | None) -> dict:
     """
     model = trained or GPT(our_config(c)).to(device)
     int8 = model_from_weights(model.config, quantize_int8(model.state_dict()), device)
-    use_fast_products(model)
-    use_fast_products(int8)
+    prepare_for_inference(model)
+    prepare_for_inference(int8)
     sides = [Side("this model", model, [], "float32", ours=True),
              Side("this model, int8", int8, [], "float32", ours=True)]
     if peer:

@@ -20,7 +20,7 @@ import torch
 
 from lib.convert import OPENAI, download_openai, from_nanogpt, read_hugging_face
 from lib.files import open_synced
-from lib.quantize import quantize_int8, use_fast_products, use_int8_layers
+from lib.quantize import prepare_for_inference, quantize_int8, use_int8_layers
 from model import GPT, GPTConfig
 
 VERSION = 1
@@ -214,7 +214,7 @@ def load_model(name: str | Path, device: str, quantize: str = "") -> tuple[GPT, 
     weights = checkpoint.pop("model")  # so that they are freed once the model has its own
     weights = quantize_int8(weights) if quantize else weights
     model = build_model(checkpoint | {"model": weights}, checkpoint["path"], device)
-    use_fast_products(model)
+    prepare_for_inference(model)
     return model.eval(), checkpoint
 
 

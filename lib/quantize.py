@@ -2,7 +2,7 @@
 Faster layers for inference: int8 weights, and a matrix product for few rows on a CPU.
 
 The model itself knows neither. int8 layers replace its layers before int8 weights are loaded;
-use_fast_products() replaces the float ones afterwards.
+prepare_for_inference() replaces the float ones afterwards.
 """
 import warnings
 
@@ -40,11 +40,17 @@ def use_int8_layers(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
             replace_module(model, name, layer(module))
 
 
-def use_fast_products(model: nn.Module) -> None:
-    """Replace the Linear layers of a model on the CPU by FastLinear, and prepare int8 layers."""
+def prepare_for_inference(model: nn.Module) -> None:
+    """
+    Make a model with loaded weights faster; it is not to be trained afterwards.
+
+    On a CPU, Linear layers become FastLinear and int8 layers are packed. Dropout is removed.
+    """
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and module.weight.device.type == "cpu":
             replace_module(model, name, FastLinear(module))
+        elif isinstance(module, nn.Dropout):
+            replace_module(model, name, nn.Identity())
         elif isinstance(module, Int8Linear):
             module.pack()
 
@@ -82,7 +88,8 @@ class FastLinear(nn.Module):
         else:
             n = torch.get_num_threads()
             end = N - N % n
-            y = torch.bmm(w[:end].view(n, -1, C), x.expand(n, 1, C).mT)  # (n, N / n, 1)
+            whole = w if end == N else w[:end]
+            y = torch.bmm(whole.view(n, -1, C), x.expand(n, 1, C).mT)  # (n, N / n, 1)
             if end < N:
                 y = torch.cat((y.view(end), torch.mv(w[end:], x.reshape(C))))
         y = y.view(*x.shape[:-1], N)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from lib.checkpoint import model_from_weights
-from lib.quantize import quantize_int8, use_fast_products
+from lib.quantize import prepare_for_inference, quantize_int8
 from model import GPT, GPTConfig
 
 # the tests run side by side: one thread each, also in the scripts that they start
@@ -235,7 +235,7 @@ def randomize(model: GPT) -> None:
 
 def in_int8(model: GPT) -> GPT:
     int8 = model_from_weights(model.config, quantize_int8(model.state_dict())).eval()
-    use_fast_products(int8)
+    prepare_for_inference(int8)
     return int8
 
 
