@@ -141,7 +141,7 @@ LOADING = threading.Lock()  # so that two requests at once do not load the same 
 
 
 def load(run: str, device: str, int8: bool) -> tuple[GPT, object, dict]:
-    """Return model, tokenizer and checkpoint of a listed run. The last two stay in memory."""
+    """Return model, tokenizer and checkpoint of a listed run. The last two runs stay cached."""
     runs = find_runs()
     if not runs:
         raise ValueError(f"there is no checkpoint in {folder} or two folders below it: train one, "

@@ -55,7 +55,7 @@ batching = "windows"  # or 'by_length'
 gradient_accumulation_steps = 2  # loss
 batch_size = 32  # rows of a micro-batch
 block_size = 128  # context in tokens
-vocab_size = 0  # 0: that of the dataset, where it is prepared, else GPT-2's 50,257
+vocab_size = 0  # train, generate (0: that of the prepared dataset, else GPT-2's 50,257)
 # model
 arch = "gpt2"
 n_layer = 6
@@ -105,12 +105,12 @@ config, _ = configure(
 class Side:
     """A program: its model, its optimizers, and how it trains and generates."""
 
-    def __init__(self, name: str, model, optimizers: list, number_type: str, ours: bool):
-        self.name, self.optimizers = name, optimizers
-        self.number_type, self.ours = number_type, ours
+    def __init__(self, name: str, model, optimizers: list, compute_dtype: str, ours: bool):
+        self.name, self.compute_dtype, self.ours = name, compute_dtype, ours
+        self.optimizers = optimizers
         self.raw_model = self.model = model  # compile() may replace self.model
-        self.autocast = machine.autocast(device, number_type)
-        self.scaler = torch.amp.GradScaler(device_type, enabled=number_type == "float16")
+        self.autocast = machine.autocast(device, compute_dtype)
+        self.scaler = torch.amp.GradScaler(device_type, enabled=compute_dtype == "float16")
         self.seconds: list[float] = []  # of its rounds
 
     def compile(self, x: torch.Tensor, y: torch.Tensor) -> None:
@@ -135,9 +135,9 @@ class Side:
     def generate(self, idx: torch.Tensor, n: int) -> None:
         """Continue token ids (B, T) by n tokens with temperature 0.8 and top_k 40."""
         self.raw_model.eval()
-        how = dict(sampler=Sampling(temperature=0.8, top_k=40)) if self.ours else {}
+        extra = dict(sampler=Sampling(temperature=0.8, top_k=40)) if self.ours else {}
         with self.autocast:
-            self.raw_model.generate(idx, n, 0.8, 40, **how)
+            self.raw_model.generate(idx, n, 0.8, 40, **extra)
 
 
 def our_config(c: SimpleNamespace) -> GPTConfig:
@@ -146,7 +146,7 @@ def our_config(c: SimpleNamespace) -> GPTConfig:
 
 
 def our_side(c: SimpleNamespace, model_seed: int, token_counts: torch.Tensor) -> Side:
-    """This program as train.py sets it up, with the training settings c."""
+    """Set up this program as train.py does, with the training settings c."""
     machine.keep_freed_memory()
     torch.manual_seed(model_seed)
     model = GPT(our_config(c)).to(device)
@@ -154,12 +154,12 @@ def our_side(c: SimpleNamespace, model_seed: int, token_counts: torch.Tensor) ->
     model.remat, model.loss_fn = c.remat, make_loss(chunk, c.softmax_tokens, token_counts)
     optimizers = optim.make_optimizers(model, c.optimizer, c.weight_decay, c.learning_rate,
                                        (c.beta1, c.beta2), device_type)
-    number_type = machine.resolve_dtype_for(model, c.dtype, device)
-    return Side("this model", model.train(), optimizers, number_type, ours=True)
+    compute_dtype = machine.resolve_dtype_for(model, c.dtype, device)
+    return Side("this model", model.train(), optimizers, compute_dtype, ours=True)
 
 
 def peer_side(peer: ModuleType | SimpleNamespace, c: SimpleNamespace, model_seed: int) -> Side:
-    """The other program with the training settings c."""
+    """Set up the other program with the training settings c."""
     machine.keep_freed_memory(False)
     torch.manual_seed(model_seed)
     model = peer.GPT(peer.GPTConfig(block_size=c.block_size, vocab_size=c.vocab_size,
@@ -167,9 +167,9 @@ def peer_side(peer: ModuleType | SimpleNamespace, c: SimpleNamespace, model_seed
                                     dropout=c.dropout, bias=c.bias)).to(device)
     made = model.configure_optimizers(c.weight_decay, c.learning_rate, (c.beta1, c.beta2),
                                       device_type)
-    number_type = "bfloat16" if device_type == "cuda" else "float32"
-    return Side(against, model.train(), made if isinstance(made, list) else [made], number_type,
-                ours=False)
+    compute_dtype = "bfloat16" if device_type == "cuda" else "float32"
+    made = made if isinstance(made, list) else [made]
+    return Side(against, model.train(), made, compute_dtype, ours=False)
 
 
 def load_peer(path: str) -> ModuleType:
@@ -251,7 +251,7 @@ def llama_cpp(path: str) -> SimpleNamespace:
 # Measurements
 
 def timed(f: Callable[..., object], *args) -> float:
-    """Return the seconds of a call."""
+    """Return how many seconds a call takes."""
     machine.synchronize(device)
     start = time.perf_counter()
     f(*args)
@@ -260,11 +260,11 @@ def timed(f: Callable[..., object], *args) -> float:
 
 
 def mean_and_deviation(values: list[float]) -> tuple[float, float]:
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+    return statistics.mean(values), statistics.stdev(values) if values[1:] else 0.0
 
 
 def bench_train(c: SimpleNamespace, peer) -> dict:
-    """Tokens per second of training steps on one batch of random tokens."""
+    """Measure tokens per second of training steps on one batch of random tokens."""
     torch.manual_seed(seed)
     data = torch.randint(c.vocab_size, (batch_size, block_size + 1), device=device)
     batch = data[:, :-1].contiguous(), data[:, 1:].contiguous()
@@ -282,17 +282,18 @@ def bench_train(c: SimpleNamespace, peer) -> dict:
             side.seconds.append(sum(timed(side.step, [batch], 1e-4, grad_clip)
                                     for _ in range(steps)))
     speeds = [steps * batch_size * block_size / statistics.median(side.seconds) for side in sides]
-    peak, peak_source = machine.peak_flops(device, mine.number_type)
+    peak, peak_source = machine.peak_flops(device, mine.compute_dtype)
     flops = mine.raw_model.flops_per_token(head_tokens=min(softmax_tokens, c.vocab_size))
     mfu, n_params = speeds[0] * flops / peak, mine.raw_model.num_params()
-    print(f"{n_params:,} parameters, batch {batch_size} x {block_size}, {device}, torch "
-          f"{torch.__version__}; medians of {rounds} rounds of {steps} steps")
+    print(f"{n_params:,} parameters, batch {batch_size} x {block_size}, {device}, "
+          f"torch {torch.__version__}; medians of {rounds} rounds of {steps} steps")
     spreads = [max(side.seconds) / min(side.seconds) - 1 for side in sides]
     forms = ["eager" if side.model is side.raw_model else "compiled" for side in sides]
     for side, speed, spread, form in zip(sides, speeds, spreads, forms):
-        print(f"{speed:12,.0f} tok/s (spread {spread:.0%})  {side.number_type}, {form} {side.name}")
+        print(f"{speed:12,.0f} tok/s (spread {spread:.0%}), {side.compute_dtype}, {form}, "
+              f"{side.name}")
     print(f"{mfu:12.1%} MFU of this model, against {peak / 1e12:.3g} TFLOP/s ({peak_source})")
-    result = dict(parameters=n_params, dtype=mine.number_type, compiled=forms[0] == "compiled",
+    result = dict(parameters=n_params, dtype=mine.compute_dtype, compiled=forms[0] == "compiled",
                   tokens_per_second=speeds[0], spread=spreads[0], mfu=mfu)
     if peer:
         theirs = max(speeds[1:])
@@ -302,7 +303,7 @@ def bench_train(c: SimpleNamespace, peer) -> dict:
 
 
 def bench_data(meta: dict, streams: dict[str, TokenStream]) -> dict:
-    """Tokens per second of the batches alone, and how much of them is padding."""
+    """Measure tokens per second of the batches alone, and how much of them is padding."""
     batches = TrainBatches(streams["train"], block_size, batch_size, seed, batching, meta["eot"])
     stream = prefetch(map(batches.batch, range(steps * (rounds + 1))), device)
     speeds, padding = [], []
@@ -348,7 +349,7 @@ def train_once(side: Side, c: SimpleNamespace, run_seed: int, meta: dict,
 
 def bench_loss(c: SimpleNamespace, peer, theirs: SimpleNamespace, meta: dict,
                streams: dict[str, TokenStream]) -> dict:
-    """Seconds and tokens until a loss on the validation split, over several seeds."""
+    """Measure seconds and tokens until a loss on the validation split, over several seeds."""
     counts = streams["train"].token_counts(c.vocab_size).to(device)
     run_seeds = range(seed, seed + seeds)
     runs = {"this model": [train_once(our_side(c, s, counts), c, s, meta, streams)
@@ -387,7 +388,7 @@ def bench_loss(c: SimpleNamespace, peer, theirs: SimpleNamespace, meta: dict,
 
 def bench_generate(c: SimpleNamespace, peer, trained: GPT | None) -> dict:
     """
-    Tokens per second after random prompts, with float32 weights as in sample.py and with int8.
+    Measure tokens per second after random prompts, with float32 weights and with int8.
 
     The time to the first token is subtracted, so that the rate is that of the others.
     """
@@ -425,8 +426,7 @@ def bench_generate(c: SimpleNamespace, peer, trained: GPT | None) -> dict:
         if peer:
             row |= dict(ratio=speeds[0] / speeds[2], int8_ratio=speeds[1] / speeds[2])
         for i, side in enumerate(sides):
-            line = (f"{B:3} texts: first token after {1000 * to_first[i]:7.1f} ms, then "
-                    f"{speeds[i]:9,.1f} tokens/s")
+            line = f"{B:3} texts: first token {1000 * to_first[i]:7.1f} ms, {speeds[i]:9,.1f} tokens/s"
             if side.ours:
                 line += f", weights read at {weight_bytes[i] * speeds[i] / B / 1e9:5.1f} GB/s"
                 line += f", {speeds[i] / speeds[2]:6.2f} times as fast" if peer else ""
@@ -456,10 +456,10 @@ with user_errors():
             stream.check(meta)
     elif not vocab_size and (folder / "meta.json").exists():
         meta = load_meta(folder)
-    tokens = meta["vocab_size"] if meta else vocab_size or 50257
+    n_vocab = meta["vocab_size"] if meta else vocab_size or 50257
     trained = load_model(run, device)[0] if run else None
     shape = asdict(trained.config) if trained else {}
-    settings = SimpleNamespace(**config | dict(vocab_size=tokens) | shape)
+    settings = SimpleNamespace(**config | dict(vocab_size=n_vocab) | shape)
     if mode == "generate" and settings.block_size // 4 + 1 + max_new_tokens > settings.block_size:
         raise ValueError(f"max_new_tokens ({max_new_tokens}) must fit behind a prompt of a quarter "
                          f"of block_size ({settings.block_size})")

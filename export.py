@@ -433,7 +433,7 @@ def upload(files: list[Path], name: str) -> object:
 # -----------------------------------------------------------------------------
 # Command line
 
-def resolve_dtype() -> str:
+def resolve_weight_dtype() -> str:
     """Return the type of the exported weights. Raise ValueError if the format does not have it."""
     if dtype == "auto":
         return DTYPES[format][0]
@@ -458,7 +458,7 @@ def resolve_path(dtype: str) -> Path:
 
 if __name__ == "__main__":
     with user_errors():
-        weight_dtype = resolve_dtype()
+        weight_dtype = resolve_weight_dtype()
         if push and not re.fullmatch(r"[\w.-]+/[\w.-]+", push):
             raise ValueError(f"push takes USER/NAME, got {push!r}")
         path = resolve_path(weight_dtype)

@@ -38,6 +38,7 @@ class GPTConfig:
             value, kind = getattr(self, field.name), type(field.default)
             if type(value) is not kind and not (kind is float and type(value) is int):
                 raise ValueError(f"{field.name} takes {kind.__name__}, not {value!r}")
+            # integers must be positive, except those whose default is 0
             if kind is int and value < (least := min(field.default, 1)):
                 raise ValueError(f"{field.name} must be at least {least}, got {value}")
         if self.arch not in ("gpt2", "qwen3"):
@@ -164,9 +165,9 @@ class Block(nn.Module):
 
 class KVCache:
     """
-    Keys and values of the tokens that a model has processed, so that it computes only new ones.
+    Keys and values of past tokens, so that each call processes only the new ones.
 
-    size: the most tokens that it can hold. pad: (B,) number of padding tokens at the left of each
+    size: capacity in tokens. pad: (B,) number of padding tokens at the left of each
     row; no other token attends to them, and positions count from the first real token.
     """
 
@@ -189,7 +190,7 @@ class KVCache:
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
     def reorder(self, rows: torch.Tensor) -> None:
-        """Continue row i from the present row rows[i], as beam search does; rows: (B,)."""
+        """Replace row i by row rows[i], as beam search does; rows: (B,)."""
         for buffer in self.keys + self.values:
             buffer[:, :, :self.length] = buffer[rows, :, :self.length]
 
@@ -202,10 +203,10 @@ def positions_and_mask(T: int, device: torch.device, cache: KVCache | None) -> t
     Positions: (T,), with padding (B, T). Mask: (T, length + T), with padding (B, 1, T, length + T),
     True where a query may attend to a key; None: causal, or a single query that attends to all.
     """
-    start = cache.length if cache else 0
+    start = cache.length if cache is not None else 0
     keys = torch.arange(start + T, device=device)
     queries = keys[start:]
-    if cache and cache.pad is not None:
+    if cache is not None and cache.pad is not None:
         pad = cache.pad[:, None, None]  # (B, 1, 1)
         mask = (keys >= pad) & (keys <= queries[:, None])  # (B, T, length + T)
         mask = mask | (keys == queries[:, None])  # padding attends to itself, or its softmax is NaN
@@ -219,9 +220,9 @@ class GPT(nn.Module):
     """
     The transformer. Two attributes change how it trains.
 
-    remat: keep only the input of each block and recompute the rest in the backward pass, which
-    takes less memory and a third more time. loss_fn: returns the mean loss for states (B, T, C),
-    weights of the head (V, C), targets (B, T) and whether the model trains; None: cross entropy.
+    remat: keep only each block's input and recompute the rest in the backward pass: less memory, a
+    third more time. loss_fn(states (B, T, C), head (V, C), targets (B, T), training): the mean
+    loss, in place of cross entropy.
     """
 
     def __init__(self, config: GPTConfig):
@@ -243,7 +244,7 @@ class GPT(nn.Module):
             self.lm_head.weight = self.transformer.wte.weight  # https://arxiv.org/abs/1608.05859
         if config.arch == "qwen3":
             half = config.head_dim // 2
-            # made on the CPU even where the model itself is made without memory, on 'meta'
+            # real values on the CPU, even if the model itself is created on 'meta'
             frequencies = config.rope_theta ** (-torch.arange(half, device="cpu") / half)
             angles = torch.arange(config.block_size, device="cpu")[:, None] * frequencies
             self.register_buffer("cos", angles.cos(), persistent=False)  # (block_size, hs / 2)
@@ -253,11 +254,11 @@ class GPT(nn.Module):
     @torch.no_grad()
     def init_weights(self) -> None:
         """
-        Initialize as GPT-2: N(0, 0.02), less for projections into the residual stream, zero biases.
+        Initialize as GPT-2, but for other widths and for qwen3.
 
-        0.02 suits a width of 768; narrower models get more, by the square root, so that attention
-        starts to learn early. In qwen3 the projections into the residual stream and an untied head
-        start at zero: the first prediction is uniform, and no block disturbs it untrained.
+        Matrices have std 0.02 * sqrt(768 / n_embd): GPT-2's 0.02 at its own width, larger for
+        narrower models, so that attention starts to learn early. In qwen3 the residual projections
+        and an untied head start at zero, so that the first prediction is uniform.
         """
         std = 0.02 * math.sqrt(768 / self.config.n_embd)
         for name, p in self.named_parameters():
@@ -281,12 +282,12 @@ class GPT(nn.Module):
 
     def hidden(self, idx: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         """
-        Return the states (B, T, C) that the head reads, of token ids (B, T).
+        Return the final hidden states (B, T, C) of token ids (B, T), the input of lm_head.
 
-        With a cache, idx follows the tokens in it. Raises ValueError beyond block_size.
+        With a cache, idx continues the cached tokens. Raises ValueError beyond block_size.
         """
         B, T = idx.shape
-        length = T + (cache.length if cache else 0)
+        length = T + (cache.length if cache is not None else 0)
         if length > self.config.block_size:
             raise ValueError(f"{length} tokens are more than block_size ({self.config.block_size})")
         positions, mask = positions_and_mask(T, idx.device, cache)
@@ -301,11 +302,11 @@ class GPT(nn.Module):
 
         # run the blocks
         for block in self.transformer.h:
-            if self.remat and self.training:
+            if self.remat and self.training and cache is None:
                 x = checkpoint(block, x, rope, use_reentrant=False)
             else:
                 x = block(x, rope, mask, cache)
-        if cache:
+        if cache is not None:
             cache.length = length
         return self.transformer.ln_f(x)
 
@@ -330,16 +331,16 @@ class GPT(nn.Module):
         """
         Continue token ids (B, T), yielding each new column (B,) of at most max_new_tokens.
 
-        sampler: maps logits (B, V), the tokens so far (B, T) and pad to the next tokens (B,).
-        stop_token: a row that has produced it repeats it, and the stream ends when all rows have.
+        sampler: maps logits (B, V), the token ids so far (B, T) and pad to the next ids (B,).
+        stop_token: a row that has produced it repeats it; the stream ends once all rows have.
         pad: (B,) number of padding tokens at the left of each row. When the context reaches
-        block_size, its newer half is kept. Raises ValueError for an empty prompt and bad ids.
+        block_size, its newer half is kept. Raises ValueError for an empty prompt or unknown ids.
         """
         B, T = idx.shape
         block_size = self.config.block_size
         self.check_prompt(idx)
-        text = torch.cat((idx, idx.new_zeros(B, max_new_tokens)), dim=1)  # (B, T + new)
-        start, cache = 0, None  # the context begins at text[:, start]
+        ids = torch.cat((idx, idx.new_zeros(B, max_new_tokens)), dim=1)  # (B, T + new)
+        start, cache = 0, None  # the context begins at ids[:, start]
         ended = torch.zeros(B, dtype=torch.bool, device=idx.device)
         for n in range(T, T + max_new_tokens):
             if cache is None or cache.length == block_size:
@@ -348,12 +349,12 @@ class GPT(nn.Module):
                 left = None if pad is None else (pad - start).clamp(min=0)
                 left = left if left is not None and left.any() else None
                 cache = KVCache(min(block_size, T + max_new_tokens - start), left)
-            states = self.hidden(text[:, start + cache.length:n], cache)  # (B, new, C)
-            new = sampler(self.lm_head(states[:, -1]).float(), text[:, :n], pad)  # (B,)
+            states = self.hidden(ids[:, start + cache.length:n], cache)  # (B, new, C)
+            new = sampler(self.lm_head(states[:, -1]).float(), ids[:, :n], pad)  # (B,)
             if stop_token >= 0:
                 new = new.masked_fill(ended, stop_token)
                 ended |= new == stop_token
-            text[:, n] = new
+            ids[:, n] = new
             yield new
             if stop_token >= 0 and ended.all():
                 break
@@ -366,7 +367,7 @@ class GPT(nn.Module):
         temperature 0: the most probable token. top_k: sample only from the k most probable ones.
         Arguments of `stream` may follow; a sampler replaces temperature and top_k.
         """
-        def sampler(logits, text, pad):  # (B, V), (B, T), (B,) -> (B,)
+        def sampler(logits, ids, pad):  # (B, V), (B, T), (B,) -> (B,)
             if temperature == 0:
                 return logits.argmax(dim=-1)
             if top_k:
@@ -421,8 +422,8 @@ class GPT(nn.Module):
         """
         Return the FLOPs of forward and backward pass per token at context length T (0: block_size).
 
-        As in appendix B of PaLM (https://arxiv.org/abs/2204.02311): 6 per weight that multiplies,
-        and 12 * n_layer * n_head * hs * T for attention, whose unused causal half counts.
+        As in appendix B of PaLM (https://arxiv.org/abs/2204.02311): 6 per weight in a matrix
+        product, and 12 * n_layer * n_head * hs * T for attention, counting its masked half.
         head_tokens: the tokens in the softmax (0: the whole vocabulary).
         """
         c = self.config
@@ -433,7 +434,8 @@ class GPT(nn.Module):
         """
         Return the share of peak_flops (FLOP/s; default: A100 in bfloat16) that training reaches.
 
-        fwdbwd_per_iter: sequences of block_size tokens in an iteration of dt seconds.
+        fwdbwd_per_iter: sequences of block_size tokens in an iteration of dt seconds. For scripts
+        written for nanoGPT.
         """
         tokens_per_second = fwdbwd_per_iter * self.config.block_size / dt
         return self.flops_per_token() * tokens_per_second / peak_flops

@@ -66,12 +66,12 @@ GAPS = {"cpu": 0.4, "cuda": 0.1, "mps": 0.1}
 
 def bytes_of(text: str) -> float:
     """Return the bytes of '4GB', '24 GB', '512MB' or '1000000'; a GB is 10**9, a GiB 2**30."""
-    number, unit = re.fullmatch(r"([\d.]*)\s*(.*)", text.strip().upper(), re.DOTALL).groups()
+    amount, unit = re.fullmatch(r"([\d.]*)\s*(.*)", text.strip().upper(), re.DOTALL).groups()
     units = {"": 1, "B": 1, "MB": 1e6, "GB": 1e9, "MIB": 2**20, "GIB": 2**30}
-    if not re.fullmatch(r"\d+(\.\d+)?", number) or float(number) == 0 or unit not in units:
+    if not re.fullmatch(r"\d+(\.\d+)?", amount) or float(amount) == 0 or unit not in units:
         raise ValueError(f"device_memory takes a size such as 4GB, 512MB or a number of bytes, "
                          f"got {text!r}")
-    return float(number) * units[unit]
+    return float(amount) * units[unit]
 
 
 def chip_of(name: str) -> str:
@@ -112,18 +112,18 @@ def block_activations(c: GPTConfig, n: int, size: int, on_cpu: bool) -> int:
     return n * kept
 
 
-def training_memory(model: GPT, B: int, accumulation: int, number: str,
+def training_memory(model: GPT, B: int, accumulation: int, compute_dtype: str,
                     kind: str) -> dict[str, int]:
     """
     Return the bytes that eager training takes with micro-batches of B rows.
 
     Each part is given at its largest; `memory` is all that is alive at the worst moment. That is
-    less than their sum: gradients are allocated while activations are freed. number: float32, or
-    16-bit matrix products. kind: 'cuda' or 'cpu'.
+    less than their sum: gradients are allocated while activations are freed. compute_dtype: of the
+    matrix products. kind: 'cuda' or 'cpu'.
     """
     c = model.config
     n, C, V, on_cpu = B * c.block_size, c.n_embd, c.vocab_size, kind == "cpu"
-    autocast = number != "float32"  # weights, norms and the residual stream stay in float32
+    autocast = compute_dtype != "float32"  # weights, norms and the residual stream stay in float32
     size = 2 if autocast else 4
     chunk = machine.resolve_loss_chunk(loss_chunk, kind, V)
     sampled = softmax_tokens if softmax_tokens < V else 0
@@ -170,14 +170,15 @@ def training_memory(model: GPT, B: int, accumulation: int, number: str,
                 optimizer=states, activations=activations, logits=logits)
 
 
-def memory_with_runtime(model: GPT, B: int, accumulation: int, number: str,
+def memory_with_runtime(model: GPT, B: int, accumulation: int, compute_dtype: str,
                         kind: str) -> dict[str, int]:
     """Return training_memory() and, as with_runtime, all that the device needs."""
-    parts = training_memory(model, B, accumulation, number, kind)
+    parts = training_memory(model, B, accumulation, compute_dtype, kind)
     return parts | dict(with_runtime=int(RUNTIME + (1 + GAPS[kind]) * parts["memory"]))
 
 
-def plan_batch(model: GPT, number: str, kind: str, limit: float) -> tuple[int, dict[str, int]]:
+def plan_batch(model: GPT, compute_dtype: str, kind: str,
+               limit: float) -> tuple[int, dict[str, int]]:
     """
     Return the most rows per micro-batch that fit into limit bytes, and the memory they take.
 
@@ -187,10 +188,10 @@ def plan_batch(model: GPT, number: str, kind: str, limit: float) -> tuple[int, d
     most = softmax_tokens // block_size if softmax_tokens else rows  # each target is sampled
     for B in range(min(rows, most), 0, -1):
         if rows % B == 0:
-            memory = memory_with_runtime(model, B, rows // B, number, kind)
+            memory = memory_with_runtime(model, B, rows // B, compute_dtype, kind)
             if memory["with_runtime"] <= limit:
                 return B, memory
-    return 0, memory_with_runtime(model, 1, rows, number, kind)
+    return 0, memory_with_runtime(model, 1, rows, compute_dtype, kind)
 
 
 def main() -> None:
@@ -201,9 +202,10 @@ def main() -> None:
         chip, limit = chip_of(gpu), bytes_of(device_memory) if device_memory else 0.0
         check_softmax_tokens(softmax_tokens, batch_size * block_size)
         kind = "cuda" if chip else here.split(":")[0]
-        number = machine.resolve_dtype(dtype, here)
-        number = "16 bits" if chip and dtype == "auto" else number
-        number = "float32" if number == "auto" else number  # on a CPU only a measurement can tell
+        compute_dtype = machine.resolve_dtype(dtype, here)
+        compute_dtype = "16 bits" if chip and dtype == "auto" else compute_dtype
+        if compute_dtype == "auto":
+            compute_dtype = "float32"  # on a CPU only a measurement could tell
         folder = Path("data") / dataset
         meta = load_meta(folder) if (folder / "meta.json").exists() else None
         V = vocab_size or (meta["vocab_size"] if meta else 50257)
@@ -214,11 +216,12 @@ def main() -> None:
     model.remat = remat
     n_params, n_params_in_blocks = model.num_params(), model.num_params(non_embedding=True)
     rows = batch_size * gradient_accumulation_steps
-    memory = memory_with_runtime(model, batch_size, gradient_accumulation_steps, number, kind)
+    memory = memory_with_runtime(model, batch_size, gradient_accumulation_steps, compute_dtype,
+                                 kind)
     print(f"{n_params:,} parameters, {n_params_in_blocks:,} without embeddings: {arch}, {n_layer} "
           f"layers of width {n_embd}, vocab_size {V:,}")
     print(f"{batch_size} rows of {block_size} tokens on {chip or here}, matrix products in "
-          f"{number}, not compiled, take")
+          f"{compute_dtype}, not compiled, take")
     for name in ("weights", "gradients", "optimizer", "activations", "logits"):
         print(f"{memory[name] / 1e9:12.3f} GB {name}")
     print(f"{memory['memory'] / 1e9:12.3f} GB at the worst moment, when not all of these are at "
@@ -230,7 +233,7 @@ def main() -> None:
     if limit:
         fits = memory["with_runtime"] <= limit
         print(f"that {'fits' if fits else 'does not fit'} into {limit / 1e9:g} GB")
-        best, memory_of_best = plan_batch(model, number, kind, limit)
+        best, memory_of_best = plan_batch(model, compute_dtype, kind, limit)
         if best:
             print(f"take --batch_size={best} --gradient_accumulation_steps={rows // best}: the "
                   f"largest micro-batches that fit, {memory_of_best['with_runtime'] / 1e9:.3f} GB, "
@@ -252,7 +255,7 @@ def main() -> None:
     flops = trained * model.flops_per_token(head_tokens=min(softmax_tokens, V))
     peak, source = machine.PEAK_FLOPS.get(chip), "16-bit datasheet"
     if not chip:
-        peak, source = machine.peak_flops(here, number)
+        peak, source = machine.peak_flops(here, compute_dtype)
     seconds = flops / (mfu * peak)
     duration = f"{seconds / 3600:,.1f} hours" if seconds > 7200 else f"{seconds / 60:.1f} minutes"
     print(f"{trained:,} tokens, {math.ceil(trained / (rows * block_size)):,} steps: {flops:.3g} "

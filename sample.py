@@ -235,7 +235,7 @@ def respond(model: GPT, tokenizer, prompt: str, sampler: Sampling) -> None:
 
 
 def respond_to_all(model: GPT, tokenizer, sampler: Sampling) -> None:
-    """Ask for prompts until standard input ends. Ctrl-C ends a sample, and at the prompt all."""
+    """Ask for prompts until standard input ends. Ctrl-C ends a sample, or at the prompt all."""
     sys.stdin.reconfigure(errors="replace")
     while True:
         try:

@@ -417,3 +417,11 @@ def test_resolved_configurations_describe_the_same_model():
         assert config.n_kv_head and config.head_dim and config.n_inner
     assert GPTConfig(n_kv_head=12, head_dim=64, n_inner=3072) == GPTConfig()
     assert GPTConfig(arch="qwen3").n_inner == 2048 and not GPTConfig(arch="qwen3").bias
+
+
+def test_remat_does_not_change_generation():
+    model, idx = tiny().train(), torch.zeros(1, 3, dtype=torch.long)
+    randomize(model)
+    expected = model.generate(idx, 8, temperature=0)
+    model.remat = True
+    assert model.generate(idx, 8, temperature=0).equal(expected)

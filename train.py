@@ -35,13 +35,13 @@ from model import GPT, GPTConfig
 out_dir = "out"  # checkpoints, log.jsonl and loss.png
 eval_interval = 250  # steps between evaluations; each also saves a checkpoint
 log_interval = 10  # steps between log lines
-eval_iters = 20  # evaluate on so many leading batches of each split (0: the whole split)
+eval_iters = 20  # evaluate on the first eval_iters batches of each split (0: the whole split)
 eval_only = False  # evaluate once, write nothing, exit
-patience = 0  # stop after so many evaluations without a lower validation loss (0: never)
+patience = 0  # stop after this many evaluations without a lower validation loss (0: never)
 always_save_checkpoint = True  # save last.pt at every evaluation, not only at the best one
-init_from = "scratch"  # 'scratch', 'resume', 'auto' (either), or a model: a folder, 'gpt2', ...
+init_from = "scratch"  # 'scratch', 'resume', 'auto' (resume if possible), a folder, 'gpt2', ...
 overwrite = False  # let 'scratch' replace the run in out_dir
-max_bad_steps = 10  # after so many non-finite gradients in a row, return to the last checkpoint
+max_bad_steps = 10  # return to the last checkpoint after this many bad gradients in a row
 logger = ""  # also log to 'wandb', 'tensorboard' or 'trackio'
 log_x = False  # loss.png with a logarithmic axis of steps
 seed = 1337  # for weights, data order and dropout
@@ -63,15 +63,15 @@ tied = True  # the head shares the weights of the token embedding; gpt2: always
 # optimizer
 optimizer = "adamw"  # or 'muon': Muon for the matrices of the blocks, AdamW for the rest
 learning_rate = 1e-3  # highest learning rate
-max_iters = 20000  # steps; of these three limits, the first of those that are set ends the run
+max_iters = 20000  # steps; the default does not apply if another limit below is set
 max_epochs = 0.0  # passes over the training data (0: no limit)
-max_minutes = 0.0  # training time (0: no limit)
+max_minutes = 0.0  # wall-clock time, evaluations included (0: no limit)
 weight_decay = 0.1  # of matrices and embeddings
 beta1 = 0.9
 beta2 = 0.99  # longer memory than GPT-2's 0.95, for small batches
 grad_clip = 1.0  # largest gradient norm (0: off)
 decay_lr = True  # False: a constant rate after the warmup
-schedule = "cosine"  # of the decay to min_lr; or 'linear', or 'trapezoid': linear in the last 40%
+schedule = "cosine"  # decay to min_lr; or 'linear', or 'trapezoid': only in the last 40%
 warmup_iters = 200  # steps of linear warmup
 lr_decay_iters = 0  # steps until min_lr is reached (0: the end of the run)
 min_lr = 1e-4  # a tenth of learning_rate is a good choice
@@ -82,7 +82,7 @@ dtype = "auto"  # fastest safe type on the device; or 'float32', 'bfloat16', 'fl
 compile = True  # torch.compile, where it works
 remat = False  # recompute activations in the backward pass: less memory, a third more time
 softmax_tokens = 0  # train with a softmax over this many sampled tokens (0: the whole vocabulary)
-loss_chunk = -1  # tokens whose logits exist at a time (0: all; -1: 256 where it is faster)
+loss_chunk = -1  # compute the logits of this many tokens at a time (0: all; -1: 256 if faster)
 config, given = configure(
     globals(), announce=True, eval_interval=at_least(1), log_interval=at_least(1),
     eval_iters=at_least(0), patience=at_least(0), max_bad_steps=at_least(1), seed=at_least(0),
@@ -136,7 +136,7 @@ def mean_loss(model: GPT, stream: TokenStream, eot: int, ranks: Ranks, autocast)
 
 def save(name: str, model: GPT, state: ckpt.RunState, meta: dict, optimizers: list = (),
          scaler=None) -> None:
-    """Save best.pt, or with optimizers and scaler last.pt."""
+    """Save best.pt, or last.pt if optimizers and a scaler are given."""
     if not all(p.isfinite().all() for p in model.parameters()):
         return say(f"step {state.step}: the model is not finite and was not saved")
     checkpoint = {"model": model.state_dict(), "model_args": asdict(model.config),
@@ -192,6 +192,7 @@ with ranks.user_errors():
         arch=arch, block_size=block_size, vocab_size=meta["vocab_size"], n_layer=n_layer,
         n_head=n_head, n_kv_head=n_kv_head, n_embd=n_embd, dropout=dropout, bias=bias, tied=tied)
     ckpt.check_out_dir(out_dir, init_from, overwrite or eval_only)
+    # held until this process exits; only then is a checkpoint read, which no other run changes
     lock = lock_run(out_dir) if ranks.master and not eval_only else None
 with ranks.user_errors():
     if init_from in ("resume", "auto"):
@@ -199,7 +200,7 @@ with ranks.user_errors():
     if checkpoint:
         model_config = ckpt.config_to_resume(checkpoint, model_config, config,
                                              meta["tokenizer"])
-ranks.check_same(f"in {out_dir} the step", checkpoint["step"] if checkpoint else 0)
+ranks.check_same(f"the checkpoint step in {out_dir}", checkpoint["step"] if checkpoint else 0)
 torch.manual_seed(seed)
 with ranks.user_errors():
     raw_model = (finetuned or GPT(model_config)).to(device)
@@ -231,10 +232,10 @@ if checkpoint:
         log.keep_until(state.step)
     saved = checkpoint["config"]
     changed = [f"{k} {saved[k]!r} -> {v!r}" for k, v in config.items()
-               if k in saved and saved[k] != v and k not in ("init_from", "overwrite")]
+               if k in saved and saved[k] != v and k not in ("init_from", "overwrite", "eval_only")]
     say(f"resuming {out_dir} at step {state.step}"
         + (f", with changed settings: {', '.join(changed)}" if changed else ""))
-resumed_at = state.step if checkpoint else -1  # this step has been evaluated
+resumed_at = state.step if checkpoint and not eval_only else -1  # already evaluated
 
 # -----------------------------------------------------------------------------
 # Loop
@@ -244,7 +245,7 @@ if compile:
     first = [t.to(device) for t in batches.batch(0)]
     model = machine.compile_or_eager(
         raw_model, lambda compiled: forward_backward(compiled, *first, autocast, scaler, 1), say)
-how = "eager" if model is raw_model else "compiled"
+form = "eager" if model is raw_model else "compiled"
 if ranks.distributed:
     device_ids = [ranks.local_rank] if device_type == "cuda" else None
     model = DistributedDataParallel(model, device_ids=device_ids)
@@ -258,7 +259,7 @@ if batching == "by_length":
     say(f"padding: {batches.padding():.1%} of a batch; {batches.padding(sort=False):.1%} if "
         "documents were in random order")
 say(f"{dataset}: {len(streams['train']):,} training and {len(streams['val']):,} validation tokens; "
-    f"{device}, {dtype}, {how}; MFU against {peak / 1e12:.3g} TFLOP/s ({peak_source})")
+    f"{device}, {dtype}, {form}; MFU against {peak / 1e12:.3g} TFLOP/s ({peak_source})")
 with ranks.user_errors():
     if log.write:
         if not checkpoint:  # the run that this one replaces must not be resumed by mistake
@@ -268,7 +269,7 @@ with ranks.user_errors():
         log.send = open_logger(logger, out_dir, config, state.step)
 
 raw_model.train()
-stream = prefetch(micro_batches(batches, state.step, ranks), device)
+prefetched = prefetch(micro_batches(batches, state.step, ranks), device)
 bar = tqdm(total=last_step if last_step < math.inf else None, initial=state.step, smoothing=0,
            disable=not (ranks.master and sys.stderr.isatty()))
 started, timed_from, timed_tokens = time.time() - state.seconds, time.time(), 0
@@ -279,8 +280,8 @@ while True:
 
     # evaluate and save
     if (state.step % eval_interval == 0 or at_end) and state.step != resumed_at:
-        pause = time.time()
-        # of the uncompiled model, as batches of other shapes would compile it again
+        paused_at = time.time()
+        # on the uncompiled model: batches of other shapes would be compiled again
         losses = {split: mean_loss(raw_model, streams[split], meta["eot"], ranks, autocast)
                   for split in streams}
         say(f"step {state.step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
@@ -295,7 +296,7 @@ while True:
                 save("last.pt", raw_model, state, meta, optimizers, scaler)
             draw_losses(log, f"{dataset}: {n_params:,} parameters",
                         meta.get("floor") if batching == "by_length" else None, log_x)
-        timed_from += time.time() - pause  # an evaluation does not count as training
+        timed_from += time.time() - paused_at  # the speed excludes evaluations
     if at_end or (patience and state.stale >= patience):
         break
     if stopping:
@@ -314,7 +315,7 @@ while True:
     # accumulate the gradient and update the parameters
     loss = torch.zeros((), device=device)
     for i in range(micro_steps):
-        x, y = next(stream)
+        x, y = next(prefetched)
         # seeded by the micro-batch, dropout is the same after a resume and on any number of ranks
         micro_batch = (state.step * micro_steps + i) * ranks.world_size + ranks.rank
         torch.manual_seed(seed * 1_000_003 + micro_batch)
@@ -325,7 +326,7 @@ while True:
     grad_norm, bad = optim.step(raw_model, optimizers, scaler, grad_clip)
     state.count_step(grad_norm, bad)
     bar.update()
-    stopping = stop.number > 0 and not ranks.distributed  # ranks agree on it at the next log line
+    stopping = stop.requested and not ranks.distributed  # ranks agree on it at the next log line
     if state.step % log_interval > 0:
         continue
 
@@ -334,7 +335,7 @@ while True:
         [loss, grad_norm, state.grad_norm_max, state.bad_in_a_row, state.bad_steps]).tolist()
     seconds = time.time() - started
     if ranks.distributed:  # the mean loss, the first rank's clock, and whether any was told to stop
-        loss, seconds, stopping = ranks.sum([loss, seconds * ranks.master, stop.number], device)
+        loss, seconds, stopping = ranks.sum([loss, seconds * ranks.master, stop.requested], device)
         loss, stopping = loss / ranks.world_size, stopping > 0
     state.seconds = seconds
     spike = is_spike(loss, recent)
@@ -363,23 +364,25 @@ while True:
                                  "hundredth of the learning rate: look at the data and the model, "
                                  "or try --dtype=float32")
             checkpoint = ckpt.find_resumable(out_dir)
+            if checkpoint is None:
+                raise ValueError(f"there is no checkpoint in {out_dir} to return to")
             state = ckpt.restore(checkpoint, raw_model, optimizers, scaler, device)
             log.keep_until(state.step)
         state.lr_scale, resumed_at, recent = lr_scale, state.step, log.recent_losses()
-        stream = prefetch(micro_batches(batches, state.step, ranks), device)
+        prefetched = prefetch(micro_batches(batches, state.step, ranks), device)
         bar.n = state.step
         say(f"{bad_in_a_row:.0f} steps in a row had a non-finite gradient: returned to step "
-            f"{state.step}, continuing with {lr_scale:g} of the learning rate")
+            f"{state.step}, continuing with {lr_scale:g} times the learning rate")
 
 bar.close()
 if stopping and state.step < last_step:
     say(f"stopped at step {state.step}, saved in {out_dir}/last.pt; continue with the same command "
         "and --init_from=resume")
 elif not eval_only:
-    why = f", no better for {patience} evaluations" if state.step < last_step else ""
-    why = ", the time is over" if out_of_time and why else why
+    why = f", no lower validation loss in {patience} evaluations" if state.step < last_step else ""
+    why = ", time limit reached" if out_of_time and why else why
     say(f"done: step {state.step}{why}, {(time.time() - started) / 60:.1f} minutes, "
-        f"{machine.peak_memory(device) / 1e9:.1f} GB at most; best validation loss "
+        f"{machine.peak_memory(device) / 1e9:.1f} GB peak memory; best validation loss "
         f"{state.best_val_loss:.4f} in {out_dir}/best.pt, curve in {out_dir}/loss.png; next: "
         f"python sample.py --out_dir={out_dir}")
 ranks.stop()

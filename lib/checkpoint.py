@@ -1,8 +1,8 @@
 """
 Checkpoints: out_dir/last.pt to resume from and out_dir/best.pt with the lowest validation loss.
 
-A file holds tensors and plain types only and is loaded with weights_only=True. It gets its name
-when it is complete, and the last.pt before it is kept as prev.pt. Keys:
+A file holds tensors and plain types only and is loaded with weights_only=True. It is renamed
+into place once complete; the previous last.pt is kept as prev.pt. Keys:
 
     model, model_args   state dict of the uncompiled model, fields of its GPTConfig
     config, meta        the settings; meta.json of the dataset, so that sampling needs no data
@@ -24,7 +24,8 @@ from lib.quantize import prepare_for_inference, quantize_int8, use_int8_layers
 from model import GPT, GPTConfig
 
 VERSION = 1
-KINDS = dict(model=dict, model_args=dict, step=int, config=dict, meta=dict, version=int)
+# the keys of every checkpoint and their types
+REQUIRED = dict(model=dict, model_args=dict, step=int, config=dict, meta=dict, version=int)
 
 
 @dataclass
@@ -36,7 +37,7 @@ class RunState:
     step: int = 0  # steps made
     best_val_loss: float = math.inf
     stale: int = 0  # evaluations since the best one
-    seconds: float = 0.0  # of training
+    seconds: float = 0.0  # of the run, evaluations included
     lr_scale: float = 1.0  # halved after many bad steps in a row
 
     @classmethod
@@ -108,8 +109,7 @@ def read_checkpoint(path: Path) -> dict:
 
 def check_checkpoint(checkpoint: dict, path: Path) -> None:
     """Raise ValueError unless a checkpoint has the keys that every checkpoint has."""
-    wrong = [name for name, kind in KINDS.items()
-             if not isinstance(checkpoint.get(name), kind) or checkpoint[name] is False]
+    wrong = [name for name, kind in REQUIRED.items() if type(checkpoint.get(name)) is not kind]
     if (wrong or checkpoint["step"] < 0
             or not isinstance(checkpoint["config"].get("dataset"), str)
             or not isinstance(checkpoint["meta"].get("tokenizer"), dict)):
@@ -122,7 +122,7 @@ def check_checkpoint(checkpoint: dict, path: Path) -> None:
 
 
 def find_resumable(out_dir: str | Path) -> dict | None:
-    """Return last.pt, or prev.pt where that is damaged or missing, or None without either."""
+    """Return last.pt, else prev.pt if that is damaged or missing, else None."""
     paths = [path for name in ("last.pt", "prev.pt") if (path := Path(out_dir) / name).exists()]
     for path in paths:
         try:
@@ -146,7 +146,7 @@ def load_checkpoint(name: str | Path) -> dict:
     for file in ("best.pt", "last.pt", "ckpt.pt"):
         if (path := Path(name) / file).exists():
             checkpoint = read_checkpoint(path)
-            kept = (*KINDS, "best_val_loss")
+            kept = (*REQUIRED, "best_val_loss")
             return {key: checkpoint[key] for key in kept if key in checkpoint} | {"path": str(path)}
     if (Path(name) / "config.json").exists():
         checkpoint = read_hugging_face(Path(name)) | {"version": VERSION, "path": str(name)}
@@ -239,7 +239,7 @@ def build_model(checkpoint: dict, where: object, device: str = "cpu", **changes)
 def model_from_weights(config: GPTConfig, weights: dict[str, torch.Tensor],
                        device: str = "cpu") -> GPT:
     """
-    Return a model with the weights of a state dict, which may be one of quantize_int8().
+    Return a model with the weights of a state dict, possibly from quantize_int8().
 
     No other weights are allocated. Raises RuntimeError where they do not fit.
     """

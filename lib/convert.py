@@ -1,5 +1,5 @@
 """
-Other formats to and from our weight names and config: Hugging Face folders, nanoGPT checkpoints.
+Convert to and from our weights and config: Hugging Face folders, nanoGPT checkpoints.
 
 GPT2LMHeadModel has our names but keeps the matrices of its blocks transposed. Qwen3ForCausalLM
 keeps apart what we stack: queries, keys and values, and the two halves of a SwiGLU.
@@ -85,7 +85,7 @@ def from_hf(weights: dict[str, torch.Tensor], config: GPTConfig) -> dict[str, to
     constants = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # in old files
     for name in weights:
         if name not in expected and not name.endswith(constants):
-            raise ValueError(f"the weights have {name}, which has no place in the model")
+            raise ValueError(f"the weights have {name}, which the model does not have")
     return {ours: torch.cat([weights[name].t() if is_transposed(name) else weights[name]
                              for name in theirs])
             for ours, theirs in names.items()}
@@ -228,7 +228,6 @@ def from_nanogpt(checkpoint: dict, path: Path) -> dict:
     return {
         "model": {name.removeprefix("_orig_mod."): weight for name, weight in weights},
         "model_args": checkpoint["model_args"] | {"gelu": "none"},
-        "optimizer": checkpoint.get("optimizer"),
         "step": checkpoint["iter_num"],
         "best_val_loss": float(checkpoint.get("best_val_loss", "inf")),
         "config": checkpoint["config"],

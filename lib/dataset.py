@@ -138,10 +138,10 @@ def collate(stream: TokenStream, spans: np.ndarray, eot: int) -> tuple[torch.Ten
 
 def permute(i: np.ndarray, n: int, key: int) -> np.ndarray:
     """
-    Return the images of the positions i under a random permutation of 0 ... n - 1.
+    Map positions i by a random permutation of 0 ... n - 1.
 
-    The permutation is never stored: it is a Feistel network on the next even number of bits,
-    applied again to results outside of n.
+    Nothing is stored: a Feistel network permutes all numbers of an even bit width and is applied
+    again while a result is n or more.
     """
     half = max(1, (int(n - 1).bit_length() + 1) // 2)
     mask = np.uint64((1 << half) - 1)
@@ -167,8 +167,8 @@ class TrainBatches:
     epoch uses every row once, in a new order.
 
     batching 'windows': rows of block_size tokens, cut at a new offset in each epoch. 'by_length':
-    one document per row, documents of similar length together and padded to the longest. They are
-    sorted within pools of 64 batches only: otherwise the texts of a batch would be too similar.
+    one document per row, with others of similar length, padded to the longest. Documents are
+    sorted only within random pools of 64 batches, so that batches differ in every epoch.
     """
 
     def __init__(self, stream: TokenStream, block_size: int, batch_size: int, seed: int,
@@ -196,11 +196,11 @@ class TrainBatches:
         position = i * self.batch_size + np.arange(self.batch_size)
         starts = np.empty(self.batch_size, dtype=np.int64)
         for epoch in np.unique(position // self.n_windows):
-            here = position // self.n_windows == epoch
+            in_epoch = position // self.n_windows == epoch
             key = self.key(epoch)
             offset = np.random.default_rng(key).integers(self.n_offsets)
-            window = permute(position[here] % self.n_windows, self.n_windows, key)
-            starts[here] = 1 + offset + self.block_size * window
+            window = permute(position[in_epoch] % self.n_windows, self.n_windows, key)
+            starts[in_epoch] = 1 + offset + self.block_size * window
         return np.stack([starts, starts + self.block_size], axis=1)
 
     def documents_of_batch(self, i: int) -> np.ndarray:
@@ -250,7 +250,7 @@ def eval_batches(stream: TokenStream, block_size: int, batch_size: int, batching
     Yield the leading max_batches (0: all) batches of a split, always the same. Ranks share them.
 
     stride: overlap windows, so that each token is predicted from at least block_size - stride
-    tokens where there are so many (0: no overlap).
+    tokens, except at the start of the split (0: no overlap).
     """
     check_batching(batching)
     if stride and batching != "windows":

@@ -15,13 +15,14 @@ from model import GPT, KVCache
 @dataclass
 class Sampling:
     """
-    A sampler. Its settings mean what they mean in transformers and apply in this order.
+    A sampler. Its settings have the same meaning as in transformers and apply in this order:
 
-    repetition_penalty makes the tokens of the text less probable (1: off). no_repeat_ngram forbids
-    to complete a sequence of so many tokens a second time (0: off). temperature divides the logits
-    (0: the most probable token). Then one token is sampled from the top_k most probable ones (0:
-    all), of these from the fewest with a total probability of top_p (1: all), and of these from
-    those with at least min_p of the highest probability (0: all).
+    repetition_penalty: lower the probability of tokens that already occur (1: off)
+    no_repeat_ngram: never produce the same n-gram twice (0: off)
+    temperature: divide the logits (0: always the most probable token)
+    top_k: keep the k most probable tokens (0: all)
+    top_p: keep the fewest tokens whose total probability reaches top_p (1: all)
+    min_p: keep tokens with at least min_p of the highest probability (0: all)
     """
     temperature: float = 1.0
     top_k: int = 0
@@ -42,26 +43,26 @@ class Sampling:
         if not 0 < self.repetition_penalty < math.inf:
             raise ValueError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
 
-    def __call__(self, logits: torch.Tensor, text: torch.Tensor,
+    def __call__(self, logits: torch.Tensor, ids: torch.Tensor,
                  pad: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the next tokens (B,) for logits (B, V) after text (B, T), padded at the left."""
-        logits = self.penalize(logits, text, pad)
+        """Return the next tokens (B,) for logits (B, V) after ids (B, T), padded at the left."""
+        logits = self.penalize(logits, ids, pad)
         if self.temperature == 0:
             return logits.argmax(dim=-1)
-        logits, tokens = self.candidates(logits)
+        logits, candidates = self.candidates(logits)
         p = logits.softmax(dim=-1)
         noise = torch.empty_like(p).exponential_(generator=self.generator)
         sampled = (p / noise).argmax(dim=-1, keepdim=True)  # (B, 1), distributed as p
-        return (sampled if tokens is None else tokens.gather(1, sampled))[:, 0]
+        return (sampled if candidates is None else candidates.gather(1, sampled))[:, 0]
 
-    def penalize(self, logits: torch.Tensor, text: torch.Tensor,
+    def penalize(self, logits: torch.Tensor, ids: torch.Tensor,
                  pad: torch.Tensor | None = None) -> torch.Tensor:
-        """Apply repetition_penalty and no_repeat_ngram to logits (B, V) after text (B, T)."""
-        penalty, n, T = self.repetition_penalty, self.no_repeat_ngram, text.size(1)
+        """Apply repetition_penalty and no_repeat_ngram to logits (B, V) after ids (B, T)."""
+        penalty, n, T = self.repetition_penalty, self.no_repeat_ngram, ids.size(1)
         if penalty == 1 and n == 0:
             return logits
-        real = torch.arange(T, device=text.device) >= (0 if pad is None else pad[:, None])
-        real = real.expand_as(text)  # (B, T), False for padding
+        real = torch.arange(T, device=ids.device) >= (0 if pad is None else pad[:, None])
+        real = real.expand_as(ids)  # (B, T), False for padding
 
         def mark(tokens: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
             """Return (B, V), True for those of tokens (B, n) for which where (B, n) is True."""
@@ -70,10 +71,10 @@ class Sampling:
 
         if penalty != 1:
             less = torch.where(logits > 0, logits / penalty, logits * penalty)
-            logits = torch.where(mark(text, real), less, logits)
+            logits = torch.where(mark(ids, real), less, logits)
         if 0 < n <= T:
-            grams = text.unfold(1, n, 1)  # (B, T - n + 1, n)
-            same = (grams[..., :-1] == text[:, None, T - n + 1:]).all(dim=-1)
+            grams = ids.unfold(1, n, 1)  # (B, T - n + 1, n)
+            same = (grams[..., :-1] == ids[:, None, T - n + 1:]).all(dim=-1)
             repeated = mark(grams[..., -1], same & real[:, :grams.size(1)])
             logits = logits.masked_fill(repeated, -math.inf)
         return logits
@@ -128,9 +129,9 @@ def beam_search(model: GPT, idx: torch.Tensor, max_new_tokens: int, num_beams: i
     """
     Return the prompt (1, T) with the most probable continuation that num_beams beams find.
 
-    Finished texts are ranked by their log-probability over length ** length_penalty: values above 0
-    favor long ones. As in transformers with early_stopping=False. Of `sampling`, only the penalties
-    apply. Raises ValueError where prompt and continuation exceed block_size.
+    Finished continuations are ranked by log-probability / length ** length_penalty, as in
+    transformers with early_stopping=False: above 0 favors long ones. Only the penalties of
+    `sampling` apply. Raises ValueError if prompt and continuation exceed block_size.
     """
     T, V, block_size = idx.size(1), model.config.vocab_size, model.config.block_size
     sampling = sampling or Sampling()
@@ -140,28 +141,28 @@ def beam_search(model: GPT, idx: torch.Tensor, max_new_tokens: int, num_beams: i
     if T + max_new_tokens > block_size:
         raise ValueError(f"beam search needs room for the prompt ({T} tokens) and max_new_tokens "
                          f"({max_new_tokens}) in block_size ({block_size})")
-    text, cache = idx.expand(num_beams, T), KVCache(block_size)
-    scores = torch.zeros(num_beams, device=idx.device)  # log-probabilities of the beams
-    scores[1:] = -1e9  # all beams are equal at first: continue only one of them
-    ended: list[tuple[float, torch.Tensor]] = []  # the best finished texts with their ranks
+    ids, cache = idx.expand(num_beams, T), KVCache(block_size)
+    log_probs = torch.zeros(num_beams, device=idx.device)
+    log_probs[1:] = -1e9  # all beams are equal at first: continue only one of them
+    ended: list[tuple[float, torch.Tensor]] = []  # the best finished ones, with their scores
     for n in range(1, max_new_tokens + 1):
-        states = model.hidden(text[:, cache.length:], cache)
+        states = model.hidden(ids[:, cache.length:], cache)
         log_p = model.lm_head(states[:, -1]).float().log_softmax(dim=-1)  # (num_beams, V)
-        log_p = sampling.penalize(log_p, text)
-        # each beam can end in one way only, so at least num_beams of these go on
-        best = (scores[:, None] + log_p).flatten().topk(min(2 * num_beams, num_beams * V))
+        log_p = sampling.penalize(log_p, ids)
+        # each beam has only one ending, so at least num_beams candidates continue
+        best = (log_probs[:, None] + log_p).flatten().topk(min(2 * num_beams, num_beams * V))
         parents, tokens = best.indices // V, best.indices % V
         ends = (tokens == stop_token) | (n == max_new_tokens)
         for i in ends[:num_beams].nonzero()[:, 0].tolist():
-            rank = best.values[i].item() / n**length_penalty
-            ended.append((rank, torch.cat((text[parents[i]], tokens[i:i + 1]))))
+            score = best.values[i].item() / n**length_penalty
+            ended.append((score, torch.cat((ids[parents[i]], tokens[i:i + 1]))))
         ended = sorted(ended, key=lambda pair: -pair[0])[:num_beams]
         going = (~ends).nonzero()[:num_beams, 0]
         if len(going) == 0:
             break
-        scores, parents = best.values[going], parents[going]
-        if len(ended) == num_beams and scores[0].item() / n**length_penalty <= ended[-1][0]:
+        log_probs, parents = best.values[going], parents[going]
+        if len(ended) == num_beams and log_probs[0].item() / n**length_penalty <= ended[-1][0]:
             break
-        text = torch.cat((text[parents], tokens[going, None]), dim=1)
+        ids = torch.cat((ids[parents], tokens[going, None]), dim=1)
         cache.reorder(parents)
     return ended[0][1][None] if ended else idx

@@ -89,7 +89,7 @@ class Ranks:
         values = self.gather(value)
         for number, other in enumerate(values):
             if other != values[0]:
-                fail(f"rank {number} has {what} {other}, but rank 0 {values[0]}: give all "
+                fail(f"{what} differs: {values[0]} on rank 0, {other} on rank {number}; give all "
                      "machines the same")
 
     @contextlib.contextmanager
@@ -109,19 +109,21 @@ class StopSignal:
     """
     SIGINT and SIGTERM as a request to finish the step, save and exit.
 
-    `number` is 0 until a signal arrives. A second SIGINT exits at once, except under torchrun,
+    `requested` tells whether one has arrived. A second SIGINT exits at once, except under torchrun,
     which repeats the terminal's signal to its ranks.
     """
 
     def __init__(self, ranks: Ranks):
-        self.ranks, self.number = ranks, 0
+        self.ranks, self.requested = ranks, False
         signal.signal(signal.SIGINT, self.receive)
         signal.signal(signal.SIGTERM, self.receive)
 
-    def receive(self, number: int, frame: object) -> None:
-        if self.number and number == signal.SIGINT and not self.ranks.distributed:
+    def receive(self, signum: int, frame: object) -> None:
+        if self.requested and signum == signal.SIGINT and not self.ranks.distributed:
             os._exit(130)
-        if not self.number and self.ranks.master:
-            # not print, which the signal may have interrupted
-            os.write(2, b"\nstopping after this step; Ctrl-C again exits at once, without saving\n")
-        self.number = number
+        message = b"\nstopping after this step; Ctrl-C again exits at once, without saving\n"
+        if self.ranks.distributed:
+            message = b"\nstopping at the next log line, then saving\n"
+        if not self.requested and self.ranks.master:
+            os.write(2, message)  # not print, which the signal may have interrupted
+        self.requested = True

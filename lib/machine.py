@@ -21,7 +21,7 @@ PEAK_FLOPS = {
 
 
 def resolve_device(device: str) -> str:
-    """Return the device that 'auto' stands for: cuda, else mps, else cpu. Check any other."""
+    """Resolve 'auto': cuda, else mps, else cpu. Raise ValueError if a device cannot be used."""
     if device == "auto":
         if torch.cuda.is_available():
             return "cuda"
@@ -56,7 +56,7 @@ def resolve_dtype_for(model: torch.nn.Module, dtype: str, device: str) -> str:
 
 
 def measure_dtype(model: torch.nn.Module) -> str:
-    """Return float32 or bfloat16, whichever takes a GPT on the CPU forward and backward faster."""
+    """Return float32 or bfloat16, whichever trains this GPT faster on the CPU."""
     if model.lm_head.weight.dtype == torch.int8:
         return "float32"  # its products are of integers, and it has no backward pass
     T = min(128, model.config.block_size)
@@ -81,7 +81,7 @@ def autocast(device: str, dtype: str) -> contextlib.AbstractContextManager:
 
 
 def resolve_loss_chunk(loss_chunk: int, device: str, vocab_size: int) -> int:
-    """Return what -1 stands for: 256 where that is faster, on a CPU with many tokens, else 0."""
+    """Resolve -1: 256 on a CPU with a large vocabulary, where it is faster, else 0."""
     if loss_chunk >= 0:
         return loss_chunk
     return 256 if device == "cpu" and vocab_size >= 4096 else 0
@@ -127,6 +127,8 @@ def synchronize(device: str) -> None:
     """Wait until a GPU has finished its work."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
+    elif device.startswith("mps"):
+        torch.mps.synchronize()
 
 
 def median_seconds(f: Callable[[], object], repeats: int = 5, device: str = "cpu") -> float:

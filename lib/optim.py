@@ -31,8 +31,8 @@ def make_optimizers(model: GPT, optimizer: str, weight_decay: float, learning_ra
         {"params": [block.mlp.c_proj.weight for block in blocks]},
     ]
     stacked = {block.attn.c_attn.weight: block.attn.qkv_sizes for block in blocks}
-    if model.config.arch != "gpt2":
-        stacked |= {block.mlp.c_fc.weight: [n_inner, n_inner] for block in blocks}  # SwiGLU
+    if model.config.arch == "qwen3":  # SwiGLU stacks gate and up
+        stacked |= {block.mlp.c_fc.weight: [n_inner, n_inner] for block in blocks}
     matrices = {p for group in groups for p in group["params"]}
     adamw = model.configure_optimizers(weight_decay, learning_rate, betas, device_type)
     for group in adamw.param_groups:
@@ -45,7 +45,7 @@ class Muon(torch.optim.Optimizer):
     Momentum with orthogonalized updates, which change every direction of a matrix equally.
 
     The update of an (r, c) matrix has the spectral norm 4 * lr * sqrt(max(1, r / c)). The factor 4
-    lets one learning rate serve AdamW too; the root lets it serve models of any width
+    makes one learning rate suit both Muon and AdamW, and the root models of any width
     (https://arxiv.org/abs/2310.17813). Source: https://kellerjordan.github.io/posts/muon/
 
     stacked: for parameters that hold several matrices on top of each other, their heights.
@@ -61,6 +61,7 @@ class Muon(torch.optim.Optimizer):
     def step(self) -> None:
         """Update the parameters; change nothing where the tensor found_inf is 1."""
         device = self.param_groups[0]["params"][0].device
+        # 1 to update, 0 to change nothing
         go = 1 - getattr(self, "found_inf", torch.zeros((), device=device))
         by_shape = {}  # (r, c) -> [(update, matrix, group)], orthogonalized in one batch
         for group in self.param_groups:
@@ -87,9 +88,9 @@ def orthogonalize(g: torch.Tensor) -> torch.Tensor:
     """
     Return about U V^T of the singular value decompositions U S V^T of matrices (n, r, c).
 
-    Five Newton-Schulz steps bring the singular values between 0.7 and 1.2; they are products only.
+    Five Newton-Schulz steps bring the singular values between 0.7 and 1.2, with products only.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315
+    a, b, c = 3.4445, -4.7750, 2.0315  # from that source, to raise small values fast
     x = g.bfloat16() if g.is_cuda else g  # few CPUs are fast in bfloat16
     tall = x.size(1) > x.size(2)
     x = x.mT if tall else x
@@ -103,10 +104,10 @@ def orthogonalize(g: torch.Tensor) -> torch.Tensor:
 def step(model: nn.Module, optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler,
          grad_clip: float) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Clip the gradient to the norm grad_clip (0: do not), update the parameters, clear the gradient.
+    Clip the gradient norm to grad_clip (0: no clipping), update the parameters, clear gradients.
 
-    A bad step, one whose gradient is not finite, changes nothing. Return the norm of the gradient
-    before clipping and whether the step is bad, as tensors () on the device, not waiting for it.
+    A bad step, with a non-finite gradient, changes nothing. Return the norm before clipping and
+    whether the step is bad, as tensors () on the device, so that nothing waits for it.
     """
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
@@ -121,7 +122,7 @@ def step(model: nn.Module, optimizers: list[torch.optim.Optimizer], scaler: torc
 
 def step_unless(bad: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
     """
-    Make an optimizer's step unless the tensor `bad` () is true.
+    Step the optimizer unless the tensor bad () is true.
 
     Fused optimizers decide this on the device: torch's GradScaler tells them with the attribute
     found_inf, and grad_scale is None once the gradients are unscaled. Others wait for the value.
@@ -134,17 +135,17 @@ def step_unless(bad: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
 
 
 def scheduled_lr(step: int, schedule: str, learning_rate: float, min_lr: float, warmup_iters: int,
-                 end: float, progress_in_time: float = 0.0) -> float:
+                 end: float, time_share: float = 0.0) -> float:
     """
     Return the learning rate of a step: linear warmup, then the schedule down to min_lr.
 
-    min_lr is reached at step `end`, or earlier where progress_in_time, the elapsed share of the
+    min_lr is reached at step `end`, or earlier where time_share, the elapsed share of the
     time budget, is ahead of the steps.
     """
     if step < warmup_iters:
         return learning_rate * (step + 1) / warmup_iters
     progress = (step - warmup_iters) / max(1, end - warmup_iters)
-    factor = schedule_factor(schedule, min(1.0, max(progress_in_time, progress)))
+    factor = schedule_factor(schedule, min(1.0, max(time_share, progress)))
     return min_lr + (learning_rate - min_lr) * factor
 
 

@@ -1,7 +1,7 @@
 """
 Faster layers for inference: int8 weights, and a matrix product for few rows on a CPU.
 
-The model itself knows neither. int8 layers replace its layers before int8 weights are loaded;
+model.py knows nothing of them. int8 layers replace its layers before int8 weights are loaded;
 prepare_for_inference() replaces the float ones afterwards.
 """
 import warnings
@@ -62,10 +62,10 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 class FastLinear(nn.Module):
     """
-    A Linear that reads its weights twice as fast on a CPU where the input has few rows.
+    A Linear layer that is up to twice as fast on a CPU for few rows, as in generation.
 
-    That is so in generation. MKL reads memory at half its speed unless the product is of shape
-    (N, C) by (C, rows) and, for a single row, also a batch of them.
+    MKL uses the full memory bandwidth only for products (N, C) @ (C, rows) and, for a single row,
+    only if they are batched.
     """
 
     def __init__(self, linear: nn.Linear):
@@ -100,8 +100,8 @@ class Int8Linear(nn.Module):
     """
     A Linear with int8 weights and one scale per output.
 
-    Activations stay float. After pack(), on CPUs for which torch has fbgemm (any x86), they are
-    rounded to 7 bits during the product: the fastest of torch's int8 products from two rows on.
+    Activations stay float. After pack(), on x86 CPUs, they are rounded to 7 bits during the
+    product, torch's fastest int8 product for two rows or more.
     """
 
     def __init__(self, linear: nn.Linear):
@@ -131,12 +131,13 @@ class Int8Linear(nn.Module):
             parts = [F.linear(x, w.to(x.dtype)) for w in self.weight.split(8192)]
             y = torch.cat(parts, dim=-1) * self.weight_scale
             return y if self.bias is None else y + self.bias
-        linear = torch.ops.quantized.linear_dynamic  # True: 7 bits, for products of 8 may overflow
+        linear = torch.ops.quantized.linear_dynamic
+        # reduce_range: activations of 7 bits, as sums of 8-bit products can overflow
         if x.numel() == x.size(-1):
-            return linear(x.float(), self.packed, True)
+            return linear(x.float(), self.packed, reduce_range=True)
         # normalize the rows, or the largest one would decide how coarsely the others are rounded
         size = x.float().abs().amax(dim=-1, keepdim=True).clamp(min=1e-12)
-        y = linear(x / size, self.packed, True)
+        y = linear(x / size, self.packed, reduce_range=True)
         if self.bias is None:
             return y.mul_(size)
         return torch.addcmul(self.bias, y.sub_(self.bias), size)

@@ -55,18 +55,18 @@ class RunLog:
 
 
 def is_spike(loss: float, recent: list[float]) -> bool:
-    """Return whether a loss is more than four standard deviations above the recent ones."""
+    """Return whether a loss is NaN or over four standard deviations above the recent mean."""
     if len(recent) < 10:
         return False
     return not loss <= statistics.mean(recent) + 4 * statistics.stdev(recent)
 
 
 def open_logger(logger: str, out_dir: str, config: dict,
-                step: int) -> Callable[[int, dict], object]:
+                first_step: int) -> Callable[[int, dict], object]:
     """
     Return a function of a step and its metrics that sends them to a service.
 
-    logger: 'wandb', 'tensorboard', 'trackio', or '' for none. step: where a resumed run continues.
+    logger: 'wandb', 'tensorboard', 'trackio', or '' for none. first_step: where the run continues.
     """
     name = Path(out_dir).name
     try:
@@ -76,7 +76,7 @@ def open_logger(logger: str, out_dir: str, config: dict,
             return lambda step, metrics: run.log(metrics, step=step)
         if logger == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
-            writer = SummaryWriter(out_dir, purge_step=step)
+            writer = SummaryWriter(out_dir, purge_step=first_step)
             atexit.register(writer.close)
             return lambda step, metrics: [writer.add_scalar(key, value, step)
                                           for key, value in metrics.items() if value is not None]

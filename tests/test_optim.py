@@ -108,7 +108,7 @@ def test_schedules():
     ]
     assert rates == pytest.approx([2, 8, 8, 5, 2, 2])
     assert scheduled_lr(
-        5, "linear", 8.0, 2.0, warmup_iters=4, end=10, progress_in_time=0.5
+        5, "linear", 8.0, 2.0, warmup_iters=4, end=10, time_share=0.5
     ) == pytest.approx(5)
     with pytest.raises(ValueError, match="warp"):
         schedule_factor("warp", 0)
