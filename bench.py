@@ -426,7 +426,7 @@ def bench_generate(c: SimpleNamespace, peer, trained: GPT | None) -> dict:
         if peer:
             row |= dict(ratio=speeds[0] / speeds[2], int8_ratio=speeds[1] / speeds[2])
         for i, side in enumerate(sides):
-            line = f"{B:3} texts: first token {1000 * to_first[i]:7.1f} ms, {speeds[i]:9,.1f} tokens/s"
+            line = f"{B:3} texts: first {1000 * to_first[i]:7.1f} ms, {speeds[i]:9,.1f} tokens/s"
             if side.ours:
                 line += f", weights read at {weight_bytes[i] * speeds[i] / B / 1e9:5.1f} GB/s"
                 line += f", {speeds[i] / speeds[2]:6.2f} times as fast" if peer else ""
