@@ -109,7 +109,8 @@ def read_checkpoint(path: Path) -> dict:
 
 def check_checkpoint(checkpoint: dict, path: Path) -> None:
     """Raise ValueError unless a checkpoint has the keys that every checkpoint has."""
-    wrong = [name for name, kind in REQUIRED.items() if type(checkpoint.get(name)) is not kind]
+    wrong = [name for name, kind in REQUIRED.items()
+             if not isinstance(value := checkpoint.get(name), kind) or isinstance(value, bool)]
     if (wrong or checkpoint["step"] < 0
             or not isinstance(checkpoint["config"].get("dataset"), str)
             or not isinstance(checkpoint["meta"].get("tokenizer"), dict)):
