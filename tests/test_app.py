@@ -561,9 +561,8 @@ def test_a_user_stops(page):
     until(grows)
     ordered = sorted(texts, key=len)
     assert all(b.startswith(a) for a, b in zip(ordered, ordered[1:]) if a.startswith("ab"))
-    page.get_by_role("button", name="Stop").click()
     with page.expect_response("**/reset"):
-        pass
+        page.get_by_role("button", name="Stop").click()
     text = page.locator("#sample textarea").input_value()
     choose(page, "fables")  # another sample can be generated now
     page.locator("#prompt textarea").fill("Once upon")
