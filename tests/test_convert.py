@@ -118,7 +118,7 @@ def test_the_tokenizer_of_gpt2_is_recognized(tmp_path):
     ({}, lambda w: w.update({"model.layers.1.mlp.up_proj.weight": torch.zeros(40, 15)}),
      "model.layers.1.mlp.up_proj.weight has the shape (40, 15), not (40, 16)"),
     ({}, lambda w: w.update({"model.layers.2.mlp.up_proj.weight": torch.zeros(40, 16)}),
-     "up_proj.weight, which has no place"),
+     "up_proj.weight, which the model does not have"),
     ({"hidden_act": "gelu"}, None, "its hidden_act is 'gelu'; only 'silu' is supported"),
     ({"attention_bias": True}, None, "its attention_bias is True"),
     ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, None,
