@@ -40,6 +40,7 @@ from lib.configurator import (
     coerce,
     configure,
     from_text,
+    one_line,
     one_of,
     settings_of,
     user_errors,
@@ -267,7 +268,7 @@ def fits(tokenizer, prompt: str) -> bool:
 
 def alert(error: Exception) -> str:
     """Return an error as one line."""
-    return f'<div role="alert">error: {html.escape(" ".join(str(error).split()))}</div>'
+    return f'<div role="alert">error: {html.escape(one_line(error))}</div>'
 
 
 # -----------------------------------------------------------------------------

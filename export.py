@@ -22,7 +22,7 @@ import torch
 
 import lib.tokenizer
 from lib.checkpoint import build_model, load_checkpoint, save_checkpoint
-from lib.configurator import configure, one_of, user_errors
+from lib.configurator import configure, one_line, one_of, user_errors
 from lib.convert import config_to_hf, is_transposed, to_hf
 from lib.files import sync_file
 from lib.quantize import quantize_int8
@@ -424,7 +424,7 @@ def upload(files: list[Path], name: str) -> object:
         url = HfApi().create_repo(name, exist_ok=True)
         HfApi().upload_folder(repo_id=name, folder_path=files[0].parent, allow_patterns=names)
     except Exception as error:  # an upload can fail in any way
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise ValueError(f"{files[0]} is written, but could not be uploaded ({reason}): log in "
                          "with `hf auth login`, then retry with --overwrite=True") from None
     return url

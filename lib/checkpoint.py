@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from lib.configurator import one_line
 from lib.convert import OPENAI, download_openai, from_nanogpt, read_hugging_face
 from lib.files import open_synced
 from lib.quantize import prepare_for_inference, quantize_int8, use_int8_layers
@@ -97,7 +98,7 @@ def read_checkpoint(path: Path) -> dict:
     except OSError:
         raise
     except Exception as error:  # a damaged file can make the reader fail in any way
-        reason = " ".join(str(error).split())[:100]
+        reason = one_line(error, 100)
         raise ValueError(f"{path} is damaged or not a checkpoint ({reason})") from None
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} is not a checkpoint: it holds a {type(checkpoint).__name__}")
@@ -233,7 +234,7 @@ def build_model(checkpoint: dict, where: object, device: str = "cpu", **changes)
     try:
         return model_from_weights(config, checkpoint["model"], device)
     except (TypeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, 300)
         raise ValueError(f"{where} does not fit the model: {reason}") from None
 
 

@@ -26,10 +26,15 @@ NANOGPT_ONLY = {"wandb_log", "wandb_project", "wandb_run_name"}  # accepted in i
 RENAMED = {"softmax_words": "softmax_tokens"}  # old names of settings
 
 
+def one_line(message: object, length: int | None = None) -> str:
+    """Return a message, such as an exception, on one line of at most `length` characters."""
+    return " ".join(str(message).split())[:length]
+
+
 def fail(message: object) -> None:
     """Print one error line and exit with status 2. Of many ranks only rank 0 prints."""
     if os.environ.get("RANK", "0") == "0":
-        print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
+        print("error: " + one_line(message), file=sys.stderr, flush=True)
     else:
         time.sleep(2)  # torchrun ends all ranks when the first one exits: rank 0 prints before
     sys.exit(2)

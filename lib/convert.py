@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from lib.configurator import one_line
 from lib.tokenizer import meta_of, read_nanogpt_characters, read_tokenizer_json
 from model import GPT, GPTConfig
 
@@ -200,7 +201,7 @@ def read_hugging_face(folder: Path) -> dict:
     except OSError:
         raise
     except Exception as error:  # a damaged file can make the reader fail in any way
-        reason = " ".join(str(error).split())[:150]
+        reason = one_line(error, 150)
         raise ValueError(f"{folder} is not a Hugging Face model that can be read here "
                          f"({type(error).__name__}: {reason})") from None
     return trained | {"model": weights, "model_args": asdict(config)}

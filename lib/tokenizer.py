@@ -27,6 +27,8 @@ from pathlib import Path
 
 import numpy as np
 
+from lib.configurator import one_line
+
 EOT = "<|endoftext|>"
 PAD, UNK = "<PAD>", "<UNK>"
 KINDS = ("gpt2", "bpe", "char", "word", "pieces")
@@ -390,7 +392,7 @@ def read_nanogpt_characters(path: Path) -> dict:
     except OSError:
         raise
     except Exception as error:  # a damaged pickle can make the reader fail in any way
-        reason = " ".join(str(error).split())[:100]
+        reason = one_line(error, 100)
         raise ValueError(f"{path} is not what nanoGPT's prepare.py writes "
                          f"({type(error).__name__}: {reason})") from None
     return {"kind": "char", "vocab": vocab}
