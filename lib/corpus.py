@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from lib.configurator import one_line
 from lib.dataset import split_files
 from lib.files import open_synced
 from lib.tokenizer import EOT, KINDS, leading, meta_of, read_nanogpt_characters
@@ -129,7 +130,7 @@ def ask_hub(name: str, subset: str = "", **options):
     try:
         return load_dataset(name, subset or None, **options)
     except Exception as error:  # a download can fail in any way
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+        reason = f"{type(error).__name__}: {one_line(error, 150)}"
         raise ValueError(f"{name} is not a local file, and the Hugging Face hub cannot be reached "
                          f"or does not have it ({reason}): give a local copy with "
                          "--source=FOLDER") from None
