@@ -6,11 +6,13 @@ Train a GPT from scratch, resume a run, or fine-tune a model.
     torchrun --nproc_per_node=2 train.py
 """
 import contextlib
+import functools
 import math
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -22,7 +24,7 @@ from lib import machine, optim
 from lib.configurator import at_least, configure, one_of, user_errors
 from lib.convert import OPENAI
 from lib.corpus import load_meta
-from lib.dataset import TokenStream, TrainBatches, eval_batches, prefetch
+from lib.dataset import TokenStream, TrainBatches, eval_batches, eval_spans, prefetch
 from lib.distributed import Ranks, StopSignal
 from lib.files import lock_run, write_atomically
 from lib.loss import check_softmax_tokens, evaluate, make_loss
@@ -35,7 +37,7 @@ from model import GPT, GPTConfig
 out_dir = "out"  # checkpoints, log.jsonl and loss.png
 eval_interval = 250  # steps between evaluations; each also saves a checkpoint
 log_interval = 10  # steps between log lines
-eval_iters = 20  # evaluate on the first eval_iters batches of each split (0: the whole split)
+eval_iters = 20  # evaluate on the first eval_iters batches of a split (0: as many as val has)
 eval_only = False  # evaluate once, write nothing, exit
 patience = 0  # stop after this many evaluations without a lower validation loss (0: never)
 always_save_checkpoint = True  # save last.pt at every evaluation, not only at the best one
@@ -65,7 +67,7 @@ optimizer = "adamw"  # or 'muon': Muon for the matrices of the blocks, AdamW for
 learning_rate = 1e-3  # highest learning rate
 max_iters = 20000  # steps; the default does not apply if another limit below is set
 max_epochs = 0.0  # passes over the training data (0: no limit)
-max_minutes = 0.0  # wall-clock time, evaluations included (0: no limit)
+max_minutes = 0.0  # of the loop with its evaluations, without start-up (0: no limit)
 weight_decay = 0.1  # of matrices and embeddings
 beta1 = 0.9
 beta2 = 0.99  # longer memory than GPT-2's 0.95, for small batches
@@ -100,7 +102,6 @@ config, given = configure(
 
 def check_settings(world_size: int) -> None:
     """Raise ValueError for settings that do not fit together."""
-    check_softmax_tokens(softmax_tokens, batch_size * block_size)
     if init_from not in ("scratch", "resume", "auto", *OPENAI) and not Path(init_from).is_dir():
         raise ValueError(f"init_from must be scratch, resume, auto, the folder of a model, or "
                          f"{', '.join(OPENAI)}; got {init_from!r}")
@@ -110,33 +111,49 @@ def check_settings(world_size: int) -> None:
 
 
 def micro_batches(batches: TrainBatches, step: int, ranks: Ranks) -> Iterator:
-    """Yield this rank's micro-batches from `step` on."""
+    """Yield this rank's micro-batches from `step` on: inputs, targets and weight."""
     while True:
         first = step * gradient_accumulation_steps
         for i in range(first + ranks.rank, first + gradient_accumulation_steps, ranks.world_size):
-            yield batches.batch(i)
+            yield *batches.batch(i), torch.tensor(batches.weight(i))
         step += 1
 
 
-def forward_backward(model, x, y, autocast, scaler, micro_steps: int) -> torch.Tensor:
+def forward_backward(model, x, y, weight, autocast, scaler, micro_steps: int) -> torch.Tensor:
     """Add the gradient of a micro-batch, one of micro_steps; return its share of the loss."""
     with autocast:
-        _, loss = model(x, y)
-        scaler.scale(loss / micro_steps).backward()
-    return loss.detach() / micro_steps
+        loss = model(x, y)[1] * weight / micro_steps
+        scaler.scale(loss).backward()
+    return loss.detach()
 
 
-def mean_loss(model: GPT, stream: TokenStream, eot: int, ranks: Ranks, autocast) -> float:
-    """Return the loss in nats per token over the leading eval_iters batches of a split, or all."""
-    mine = eval_batches(stream, block_size, batch_size, batching, eot, eval_iters, ranks.rank,
-                        ranks.world_size)
-    nats, tokens = ranks.sum(evaluate(model, prefetch(mine, device), autocast), device)
-    return nats / tokens
+def mean_losses(model: GPT, streams: dict[str, TokenStream], eot: int, max_batches: int,
+                ranks: Ranks, stop: StopSignal, autocast) -> dict[str, float]:
+    """Return the loss of each split in nats per token, or {} if any rank was told to stop."""
+    losses = {}
+    for split, stream in streams.items():
+        mine = prefetch(eval_batches(stream, block_size, batch_size, batching, eot, max_batches,
+                                     ranks.rank, ranks.world_size), device)
+        until_stop = takewhile(lambda batch: not stop.requested, mine)
+        nats, tokens, stops = ranks.sum([*evaluate(model, until_stop, autocast), stop.requested],
+                                        device)
+        if stops:
+            return {}
+        losses[split] = nats / tokens
+    return losses
+
+
+def current_lr(state: ckpt.RunState, last_step: float) -> float:
+    """Return the learning rate of the next step."""
+    time_share = state.seconds / (60 * max_minutes) if max_minutes else 0.0
+    return state.lr_scale * optim.scheduled_lr(
+        state.step, schedule, learning_rate, min_lr if decay_lr else learning_rate, warmup_iters,
+        lr_decay_iters or last_step, time_share)
 
 
 def save(name: str, model: GPT, state: ckpt.RunState, meta: dict, optimizers: list = (),
          scaler=None) -> None:
-    """Save best.pt, or last.pt if optimizers and a scaler are given."""
+    """Save best.pt, or with optimizers and scaler what a run is resumed from."""
     if not all(p.isfinite().all() for p in model.parameters()):
         return say(f"step {state.step}: the model is not finite and was not saved")
     checkpoint = {"model": model.state_dict(), "model_args": asdict(model.config),
@@ -155,11 +172,13 @@ ranks = Ranks.from_environment()
 sys.stdout.reconfigure(line_buffering=True)  # a redirected log can be read while it grows
 say = tqdm.write if ranks.master else lambda text: None
 with user_errors():
-    check_settings(ranks.world_size)
     device = machine.resolve_device(device)
     dtype = machine.resolve_dtype(dtype, device)
 device = ranks.start(device, backend)
 device_type = device.split(":")[0]
+ranks.check_same({name: value for name, value in config.items() if name != "device"})
+with ranks.user_errors():
+    check_settings(ranks.world_size)
 stop = StopSignal(ranks)
 
 # -----------------------------------------------------------------------------
@@ -168,27 +187,25 @@ with ranks.user_errors():
     folder = Path("data") / dataset
     meta = load_meta(folder)
     streams = {split: TokenStream(folder, split, meta) for split in ("train", "val")}
-    batches = TrainBatches(streams["train"], block_size, batch_size, seed, batching, meta["eot"])
-    for stream in streams.values() if ranks.local_rank == 0 else ():
-        stream.check(meta)
-hashes = [meta["splits"].get(split, {}).get("sha256", len(streams[split])) for split in streams]
-ranks.check_same("the data", hashes)
-rows_per_step = batch_size * gradient_accumulation_steps
-last_step = max_iters if "max_iters" in given or not (max_epochs or max_minutes) else math.inf
-if max_epochs:
-    last_step = min(last_step, math.ceil(max_epochs * batches.rows_per_epoch / rows_per_step))
+    checksums = [meta["splits"].get(split, {}).get("sha256", len(streams[split]))
+                 for split in streams]
+    if ranks.local_rank == 0:
+        for split, stream in streams.items():  # nanoGPT's data has no checksums: add them
+            meta["splits"].setdefault(split, {})["sha256"] = stream.check(meta)
+ranks.check_same({"the data": checksums})
 
 # -----------------------------------------------------------------------------
 # Model
 machine.keep_freed_memory()
 torch.set_float32_matmul_precision("high")  # TF32 on CUDA
 with ranks.user_errors():
-    finetuned, checkpoint = None, None
+    finetuned, checkpoint, shape = None, None, {}
     if init_from not in ("scratch", "resume", "auto"):
+        asked = {name: config[name] for name in ("block_size", "dropout") if name in given}
         finetuned = ckpt.model_to_finetune(ckpt.load_checkpoint(init_from), init_from,
-                                           meta["tokenizer"], block_size, dropout)
-        config.update({k: v for k, v in asdict(finetuned.config).items() if k in config})
-    model_config = GPTConfig(
+                                           meta["tokenizer"], **asked)
+        shape = asdict(finetuned.config)
+    model_config = finetuned.config if finetuned else GPTConfig(
         arch=arch, block_size=block_size, vocab_size=meta["vocab_size"], n_layer=n_layer,
         n_head=n_head, n_kv_head=n_kv_head, n_embd=n_embd, dropout=dropout, bias=bias, tied=tied)
     ckpt.check_out_dir(out_dir, init_from, overwrite or eval_only)
@@ -198,9 +215,22 @@ with ranks.user_errors():
     if init_from in ("resume", "auto"):
         checkpoint = ckpt.find_resumable(out_dir)
     if checkpoint:
-        model_config = ckpt.config_to_resume(checkpoint, model_config, config,
-                                             meta["tokenizer"])
-ranks.check_same(f"the checkpoint step in {out_dir}", checkpoint["step"] if checkpoint else 0)
+        model_config = ckpt.config_to_resume(checkpoint, model_config, config, given, meta)
+        shape = checkpoint["config"]
+    # the shape of an existing model takes the place of settings
+    config.update({name: shape[name] for name in config.keys() & shape.keys()
+                   if name in asdict(model_config)})
+    block_size, config["dropout"] = model_config.block_size, model_config.dropout
+    check_softmax_tokens(softmax_tokens, batch_size * block_size)
+    batches = TrainBatches(streams["train"], block_size, batch_size, seed, batching, meta["eot"],
+                           gradient_accumulation_steps)
+ranks.check_same({f"the checkpoint step in {out_dir}": checkpoint["step"] if checkpoint else 0})
+last_step = max_iters if "max_iters" in given or not (max_epochs or max_minutes) else math.inf
+if max_epochs:
+    last_step = min(last_step, batches.steps_in(max_epochs))
+# compare the splits on as many batches as the smaller one usually has
+val_batches = math.ceil(len(eval_spans(streams["val"], block_size, batching, meta["eot"]))
+                        / batch_size)
 torch.manual_seed(seed)
 with ranks.user_errors():
     raw_model = (finetuned or GPT(model_config)).to(device)
@@ -233,16 +263,19 @@ if checkpoint:
     saved = checkpoint["config"]
     changed = [f"{k} {saved[k]!r} -> {v!r}" for k, v in config.items()
                if k in saved and saved[k] != v and k not in ("init_from", "overwrite", "eval_only")]
-    say(f"resuming {out_dir} at step {state.step}"
+    say(f"resuming {out_dir} at step {state.step} with learning rate "
+        f"{current_lr(state, last_step):.2e}"
         + (f", with changed settings: {', '.join(changed)}" if changed else ""))
-resumed_at = state.step if checkpoint and not eval_only else -1  # already evaluated
+    of_earlier_version = "evaluated_at" not in checkpoint
+    if of_earlier_version and batching == "by_length" and gradient_accumulation_steps > 1:
+        say("note: the batch order by length has changed since this run was started")
 
 # -----------------------------------------------------------------------------
 # Loop
 micro_steps = gradient_accumulation_steps // ranks.world_size
 model = raw_model
 if compile:
-    first = [t.to(device) for t in batches.batch(0)]
+    first = [t.to(device) for t in next(micro_batches(batches, 0, ranks))]
     model = machine.compile_or_eager(
         raw_model, lambda compiled: forward_backward(compiled, *first, autocast, scaler, 1), say)
 form = "eager" if model is raw_model else "compiled"
@@ -250,11 +283,12 @@ if ranks.distributed:
     device_ids = [ranks.local_rank] if device_type == "cuda" else None
     model = DistributedDataParallel(model, device_ids=device_ids)
 peak, peak_source = machine.peak_flops(device, dtype)
-flops_per_token = raw_model.flops_per_token(head_tokens=min(softmax_tokens, vocab_size))
+flops_per_token = functools.cache(functools.partial(  # of the length of a row
+    raw_model.flops_per_token, head_tokens=min(softmax_tokens, vocab_size)))
 n_params = raw_model.num_params()
 say(f"{n_params:,} parameters ({raw_model.num_params(non_embedding=True):,} without embeddings), "
     f"{gradient_accumulation_steps} x {batch_size} x {block_size} = "
-    f"{rows_per_step * block_size:,} tokens a step on {ranks.world_size} rank(s)")
+    f"{batches.rows_per_step * block_size:,} tokens a step on {ranks.world_size} rank(s)")
 if batching == "by_length":
     say(f"padding: {batches.padding():.1%} of a batch; {batches.padding(sort=False):.1%} if "
         "documents were in random order")
@@ -263,7 +297,7 @@ say(f"{dataset}: {len(streams['train']):,} training and {len(streams['val']):,} 
 with ranks.user_errors():
     if log.write:
         if not checkpoint:  # the run that this one replaces must not be resumed by mistake
-            for name in ("last.pt", "prev.pt", "best.pt"):
+            for name in ("last.pt", "prev.pt", "stop.pt", "best.pt"):
                 (Path(out_dir) / name).unlink(missing_ok=True)
             write_atomically(log.path, "")
         log.send = open_logger(logger, out_dir, config, state.step)
@@ -272,19 +306,28 @@ raw_model.train()
 prefetched = prefetch(micro_batches(batches, state.step, ranks), device)
 bar = tqdm(total=last_step if last_step < math.inf else None, initial=state.step, smoothing=0,
            disable=not (ranks.master and sys.stderr.isatty()))
-started, timed_from, timed_tokens = time.time() - state.seconds, time.time(), 0
-recent, stopping = log.recent_losses(), False
+started, timed_from, timed_tokens, timed_flops = time.time() - state.seconds, time.time(), 0, 0
+recent, stopping, first_step = log.recent_losses(), False, state.step
 while True:
     out_of_time = max_minutes > 0 and state.seconds >= 60 * max_minutes
     at_end = state.step >= last_step or out_of_time or eval_only
+    if stopping:  # not in last.pt, to which bad steps return
+        if log.write:
+            save("stop.pt", raw_model, state, meta, optimizers, scaler)
+        break
 
     # evaluate and save
-    if (state.step % eval_interval == 0 or at_end) and state.step != resumed_at:
+    due = state.step % eval_interval == 0 or at_end
+    if due and (state.step != state.evaluated_at or eval_only):
         paused_at = time.time()
         # on the uncompiled model: batches of other shapes would be compiled again
-        losses = {split: mean_loss(raw_model, streams[split], meta["eot"], ranks, autocast)
-                  for split in streams}
+        losses = mean_losses(raw_model, streams, meta["eot"], min(eval_iters or val_batches,
+                             val_batches), ranks, stop, autocast)
+        if not losses:  # a resume repeats this evaluation
+            stopping = True
+            continue
         say(f"step {state.step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
+        state.evaluated_at = state.step
         improved = losses["val"] < state.best_val_loss
         state.best_val_loss = losses["val"] if improved else state.best_val_loss
         state.stale = 0 if improved else state.stale + 1
@@ -292,37 +335,32 @@ while True:
         if log.write:
             if improved:
                 save("best.pt", raw_model, state, meta)
-            if improved or always_save_checkpoint or state.step == 0:
+            keep = improved or always_save_checkpoint or state.step == 0
+            if keep and math.isfinite(losses["val"]):
                 save("last.pt", raw_model, state, meta, optimizers, scaler)
             draw_losses(log, f"{dataset}: {n_params:,} parameters",
                         meta.get("floor") if batching == "by_length" else None, log_x)
         timed_from += time.time() - paused_at  # the speed excludes evaluations
     if at_end or (patience and state.stale >= patience):
         break
-    if stopping:
-        if log.write:
-            save("last.pt", raw_model, state, meta, optimizers, scaler)
-        break
 
     # set the learning rate
-    time_share = state.seconds / (60 * max_minutes) if max_minutes else 0.0
-    lr = state.lr_scale * optim.scheduled_lr(
-        state.step, schedule, learning_rate, min_lr if decay_lr else learning_rate, warmup_iters,
-        lr_decay_iters or last_step, time_share)
+    lr = current_lr(state, last_step)
     for group in (group for o in optimizers for group in o.param_groups):
         group["lr"] = lr
 
     # accumulate the gradient and update the parameters
     loss = torch.zeros((), device=device)
     for i in range(micro_steps):
-        x, y = next(prefetched)
+        x, y, weight = next(prefetched)
         # seeded by the micro-batch, dropout is the same after a resume and on any number of ranks
         micro_batch = (state.step * micro_steps + i) * ranks.world_size + ranks.rank
         torch.manual_seed(seed * 1_000_003 + micro_batch)
         wait = ranks.distributed and i < micro_steps - 1  # ranks exchange gradients at the end
         with model.no_sync() if wait else contextlib.nullcontext():
-            loss += forward_backward(model, x, y, autocast, scaler, micro_steps)
+            loss += forward_backward(model, x, y, weight, autocast, scaler, micro_steps)
         timed_tokens += x.numel()
+        timed_flops += x.numel() * flops_per_token(x.size(1))
     grad_norm, bad = optim.step(raw_model, optimizers, scaler, grad_clip)
     state.count_step(grad_norm, bad)
     bar.update()
@@ -342,7 +380,8 @@ while True:
     recent = (recent + [loss] * math.isfinite(loss))[-20:]
     interval = time.time() - timed_from
     speed = timed_tokens * ranks.world_size / interval
-    mfu = speed * flops_per_token / (peak * ranks.world_size)
+    peak = max(peak, timed_flops / interval)  # a measured peak can be too low
+    mfu = timed_flops / interval / peak
     say(f"step {state.step}: loss {loss:.4f}, lr {lr:.2e}, norm {grad_norm:.2f}, "
         f"{1000 * interval / log_interval:.0f} ms, {speed:,.0f} tok/s, mfu {mfu:.1%}"
         + ", spike" * spike)
@@ -350,7 +389,7 @@ while True:
             bad_steps=int(bad_steps), spike=spike, ms=1000 * interval / log_interval,
             tokens_per_second=speed, mfu=mfu)
     state.grad_norm_max = torch.zeros((), device=device)
-    timed_from, timed_tokens = time.time(), 0
+    timed_from, timed_tokens, timed_flops = time.time(), 0, 0
     if max_minutes:
         steps_in_time = int(state.step * 60 * max_minutes / state.seconds)
         bar.total = min(last_step, max(state.step, steps_in_time))
@@ -363,24 +402,28 @@ while True:
                 raise ValueError(f"step {failed_at}: the gradient is still not finite with a "
                                  "hundredth of the learning rate: look at the data and the model, "
                                  "or try --dtype=float32")
-            checkpoint = ckpt.find_resumable(out_dir)
+            checkpoint = ckpt.find_resumable(out_dir, ("last.pt", "prev.pt"))
             if checkpoint is None:
                 raise ValueError(f"there is no checkpoint in {out_dir} to return to")
             state = ckpt.restore(checkpoint, raw_model, optimizers, scaler, device)
             log.keep_until(state.step)
-        state.lr_scale, resumed_at, recent = lr_scale, state.step, log.recent_losses()
+        state.lr_scale, recent = lr_scale, log.recent_losses()
         prefetched = prefetch(micro_batches(batches, state.step, ranks), device)
         bar.n = state.step
         say(f"{bad_in_a_row:.0f} steps in a row had a non-finite gradient: returned to step "
             f"{state.step}, continuing with {lr_scale:g} times the learning rate")
 
 bar.close()
-if stopping and state.step < last_step:
-    say(f"stopped at step {state.step}, saved in {out_dir}/last.pt; continue with the same command "
-        "and --init_from=resume")
-elif not eval_only:
-    why = f", no lower validation loss in {patience} evaluations" if state.step < last_step else ""
-    why = ", time limit reached" if out_of_time and why else why
+why = f", no lower validation loss in {patience} evaluations" if state.step < last_step else ""
+why = ", time limit reached" if out_of_time and why else why
+if eval_only:
+    pass
+elif stopping:
+    say(f"stopped at step {state.step}; continue with the same command and --init_from=resume")
+elif checkpoint and state.step == first_step:
+    say(f"nothing to train: the run in {out_dir} is at step {state.step}{why}; a larger limit, "
+        "such as --max_iters, continues it")
+else:
     say(f"done: step {state.step}{why}, {(time.time() - started) / 60:.1f} minutes, "
         f"{machine.peak_memory(device) / 1e9:.1f} GB peak memory; best validation loss "
         f"{state.best_val_loss:.4f} in {out_dir}/best.pt, curve in {out_dir}/loss.png; next: "

@@ -1,18 +1,23 @@
 """
-Checkpoints: out_dir/last.pt to resume from and out_dir/best.pt with the lowest validation loss.
+Checkpoints in out_dir.
+
+    last.pt, prev.pt    saved by the last two evaluations, to resume or to return to
+    stop.pt             saved when a signal stops a run between two evaluations, to resume
+    best.pt             the lowest validation loss
 
 A file holds tensors and plain types only and is loaded with weights_only=True. It is renamed
-into place once complete; the previous last.pt is kept as prev.pt. Keys:
+into place once complete. Keys:
 
     model, model_args   state dict of the uncompiled model, fields of its GPTConfig
     config, meta        the settings; meta.json of the dataset, so that sampling needs no data
     step, best_val_loss, version
-    optimizer, scaler   only in last.pt, as are the other fields of RunState
+    optimizer, scaler   not in best.pt, as are the other fields of RunState
 """
 import math
 import os
 import sys
 import zipfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -40,6 +45,7 @@ class RunState:
     stale: int = 0  # evaluations since the best one
     seconds: float = 0.0  # of the run, evaluations included
     lr_scale: float = 1.0  # halved after many bad steps in a row
+    evaluated_at: int = -1  # step of the last evaluation
 
     @classmethod
     def start(cls, device: str) -> "RunState":
@@ -60,6 +66,7 @@ class RunState:
     def from_checkpoint(cls, checkpoint: dict, device: str) -> "RunState":
         """Read the state from a last.pt. In older ones `watch` holds the three tensors."""
         names = [field.name for field in fields(cls)]
+        checkpoint = {"evaluated_at": checkpoint["step"]} | checkpoint  # not in older ones
         if "watch" in checkpoint:
             checkpoint = checkpoint | dict(zip(names, checkpoint["watch"].tolist()))
         counters = [torch.tensor(float(checkpoint[name]), device=device) for name in names[:3]]
@@ -70,7 +77,7 @@ class RunState:
 # Files
 
 def save_checkpoint(out_dir: str | Path, name: str, checkpoint: dict) -> None:
-    """Write out_dir/name. An older last.pt becomes prev.pt."""
+    """Write out_dir/name. A last.pt makes an older one prev.pt and replaces stop.pt."""
     path = Path(out_dir) / name
     temporary = path.with_name(name + ".tmp")
     try:
@@ -86,6 +93,8 @@ def save_checkpoint(out_dir: str | Path, name: str, checkpoint: dict) -> None:
     if name == "last.pt" and path.exists():
         os.replace(path, path.with_name("prev.pt"))
     os.replace(temporary, path)
+    if name == "last.pt":
+        path.with_name("stop.pt").unlink(missing_ok=True)
 
 
 def read_checkpoint(path: Path) -> dict:
@@ -123,17 +132,29 @@ def check_checkpoint(checkpoint: dict, path: Path) -> None:
         raise ValueError(f"{path} was written by a newer version of this program")
 
 
-def find_resumable(out_dir: str | Path) -> dict | None:
-    """Return last.pt, else prev.pt if that is damaged or missing, else None."""
-    paths = [path for name in ("last.pt", "prev.pt") if (path := Path(out_dir) / name).exists()]
-    for path in paths:
+def find_resumable(out_dir: str | Path,
+                   names: Sequence[str] = ("last.pt", "stop.pt", "prev.pt")) -> dict | None:
+    """
+    Return the checkpoint with the most steps, or None if there is none.
+
+    A damaged file is skipped with a warning. Raises ValueError if all are damaged.
+    """
+    newest, errors = None, []
+    for name in names:
+        if newest and name == "prev.pt":  # always older
+            break
         try:
-            return read_checkpoint(path)
+            if (path := Path(out_dir) / name).exists():
+                checkpoint = read_checkpoint(path)
+                if newest is None or checkpoint["step"] > newest["step"]:
+                    newest = checkpoint
         except ValueError as error:
-            if path == paths[-1]:
-                raise
-            print(f"warning: {error}; continuing from {paths[-1]}", file=sys.stderr)
-    return None
+            errors.append(error)
+    if errors and newest is None:
+        raise errors[0]
+    for error in errors:
+        print(f"warning: {error}; continuing from step {newest['step']}", file=sys.stderr)
+    return newest
 
 
 def load_checkpoint(name: str | Path) -> dict:
@@ -145,7 +166,7 @@ def load_checkpoint(name: str | Path) -> dict:
     """
     if name in OPENAI and not Path(name).exists():
         name = download_openai(name)
-    for file in ("best.pt", "last.pt", "ckpt.pt"):
+    for file in ("best.pt", "last.pt", "stop.pt", "ckpt.pt"):
         if (path := Path(name) / file).exists():
             checkpoint = read_checkpoint(path)
             kept = (*REQUIRED, "best_val_loss")
@@ -171,24 +192,33 @@ def check_out_dir(out_dir: str, init_from: str, overwrite: bool) -> None:
                          "choose another --out_dir, or replace it with --overwrite=True")
 
 
-def config_to_resume(checkpoint: dict, new: GPTConfig, settings: dict,
-                     tokenizer: dict) -> GPTConfig:
+def config_to_resume(checkpoint: dict, new: GPTConfig, settings: dict, given: set[str],
+                     meta: dict) -> GPTConfig:
     """
-    Return the config of the model to resume, with the dropout of the settings.
+    Return the config of the model to resume.
 
-    new: the config that the settings ask for. Raises ValueError where settings contradict the run.
+    Of new, the config that the settings ask for, the dropout is taken if it is among the given
+    settings. Raises ValueError where other given settings or the data (its meta.json) contradict
+    the run.
     """
-    out_dir = settings["out_dir"]
+    out_dir, dataset = settings["out_dir"], settings["dataset"]
     old = config_of(checkpoint, f"the checkpoint in {out_dir}")
     wrong = [f"{name}={value}" for name, value in asdict(old).items()
-             if name in settings and name != "dropout" and value != getattr(new, name)]
+             if name in given and name != "dropout" and value != getattr(new, name)]
     if wrong:
-        raise ValueError(f"the run in {out_dir} has {', '.join(wrong)}: give the same settings to "
-                         "resume it")
-    if checkpoint["meta"].get("tokenizer") != tokenizer:
-        raise ValueError(f"the run in {out_dir} was trained with another tokenizer than "
-                         f"{settings['dataset']} has: give its own --dataset")
-    return GPTConfig(**asdict(old) | {"dropout": new.dropout})
+        raise ValueError(f"the run in {out_dir} has {', '.join(wrong)}: give the same settings, or "
+                         "none, to resume it")
+    if checkpoint["meta"].get("tokenizer") != meta["tokenizer"]:
+        raise ValueError(f"the run in {out_dir} was trained with another tokenizer than {dataset} "
+                         "has: give its own --dataset")
+    for split in ("train", "val"):
+        of_run, of_data = (m.get("splits", {}).get(split, {}).get("sha256")
+                           for m in (checkpoint["meta"], meta))
+        if of_run and of_data and of_run != of_data:
+            raise ValueError(f"the run in {out_dir} was trained on another {split} split than "
+                             f"{dataset} has: give its own --dataset, or continue its model on "
+                             f"this text with --init_from={out_dir} and another --out_dir")
+    return GPTConfig(**asdict(old) | ({"dropout": new.dropout} if "dropout" in given else {}))
 
 
 def restore(checkpoint: dict, model: GPT, optimizers: list[torch.optim.Optimizer],
@@ -255,13 +285,13 @@ def model_from_weights(config: GPTConfig, weights: dict[str, torch.Tensor],
     return model.to(device)
 
 
-def model_to_finetune(checkpoint: dict, name: str, tokenizer: dict, block_size: int,
-                      dropout: float) -> GPT:
+def model_to_finetune(checkpoint: dict, name: str, tokenizer: dict, block_size: int = 0,
+                      **changes) -> GPT:
     """
     Build a model from a checkpoint for fine-tuning.
 
-    Dropout and block_size come from the settings, everything else from the checkpoint. tokenizer:
-    that of the data, which must be the model's.
+    tokenizer: that of the data, which must be the model's. block_size: a shorter context (0: the
+    model's). changes: fields of the config, such as dropout.
     """
     if checkpoint["meta"]["tokenizer"] != tokenizer:
         raise ValueError(f"{name} has another tokenizer than the dataset: prepare the dataset with "
@@ -269,9 +299,9 @@ def model_to_finetune(checkpoint: dict, name: str, tokenizer: dict, block_size: 
     if any(w.dtype == torch.int8 for w in checkpoint["model"].values()):
         raise ValueError(f"{name} is in int8, which cannot be trained: start from the run that it "
                          "was made of")
-    model = build_model(checkpoint, name, dropout=dropout)
+    model = build_model(checkpoint, name, **changes)
     if block_size > model.config.block_size:
         raise ValueError(f"block_size ({block_size}) is more than the {model.config.block_size} of "
                          f"{name}")
-    model.crop_block_size(block_size)
+    model.crop_block_size(block_size or model.config.block_size)
     return model

@@ -84,13 +84,14 @@ class Ranks:
         dist.all_reduce(sums)
         return sums.tolist()
 
-    def check_same(self, what: str, value: object) -> None:
-        """End all ranks with one line unless all have the same value."""
-        values = self.gather(value)
-        for number, other in enumerate(values):
-            if other != values[0]:
-                fail(f"{what} differs: {values[0]} on rank 0, {other} on rank {number}; give all "
-                     "machines the same")
+    def check_same(self, values: dict[str, object]) -> None:
+        """End all ranks with one line unless all have the same values; keys name them."""
+        first, *others = self.gather(values)
+        for number, other in enumerate(others, 1):
+            for name, value in first.items():
+                if other[name] != value:
+                    fail(f"{name} differs: {value!r} on rank 0, {other[name]!r} on rank {number}; "
+                         "give all ranks the same")
 
     @contextlib.contextmanager
     def user_errors(self) -> Iterator[None]:

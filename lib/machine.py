@@ -131,23 +131,35 @@ def synchronize(device: str) -> None:
         torch.mps.synchronize()
 
 
+def seconds_of(f: Callable[[], object], device: str = "cpu") -> float:
+    """Return the time of one call."""
+    synchronize(device)
+    start = time.perf_counter()
+    f()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
 def median_seconds(f: Callable[[], object], repeats: int = 5, device: str = "cpu") -> float:
     """Return the median time of a call over `repeats` calls after a first one."""
-    times = []
-    for _ in range(repeats + 1):
-        synchronize(device)
-        start = time.perf_counter()
-        f()
-        synchronize(device)
-        times.append(time.perf_counter() - start)
+    times = [seconds_of(f, device) for _ in range(repeats + 1)]
     return sorted(times[1:])[repeats // 2]
+
+
+def best_seconds(f: Callable[[], object], at_least: float = 0.5, device: str = "cpu") -> float:
+    """Return the shortest time of a call over calls that together take at_least seconds."""
+    times = [seconds_of(f, device)]
+    while sum(times[1:]) < at_least:  # the first call also loads and allocates
+        times.append(seconds_of(f, device))
+    return min(times)
 
 
 def peak_flops(device: str, dtype: str) -> tuple[float, str]:
     """
     Return the FLOP/s that the device can reach in dtype and the source of the figure.
 
-    The source is a datasheet or, for unknown chips and in float32, a matrix product timed now.
+    The source is a datasheet or, for unknown chips and in float32, the fastest of repeated matrix
+    products. Other programs can slow them all down, so a run may exceed a measured peak.
     """
     if device.startswith("cuda") and dtype != "float32":
         name = torch.cuda.get_device_name()
@@ -158,9 +170,9 @@ def peak_flops(device: str, dtype: str) -> tuple[float, str]:
 
     def time_product(n: int) -> float:
         a, b = torch.randn(2, n, n, device=device, dtype=getattr(torch, dtype))
-        return median_seconds(lambda: a @ b, device=device)
+        return best_seconds(lambda: a @ b, device=device)
 
-    n = 4096 if device.startswith("cuda") else 1024
+    n = 1024 if device == "cpu" else 4096
     if device == "cpu" and dtype != "float32" and time_product(128) > 1e-3:
         n = 128  # a type without hardware support, in which a large product would take seconds
     return 2 * n**3 / time_product(n), f"measured {n} x {n} matrix product"

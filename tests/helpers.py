@@ -145,27 +145,20 @@ def train(data: Path, out_dir: Path, *args: str, **env: str) -> subprocess.Compl
     return done
 
 
-def train_on_ranks(n: int, data: Path, out_dir: Path, *args: str) -> None:
-    """The same on n ranks, started without torchrun, which would import PyTorch n + 1 times."""
+def run_ranks(command: list[str], n: int = 2, status: int = 0) -> list[str]:
+    """Run n ranks without torchrun, which would import PyTorch n + 1 times. Return what they say."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     env = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [
-        start(
-            "train.py",
-            f"--dataset={data}",
-            f"--out_dir={out_dir}",
-            *TINY,
-            *args,
-            **env,
-            RANK=str(i),
-            LOCAL_RANK=str(i),
-        )
-        for i in range(n)
-    ]
-    for rank in ranks:
-        output = rank.communicate()[0]
-        assert rank.returncode == 0, output
+    ranks = [start(*command, **env, RANK=str(i), LOCAL_RANK=str(i)) for i in range(n)]
+    outputs = [rank.communicate()[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [status] * n, outputs
+    return outputs
+
+
+def train_on_ranks(n: int, data: Path, out_dir: Path, *args: str) -> None:
+    """The same on n ranks."""
+    run_ranks(["train.py", f"--dataset={data}", f"--out_dir={out_dir}", *TINY, *args], n)
 
 
 def read_log(out_dir: Path) -> list[dict]:

@@ -49,6 +49,7 @@ def test_checkpoints_hold_what_they_should(trained, fables_data):
         "bad_in_a_row",
         "bad_steps",
         "grad_norm_max",
+        "evaluated_at",
     }
     assert last["meta"] == load_meta(fables_data) and last["step"] == 6
     assert set(last["model"]) == set(GPT(GPTConfig(**last["model_args"])).state_dict())
@@ -76,6 +77,29 @@ def test_damaged_last_falls_back_to_prev(tmp_path, trained, kind, capsys):
     (tmp_path / "out/prev.pt").write_bytes(b"")
     with pytest.raises(ValueError, match="damaged"):
         find_resumable(tmp_path / "out")
+
+
+def test_resume_takes_the_newest_step_and_a_return_only_evaluations(tmp_path, capsys):
+    """A stop is saved beside last.pt, and replaced by the next evaluation."""
+    def save(name, step):
+        parts = dict(model={}, model_args={}, config={"dataset": "d"}, meta={"tokenizer": {}})
+        save_checkpoint(tmp_path, name, parts | {"step": step, "from": name})
+
+    def found(*names):
+        return find_resumable(tmp_path, *names)["from"]
+
+    save("last.pt", 10)
+    save("stop.pt", 15)
+    assert found() == "stop.pt" and found(("last.pt", "prev.pt")) == "last.pt"
+    (tmp_path / "stop.pt").write_bytes(b"")
+    assert found() == "last.pt" and "continuing from step 10" in capsys.readouterr().err
+    save("stop.pt", 10)  # during the evaluation that was then repeated
+    assert found() == "last.pt"
+    save("last.pt", 20)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "prev.pt"]
+    save("stop.pt", 25)
+    (tmp_path / "last.pt").write_bytes(b"")
+    assert found() == "stop.pt"
 
 
 def test_failed_save_keeps_the_old_file(tmp_path):

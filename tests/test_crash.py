@@ -3,9 +3,8 @@ Accidents: whatever happens to a run, it resumes to the same weights, log and be
 
     python tests/test_crash.py --kills=100 --rank_kills=10 --inputs=10000
 
-kills runs and ranks at random instants, feeds damaged files and settings to the scripts, and
-prints a table. The suite
-does the same with fewer.
+kills and stops runs and ranks at random instants, gives ranks different settings, feeds damaged
+files and settings to the scripts, and prints a table. The suite does the same with fewer.
 """
 
 import argparse
@@ -38,6 +37,7 @@ from helpers import (
     damage_by,
     read_log,
     run,
+    run_ranks,
     start,
     train,
     train_on_ranks,
@@ -67,6 +67,30 @@ def counted(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*args, **kwargs)
 setattr(module, operation, counted)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+# bad steps lead this run back to its last evaluation several times before it recovers
+EXPLODING = ["--learning_rate=1e3", "--grad_clip=0", "--max_bad_steps=2", "--warmup_iters=12",
+             "--eval_interval=10", "--decay_lr=False"]
+
+# runs a script that sends itself SIGTERM at the n-th batch of its evaluations
+STOP_AT_BATCH = """
+import atexit, os, runpy, signal, sys, torch
+n = int(sys.argv[1])
+sys.argv = sys.argv[2:]
+sys.path.insert(0, os.getcwd())
+real, calls = torch.nn.functional.cross_entropy, 0
+def counted(*args, **kwargs):
+    global calls
+    if not torch.is_grad_enabled():
+        calls += 1
+        if calls == n:
+            os.kill(os.getpid(), signal.SIGTERM)
+    return real(*args, **kwargs)
+torch.nn.functional.cross_entropy = counted
+atexit.register(lambda: print("evaluated batches:", calls))
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
@@ -141,6 +165,34 @@ def train_through_kills(data: Path, out_dir: Path, kills: int, rng: random.Rando
             raise AssertionError(rest)
 
 
+def train_through_stops(data: Path, out_dir: Path, stops: int, rng: random.Random,
+                        *args: str) -> int:
+    """Stop a run with SIGTERM at `stops` random steps and resume it. Return the stops that hit."""
+    hit = 0
+    while True:
+        process = start(*command(data, out_dir, *args))
+        until = rng.randint(1, 12) if hit < stops else -1
+        for line in process.stdout:
+            until -= line.startswith("step") and ": loss" in line
+            if until == 0:
+                process.send_signal(signal.SIGTERM)
+                break
+        rest = process.stdout.read()
+        assert process.wait() == 0, rest
+        if "stopped at step" not in rest:
+            return hit
+        hit += 1
+
+
+def train_through_stop_in_evaluation(data: Path, out_dir: Path, batch: int) -> str:
+    """Stop a run at a batch of its evaluations, then finish it. Return what it says."""
+    stopped = run("-c", STOP_AT_BATCH, str(batch), *command(data, out_dir))
+    assert stopped.returncode == 0 and "stopped at step" in stopped.stdout, stopped.stdout
+    assert f"evaluated batches: {batch}\n" in stopped.stdout  # it skips the rest
+    train(data, out_dir, *LONGER)
+    return stopped.stdout
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, fables_data) -> Path:
     out_dir = tmp_path_factory.mktemp("undisturbed") / "out"
@@ -184,9 +236,33 @@ def test_a_polite_signal_finishes_the_step_and_saves(tmp_path, fables_data, undi
             break
     output = process.stdout.read()
     assert process.wait() == 0 and "--init_from=resume" in output and "Traceback" not in output
-    assert 7 <= read_checkpoint(tmp_path / "out/last.pt")["step"] < 40
+    assert 7 <= read_checkpoint(tmp_path / "out/stop.pt")["step"] < 40
     train(fables_data, tmp_path / "out", *LONGER)
     assert_same_outcome(undisturbed, tmp_path / "out")
+    assert not (tmp_path / "out/stop.pt").exists()
+
+
+def test_a_stop_is_no_checkpoint_to_return_to(tmp_path, fables_data):
+    """Bad steps lead back to the last evaluation, wherever the run was stopped in between."""
+    train(fables_data, tmp_path / "whole", *LONGER, *EXPLODING)
+    hit = train_through_stops(fables_data, tmp_path / "out", 4, random.Random(1), *EXPLODING)
+    assert hit == 4
+    assert_same_outcome(tmp_path / "whole", tmp_path / "out")
+
+
+@pytest.mark.parametrize("batch", [1, 4, 5, 7])
+def test_a_stop_during_an_evaluation_skips_the_rest(tmp_path, fables_data, undisturbed, batch):
+    """In the first evaluation, at its last batch, in the second one. A resume repeats it."""
+    output = train_through_stop_in_evaluation(fables_data, tmp_path / "out", batch)
+    assert f"stopped at step {0 if batch <= 4 else 4};" in output
+    assert_same_outcome(undisturbed, tmp_path / "out")
+
+
+def test_a_stopped_run_has_a_model_to_sample(tmp_path, fables_data):
+    run("-c", STOP_AT_BATCH, "1", *command(fables_data, tmp_path / "out"))
+    assert [path.name for path in (tmp_path / "out").glob("*.pt")] == ["stop.pt"]
+    done = run("sample.py", f"--out_dir={tmp_path}/out", "--num_samples=1", "--max_new_tokens=3")
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_second_interrupt_leaves_at_once(tmp_path, fables_data):
@@ -297,6 +373,42 @@ def test_a_killed_rank_changes_nothing(tmp_path, fables_data):
     train_on_ranks(2, fables_data, tmp_path / "whole", *LONGER)
     assert train_through_rank_kills(fables_data, tmp_path / "out", 1, random.Random(1)) == 1
     assert_same_outcome(tmp_path / "whole", tmp_path / "out")
+
+
+def test_one_rank_that_is_stopped_in_an_evaluation_stops_all(tmp_path, fables_data):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    train_on_ranks(2, fables_data, whole, *LONGER)
+    (tmp_path / "stop_one.py").write_text(
+        "import os, sys\n"
+        f"exec({STOP_AT_BATCH!r} if os.environ['RANK'] == '1' else\n"
+        "     'import runpy; sys.path.insert(0, os.getcwd()); sys.argv = sys.argv[2:]\\n'\n"
+        "     'runpy.run_path(sys.argv[0], run_name=\"__main__\")')\n")
+    outputs = run_ranks([str(tmp_path / "stop_one.py"), "3", *command(fables_data, out)])
+    assert "stopped at step 4" in outputs[0], outputs
+    train_on_ranks(2, fables_data, out, *LONGER)
+    assert_same_outcome(whole, out)
+
+
+DIFFERENT = ["--learning_rate=2e-3", "--seed=2", "--batch_size=2", "--eval_interval=5",
+             "--max_iters=41", "--n_embd=32", "--gradient_accumulation_steps=4", "--eval_iters=1",
+             "--compile=True", "--weight_decay=0", "--dropout=0", "--patience=3"]
+
+
+def refuse_different_settings(data: Path, out_dir: Path, different: str) -> None:
+    """Give one of two ranks another setting: all leave with one line that names it."""
+    own = (f"import os, runpy, sys; sys.path.insert(0, os.getcwd()); sys.argv = sys.argv[1:]\n"
+           f"if os.environ['RANK'] == '1': sys.argv.append({different!r})\n"
+           "runpy.run_path(sys.argv[0], run_name='__main__')")
+    outputs = run_ranks(["-c", own, *command(data, out_dir)], status=2)
+    errors = [line for line in outputs[0].splitlines() if line.startswith("error: ")]
+    name = different[2:].split("=")[0]
+    assert len(errors) == 1 and f"{name} differs" in errors[0], outputs
+    assert not out_dir.exists() and "Traceback" not in "".join(outputs)
+
+
+@pytest.mark.parametrize("different", DIFFERENT[:6])
+def test_ranks_with_different_settings_do_not_train(tmp_path, fables_data, different):
+    refuse_different_settings(fables_data, tmp_path / "out", different)
 
 
 @pytest.fixture
@@ -687,6 +799,8 @@ def main() -> None:
     parser.add_argument(
         "--rank_kills", type=int, default=10, help="of one of two ranks, up to 3 a run"
     )
+    parser.add_argument("--stops", type=int, default=40, help="with SIGTERM, 4 a run that recovers")
+    parser.add_argument("--evaluation_stops", type=int, default=30, help="during an evaluation")
     parser.add_argument(
         "--inputs",
         type=int,
@@ -706,7 +820,21 @@ def main() -> None:
         assert done.returncode == 0, done.stderr
         train(data, root / "whole", *LONGER)
         train_on_ranks(2, data, root / "whole2", *LONGER)
+        train(data, root / "whole_exploding", *LONGER, *EXPLODING)
         hits, exact, runs, rank_hits, rank_exact, rank_runs = [], 0, 0, 0, 0, 0
+        stops, stop_runs = 0, 0
+        while stops < args.stops:
+            out_dir = root / f"stops{stop_runs}"
+            stops += train_through_stops(data, out_dir, min(4, args.stops - stops), rng, *EXPLODING)
+            assert_same_outcome(root / "whole_exploding", out_dir)
+            stop_runs += 1
+            print(f"{stops} stops, {stops} exact resumes", flush=True)
+        for i in range(args.evaluation_stops):
+            train_through_stop_in_evaluation(data, root / f"evaluation{i}", rng.randint(1, 44))
+            assert_same_outcome(root / "whole", root / f"evaluation{i}")
+            print(f"{i + 1} stops during an evaluation, {i + 1} exact resumes", flush=True)
+        for different in DIFFERENT:
+            refuse_different_settings(data, root / "different", different)
         while len(hits) < args.kills:
             kills = min(10, args.kills - len(hits))
             hits += train_through_kills(data, root / f"run{runs}", kills, rng)
@@ -732,6 +860,10 @@ def main() -> None:
         print(f"| SIGKILL {what} | {hits.count(what)} | | {hits.count(what)} |")
     print(f"| SIGKILL, all | {len(hits)} | {runs} | {exact} |")
     print(f"| SIGKILL of one of two ranks | {rank_hits} | {rank_runs} | {rank_exact} |")
+    print(f"| SIGTERM, before bad steps lead back | {stops} | {stop_runs} | {stops} |")
+    n = args.evaluation_stops
+    print(f"| SIGTERM during an evaluation | {n} | {n} | {n} |")
+    print(f"| one of two ranks with another setting | {len(DIFFERENT)} | | refused |")
     print("\n| damaged input | refused with one line |\n|---|---|")
     for kind, count in refused.items():
         print(f"| {kind} | {count} |")
