@@ -146,7 +146,7 @@ def train(data: Path, out_dir: Path, *args: str, **env: str) -> subprocess.Compl
 
 
 def run_ranks(command: list[str], n: int = 2, status: int = 0) -> list[str]:
-    """Run n ranks without torchrun, which would import PyTorch n + 1 times. Return what they say."""
+    """Run n ranks and return their outputs, without torchrun, which would import PyTorch again."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     env = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

@@ -529,7 +529,8 @@ def test_ranks_that_cannot_work_together_leave_with_one_line(tmp_path, fables_da
     (tmp_path / "train_other.py").write_text(  # rank 1 has a copy of its own
         "import os, runpy, sys\nsys.path.insert(0, os.getcwd())\n"
         "from lib import corpus\nreal = corpus.load_meta\n"
-        f"if os.environ['RANK'] == '1': corpus.load_meta = lambda _: real(corpus.Path('{tmp_path}/other'))\n"
+        f"other = corpus.Path('{tmp_path}/other')\n"
+        "if os.environ['RANK'] == '1': corpus.load_meta = lambda folder: real(other)\n"
         "sys.argv[0] = 'train.py'\nrunpy.run_path('train.py', run_name='__main__')\n"
     )
     assert "the data differs" in refused(script=str(tmp_path / "train_other.py"))
