@@ -276,7 +276,7 @@ def bench_train(c: SimpleNamespace, peer) -> dict:
         if compile and (side.ours or side is sides[1]):
             side.compile(*batch)
         side.step([batch], 1e-4, grad_clip)
-    for _ in tqdm(range(rounds), desc="rounds"):
+    for _ in tqdm(range(rounds), desc="rounds", disable=None, dynamic_ncols=True):
         for side in sides:  # in turns, so that a busy or throttled machine slows all
             machine.keep_freed_memory(side.ours)  # as its own script does
             side.seconds.append(sum(timed(side.step, [batch], 1e-4, grad_clip)
@@ -331,7 +331,7 @@ def train_once(side: Side, c: SimpleNamespace, run_seed: int, meta: dict,
     machine.keep_freed_memory(side.ours)  # as its own script does
     if c.compile:
         side.compile(*(t.to(device) for t in batches.batch(0)))
-    for step in tqdm(range(1, c.max_iters + 1), desc=f"{side.name}, seed {run_seed}"):
+    for step in tqdm(range(1, c.max_iters + 1), desc=side.name, disable=None, dynamic_ncols=True):
         lr = optim.scheduled_lr(step - 1, c.schedule, c.learning_rate, c.min_lr, c.warmup_iters,
                                 c.max_iters)
         micro_batches = [next(stream) for _ in range(accumulation)]
@@ -412,7 +412,8 @@ def bench_generate(c: SimpleNamespace, peer, trained: GPT | None) -> dict:
     for B in [int(number) for number in texts.split(",")]:
         idx = torch.randint(c.vocab_size, (B, prompt), device=device)
         first, whole = [[] for _ in sides], [[] for _ in sides]
-        for _ in tqdm(range(rounds + 1), desc=f"{B} texts"):  # the first round warms up
+        # the first round warms up
+        for _ in tqdm(range(rounds + 1), desc=f"{B} texts", disable=None, dynamic_ncols=True):
             for i, side in enumerate(sides):
                 machine.keep_freed_memory(side.ours)  # as its own script does
                 first[i].append(timed(side.generate, idx, 1))

@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -22,12 +21,11 @@ from tqdm import tqdm
 from lib import checkpoint as ckpt
 from lib import machine, optim
 from lib.configurator import at_least, configure, one_of, user_errors
-from lib.convert import OPENAI
 from lib.corpus import load_meta
 from lib.dataset import TokenStream, TrainBatches, eval_batches, eval_spans, prefetch
 from lib.distributed import Ranks, StopSignal
 from lib.files import lock_run, write_atomically
-from lib.loss import check_softmax_tokens, evaluate, make_loss
+from lib.loss import check_softmax_tokens, evaluate_splits, make_loss
 from lib.runlog import RunLog, draw_losses, is_spike, open_logger
 from model import GPT, GPTConfig
 
@@ -62,6 +60,7 @@ n_embd = 384
 dropout = 0.1  # 0 is good when no token is seen twice
 bias = True  # gpt2: biases in Linear and LayerNorm
 tied = True  # the head shares the weights of the token embedding; gpt2: always
+pad_vocab = False  # pad GPT-2's 50,257 tokens to 50,304, a multiple of 64, as nanoGPT does
 # optimizer
 optimizer = "adamw"  # or 'muon': Muon for the matrices of the blocks, AdamW for the rest
 learning_rate = 1e-3  # highest learning rate
@@ -100,14 +99,11 @@ config, given = configure(
 # -----------------------------------------------------------------------------
 # Functions
 
-def check_settings(world_size: int) -> None:
-    """Raise ValueError for settings that do not fit together."""
-    if init_from not in ("scratch", "resume", "auto", *OPENAI) and not Path(init_from).is_dir():
-        raise ValueError(f"init_from must be scratch, resume, auto, the folder of a model, or "
-                         f"{', '.join(OPENAI)}; got {init_from!r}")
-    if gradient_accumulation_steps % world_size:
-        raise ValueError(f"gradient_accumulation_steps ({gradient_accumulation_steps}) must be a "
-                         f"multiple of the number of ranks ({world_size})")
+def make_batches(stream: TokenStream, block_size: int, eot: int) -> TrainBatches:
+    """Return the training batches. Raise ValueError if block_size does not fit."""
+    check_softmax_tokens(softmax_tokens, batch_size * block_size)
+    return TrainBatches(stream, block_size, batch_size, seed, batching, eot,
+                        gradient_accumulation_steps)
 
 
 def micro_batches(batches: TrainBatches, step: int, ranks: Ranks) -> Iterator:
@@ -125,22 +121,6 @@ def forward_backward(model, x, y, weight, autocast, scaler, micro_steps: int) ->
         loss = model(x, y)[1] * weight / micro_steps
         scaler.scale(loss).backward()
     return loss.detach()
-
-
-def mean_losses(model: GPT, streams: dict[str, TokenStream], eot: int, max_batches: int,
-                ranks: Ranks, stop: StopSignal, autocast) -> dict[str, float]:
-    """Return the loss of each split in nats per token, or {} if any rank was told to stop."""
-    losses = {}
-    for split, stream in streams.items():
-        mine = prefetch(eval_batches(stream, block_size, batch_size, batching, eot, max_batches,
-                                     ranks.rank, ranks.world_size), device)
-        until_stop = takewhile(lambda batch: not stop.requested, mine)
-        nats, tokens, stops = ranks.sum([*evaluate(model, until_stop, autocast), stop.requested],
-                                        device)
-        if stops:
-            return {}
-        losses[split] = nats / tokens
-    return losses
 
 
 def current_lr(state: ckpt.RunState, last_step: float) -> float:
@@ -178,7 +158,9 @@ device = ranks.start(device, backend)
 device_type = device.split(":")[0]
 ranks.check_same({name: value for name, value in config.items() if name != "device"})
 with ranks.user_errors():
-    check_settings(ranks.world_size)
+    if gradient_accumulation_steps % ranks.world_size:
+        raise ValueError(f"gradient_accumulation_steps ({gradient_accumulation_steps}) must be a "
+                         f"multiple of the number of ranks ({ranks.world_size})")
 stop = StopSignal(ranks)
 
 # -----------------------------------------------------------------------------
@@ -199,38 +181,37 @@ ranks.check_same({"the data": checksums})
 machine.keep_freed_memory()
 torch.set_float32_matmul_precision("high")  # TF32 on CUDA
 with ranks.user_errors():
+    resuming = ckpt.check_out_dir(out_dir, init_from, overwrite or eval_only)
     finetuned, checkpoint, shape = None, None, {}
     if init_from not in ("scratch", "resume", "auto"):
         asked = {name: config[name] for name in ("block_size", "dropout") if name in given}
         finetuned = ckpt.model_to_finetune(ckpt.load_checkpoint(init_from), init_from,
                                            meta["tokenizer"], **asked)
         shape = asdict(finetuned.config)
+    vocab_size = 50304 if pad_vocab and meta["vocab_size"] == 50257 else meta["vocab_size"]
     model_config = finetuned.config if finetuned else GPTConfig(
-        arch=arch, block_size=block_size, vocab_size=meta["vocab_size"], n_layer=n_layer,
-        n_head=n_head, n_kv_head=n_kv_head, n_embd=n_embd, dropout=dropout, bias=bias, tied=tied)
-    ckpt.check_out_dir(out_dir, init_from, overwrite or eval_only)
+        arch=arch, block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head,
+        n_kv_head=n_kv_head, n_embd=n_embd, dropout=dropout, bias=bias, tied=tied)
+    if not resuming:
+        batches = make_batches(streams["train"], model_config.block_size, meta["eot"])
     # held until this process exits; only then is a checkpoint read, which no other run changes
     lock = lock_run(out_dir) if ranks.master and not eval_only else None
 with ranks.user_errors():
-    if init_from in ("resume", "auto"):
-        checkpoint = ckpt.find_resumable(out_dir)
-    if checkpoint:
+    if resuming and (checkpoint := ckpt.find_resumable(out_dir)):
         model_config = ckpt.config_to_resume(checkpoint, model_config, config, given, meta)
+        batches = make_batches(streams["train"], model_config.block_size, meta["eot"])
         shape = checkpoint["config"]
     # the shape of an existing model takes the place of settings
     config.update({name: shape[name] for name in config.keys() & shape.keys()
                    if name in asdict(model_config)})
     block_size, config["dropout"] = model_config.block_size, model_config.dropout
-    check_softmax_tokens(softmax_tokens, batch_size * block_size)
-    batches = TrainBatches(streams["train"], block_size, batch_size, seed, batching, meta["eot"],
-                           gradient_accumulation_steps)
 ranks.check_same({f"the checkpoint step in {out_dir}": checkpoint["step"] if checkpoint else 0})
 last_step = max_iters if "max_iters" in given or not (max_epochs or max_minutes) else math.inf
 if max_epochs:
     last_step = min(last_step, batches.steps_in(max_epochs))
-# compare the splits on as many batches as the smaller one usually has
-val_batches = math.ceil(len(eval_spans(streams["val"], block_size, batching, meta["eot"]))
-                        / batch_size)
+# also of the training split, evaluate at most as many batches as the validation split has
+val_rows = len(eval_spans(streams["val"], block_size, batching, meta["eot"]))
+max_batches = min(eval_iters or math.inf, math.ceil(val_rows / batch_size))
 torch.manual_seed(seed)
 with ranks.user_errors():
     raw_model = (finetuned or GPT(model_config)).to(device)
@@ -260,15 +241,7 @@ if checkpoint:
     with ranks.user_errors():
         state = ckpt.restore(checkpoint, raw_model, optimizers, scaler, device)
         log.keep_until(state.step)
-    saved = checkpoint["config"]
-    changed = [f"{k} {saved[k]!r} -> {v!r}" for k, v in config.items()
-               if k in saved and saved[k] != v and k not in ("init_from", "overwrite", "eval_only")]
-    say(f"resuming {out_dir} at step {state.step} with learning rate "
-        f"{current_lr(state, last_step):.2e}"
-        + (f", with changed settings: {', '.join(changed)}" if changed else ""))
-    of_earlier_version = "evaluated_at" not in checkpoint
-    if of_earlier_version and batching == "by_length" and gradient_accumulation_steps > 1:
-        say("note: the batch order by length has changed since this run was started")
+    say(ckpt.describe_resume(checkpoint, config, current_lr(state, last_step)))
 
 # -----------------------------------------------------------------------------
 # Loop
@@ -305,6 +278,7 @@ with ranks.user_errors():
 raw_model.train()
 prefetched = prefetch(micro_batches(batches, state.step, ranks), device)
 bar = tqdm(total=last_step if last_step < math.inf else None, initial=state.step, smoothing=0,
+           dynamic_ncols=True,
            disable=not (ranks.master and sys.stderr.isatty()))
 started, timed_from, timed_tokens, timed_flops = time.time() - state.seconds, time.time(), 0, 0
 recent, stopping, first_step = log.recent_losses(), False, state.step
@@ -321,8 +295,10 @@ while True:
     if due and (state.step != state.evaluated_at or eval_only):
         paused_at = time.time()
         # on the uncompiled model: batches of other shapes would be compiled again
-        losses = mean_losses(raw_model, streams, meta["eot"], min(eval_iters or val_batches,
-                             val_batches), ranks, stop, autocast)
+        mine = {split: prefetch(eval_batches(stream, block_size, batch_size, batching, meta["eot"],
+                                             max_batches, ranks.rank, ranks.world_size), device)
+                for split, stream in streams.items()}
+        losses = evaluate_splits(raw_model, mine, autocast, ranks, stop)
         if not losses:  # a resume repeats this evaluation
             stopping = True
             continue

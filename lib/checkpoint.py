@@ -30,6 +30,7 @@ from lib.quantize import prepare_for_inference, quantize_int8, use_int8_layers
 from model import GPT, GPTConfig
 
 VERSION = 1
+RESUMABLE = ("last.pt", "stop.pt", "prev.pt")
 # the keys of every checkpoint and their types
 REQUIRED = dict(model=dict, model_args=dict, step=int, config=dict, meta=dict, version=int)
 
@@ -132,8 +133,7 @@ def check_checkpoint(checkpoint: dict, path: Path) -> None:
         raise ValueError(f"{path} was written by a newer version of this program")
 
 
-def find_resumable(out_dir: str | Path,
-                   names: Sequence[str] = ("last.pt", "stop.pt", "prev.pt")) -> dict | None:
+def find_resumable(out_dir: str | Path, names: Sequence[str] = RESUMABLE) -> dict | None:
     """
     Return the checkpoint with the most steps, or None if there is none.
 
@@ -175,21 +175,32 @@ def load_checkpoint(name: str | Path) -> dict:
         checkpoint = read_hugging_face(Path(name)) | {"version": VERSION, "path": str(name)}
         check_checkpoint(checkpoint, Path(name) / "meta.json")
         return checkpoint
-    raise ValueError(f"there is no checkpoint in {name}: train a model with "
-                     f"`python train.py --out_dir={name}`")
+    runs = sorted({path.parent.name for path in Path().glob("*/*.pt")})
+    raise ValueError(f"there is no checkpoint in {name}: " + (
+        f"there are runs in {', '.join(runs)}" if runs else
+        f"train a model with `python train.py --out_dir={name}`"))
 
 
 # -----------------------------------------------------------------------------
 # Resuming
 
-def check_out_dir(out_dir: str, init_from: str, overwrite: bool) -> None:
-    """Raise ValueError if there is nothing to resume, or a run that must not be replaced."""
+def check_out_dir(out_dir: str, init_from: str, overwrite: bool) -> bool:
+    """
+    Return whether the run in out_dir is to be resumed.
+
+    Raises ValueError if there must be one and is not, or if one must not be replaced.
+    """
+    if init_from not in ("scratch", "resume", "auto", *OPENAI) and not Path(init_from).is_dir():
+        raise ValueError(f"init_from must be scratch, resume, auto, the folder of a model, or "
+                         f"{', '.join(OPENAI)}; got {init_from!r}")
     exists = any(Path(out_dir).glob("*.pt"))
-    if init_from == "resume" and not exists:
+    resumable = any((Path(out_dir) / name).exists() for name in RESUMABLE)
+    if init_from == "resume" and not resumable:
         raise ValueError(f"there is nothing to resume in {out_dir}: start with --init_from=scratch")
     if exists and init_from not in ("resume", "auto") and not overwrite:
         raise ValueError(f"{out_dir} already holds a run: continue it with --init_from=resume, "
                          "choose another --out_dir, or replace it with --overwrite=True")
+    return resumable and init_from in ("resume", "auto")
 
 
 def config_to_resume(checkpoint: dict, new: GPTConfig, settings: dict, given: set[str],
@@ -219,6 +230,20 @@ def config_to_resume(checkpoint: dict, new: GPTConfig, settings: dict, given: se
                              f"{dataset} has: give its own --dataset, or continue its model on "
                              f"this text with --init_from={out_dir} and another --out_dir")
     return GPTConfig(**asdict(old) | ({"dropout": new.dropout} if "dropout" in given else {}))
+
+
+def describe_resume(checkpoint: dict, settings: dict, lr: float) -> str:
+    """Return what to say of a run that is resumed with these settings at this learning rate."""
+    old, silent = checkpoint["config"], ("init_from", "overwrite", "eval_only")
+    changed = [f"{name} {old[name]!r} -> {value!r}" for name, value in settings.items()
+               if name in old and old[name] != value and name not in silent]
+    text = f"resuming {settings['out_dir']} at step {checkpoint['step']}, learning rate {lr:.2e}"
+    text += f", with changed settings: {', '.join(changed)}" if changed else ""
+    of_earlier_version = "evaluated_at" not in checkpoint
+    if of_earlier_version and settings["batching"] == "by_length" and (
+            settings["gradient_accumulation_steps"] > 1):
+        text += "\nnote: the batch order by length has changed since this run was started"
+    return text
 
 
 def restore(checkpoint: dict, model: GPT, optimizers: list[torch.optim.Optimizer],

@@ -6,9 +6,9 @@ A script lists them at its top, each with its reason in a comment, and then call
     config, given = configure(globals(), batch_size=at_least(1), optimizer=one_of("adamw", "muon"))
 
 which applies `python X.py [config/file.py ...] [--key=value ...]` from left to right; the last
-value wins. A config file is Python. It runs in a namespace of its own, and every public name that
-it leaves there must be a setting of the script. `--help` prints the settings with their defaults
-and comments, which are read from the script's source.
+value wins, and --key alone sets a bool to True. A config file is Python. It runs in a namespace of
+its own, and every public name that it leaves there must be a setting of the script. `--help` prints
+the settings with their defaults and comments, which are read from the script's source.
 """
 import ast
 import contextlib
@@ -19,11 +19,27 @@ import sys
 import time
 import traceback
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-NANOGPT_ONLY = {"wandb_log", "wandb_project", "wandb_run_name"}  # accepted in its files, unused
 RENAMED = {"softmax_words": "softmax_tokens"}  # old names of settings
+# options of nanoGPT's scripts and what takes their place; in config files they are ignored
+NANOGPT_ONLY = {
+    "wandb_log": "use --logger=wandb",
+    "wandb_project": "use --logger=wandb, with the project fablegpt",
+    "wandb_run_name": "use --logger=wandb, with the name of --out_dir",
+    "init_from": "use --out_dir=FOLDER or --out_dir=gpt2",
+    "dtype": "weights are float32, or in 8 bits with --quantize=int8",
+    "compile": "generation is not compiled",
+    "real_data": "training is measured on random tokens; --mode=data measures batches",
+    "profile": "use torch.profiler",
+}
+# what a config file of nanoGPT leaves out: its defaults for model, data and optimizer
+NANOGPT_DEFAULTS = dict(
+    dataset="openwebtext", gradient_accumulation_steps=40, batch_size=12, block_size=1024,
+    n_layer=12, n_head=12, n_embd=768, dropout=0.0, bias=False, pad_vocab=True, learning_rate=6e-4,
+    max_iters=600000, weight_decay=0.1, beta1=0.9, beta2=0.95, grad_clip=1.0, decay_lr=True,
+    warmup_iters=2000, lr_decay_iters=600000, min_lr=6e-5)
 
 
 def one_line(message: object, length: int | None = None) -> str:
@@ -116,9 +132,11 @@ def from_text(name: str, text: str, default: object) -> object:
 
 def read_config_file(path: str) -> dict[str, object]:
     """Run a config file and return its public names, except imported modules."""
+    if not path.endswith(".py"):
+        raise ValueError("config files end in .py and settings are written --key=value, see --help")
     if not Path(path).is_file():
-        raise ValueError("there is no such config file; settings are written --key=value, "
-                         "see --help")
+        configs = [file.as_posix() for file in sorted(Path("config").glob("*.py"))]
+        raise ValueError(f"there is no such config file{did_you_mean(path, configs)}")
     namespace: dict[str, object] = {"__file__": path, "__name__": "config"}
     try:
         exec(compile(Path(path).read_text(encoding="utf-8"), path, "exec"), namespace)
@@ -129,6 +147,12 @@ def read_config_file(path: str) -> dict[str, object]:
         raise ValueError(f"line {line}: {type(error).__name__}: {error}") from None
     return {name: value for name, value in namespace.items()
             if not name.startswith("_") and not isinstance(value, types.ModuleType)}
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """Return a question about the nearest of the names, or '' if none is near."""
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def print_help(script: str, doc: str, comments: dict[str, str], settings: dict) -> None:
@@ -173,24 +197,40 @@ def configure(namespace: dict[str, object], skip_settings_of: str = "", announce
             old_names.add(name)
             name = RENAMED[name]
         if name not in settings:
-            near = difflib.get_close_matches(name, settings, n=1, cutoff=0.5)
-            hint = f"python {Path(script).name} --help lists them"
-            hint = f"did you mean {near[0]}?" if near else hint
-            raise ValueError(f"there is no setting {name!r}; {hint}")
+            hint = NANOGPT_ONLY.get(name) or f"python {Path(script).name} --help lists them"
+            near = "" if name in NANOGPT_ONLY else did_you_mean(name, settings)
+            raise ValueError(f"there is no setting {name!r}{near or '; ' + hint}")
         settings[name] = convert(name, value, defaults[name])
         given.add(name)
 
-    for arg in sys.argv[1:]:
+    for arg, following in zip(sys.argv[1:], [*sys.argv[2:], "VALUE"]):
         try:
-            if not arg.startswith("--"):
-                for name, value in read_config_file(arg).items():
+            name, equals, text = arg.lstrip("-").partition("=")
+            if arg.startswith("--") and equals:
+                assign(name, text, from_text)
+            elif arg.startswith("--") and isinstance(defaults.get(name, True), bool):
+                assign(name, True, coerce)
+            elif arg.startswith("--"):
+                raise ValueError(f"it has no value: write {arg}={following}")
+            elif equals and name in settings:
+                raise ValueError(f"did you mean --{name}={text}?")
+            elif "source" in settings and not arg.endswith(".py"):
+                raise ValueError(f"config files end in .py; did you mean --source={arg}?")
+            else:
+                values = read_config_file(arg)
+                for name, value in values.items():
                     if name in settings or RENAMED.get(name) in settings or name not in ignored:
                         assign(name, value, coerce)
-            elif "=" in arg:
-                name, _, text = arg[2:].partition("=")
-                assign(name, text, from_text)
-            else:
-                raise ValueError(f"it has no value: write {arg}=VALUE")
+                if "n_layer" in settings and {"wandb_log", "wandb_project"} & set(values):
+                    more = {name: value for name, value in NANOGPT_DEFAULTS.items()
+                            if name not in given and value != settings.get(name, value)}
+                    if values.get("decay_lr") is False:
+                        more["warmup_iters"] = 0  # nanoGPT has no warmup then
+                    settings.update(more)
+                    if rank0:
+                        wandb = "; for wandb give --logger=wandb" if values.get("wandb_log") else ""
+                        print(f"{arg} is a config file of nanoGPT: taking nanoGPT's defaults for "
+                              f"{', '.join(more)}{wandb}")
         except (ValueError, OSError) as error:
             fail(f"{arg}: {error}")
     with user_errors():

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -260,6 +261,11 @@ def load_meta(folder: Path) -> dict:
     """Return a dataset's checked meta.json, or what is known of one that nanoGPT prepared."""
     prepare = f"python {folder}/prepare.py"
     if not folder.is_dir():
+        for config in sorted(Path("config").glob("*.py")):  # whose comment may have the command
+            line = re.search(rf"^# Data: (.*--out_dir={re.escape(folder.as_posix())})$",
+                             config.read_text(encoding="utf-8"), re.MULTILINE)
+            if line:
+                raise ValueError(f"the dataset {folder.name} is not prepared: run `{line[1]}`")
         known = ", ".join(sorted(path.parent.name for path in folder.parent.glob("*/prepare.py")))
         raise ValueError(f"there is no dataset {folder.name} in {folder.parent}, which has "
                          f"{known or 'none'}; each prepare.py can write it with --out_dir={folder}")

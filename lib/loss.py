@@ -5,10 +5,12 @@ make_loss() returns a function for GPT.loss_fn. evaluate() measures a model over
 """
 import math
 from collections.abc import Callable, Iterable
+from itertools import takewhile
 
 import torch
 from torch.nn import functional as F
 
+from lib.distributed import Ranks, StopSignal
 from model import GPT
 
 
@@ -139,3 +141,21 @@ def evaluate(model: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
         nats, tokens = nats + loss.item() * n, tokens + n
     model.train()
     return nats, tokens
+
+
+def evaluate_splits(model: GPT, splits: dict[str, Iterable], autocast, ranks: Ranks,
+                    stop: StopSignal) -> dict[str, float]:
+    """
+    Return the loss of each split in nats per token, given this rank's share of its batches.
+
+    Stops between batches and returns {} if any rank is told to stop.
+    """
+    losses = {}
+    for split, batches in splits.items():
+        until_stop = takewhile(lambda batch: not stop.requested, batches)
+        nats, tokens = evaluate(model, until_stop, autocast)
+        nats, tokens, stops = ranks.sum([nats, tokens, stop.requested], str(model.device))
+        if stops:
+            return {}
+        losses[split] = nats / tokens
+    return losses

@@ -99,11 +99,16 @@ def test_later_settings_win_and_nanogpt_configs_work(tmp_path, fables_data):
         (["--xyzzy=1"], "--help lists them"),
         (["--n_layer=two"], "n_layer takes int (default 6), not 'two'"),
         (["--compile=1"], "compile takes bool"),
-        (["--compile"], "write --compile=VALUE"),
+        (["--seed"], "write --seed=VALUE"),
+        (["--max_iters", "3"], "write --max_iters=3"),
         (["config/nothing.py"], "no such config file"),
-        (["n_layer=2"], "no such config file"),
-        (["--"], "has no value"),
-        (["config"], "no such config file"),
+        (["config/nano.py"], "did you mean config/train_nano.py?"),
+        (["n_layer=2"], "did you mean --n_layer=2?"),
+        (["-n_layer=2"], "did you mean --n_layer=2?"),
+        (["--"], "there is no setting ''"),
+        (["config"], "config files end in .py"),
+        (["--wandb_log=True"], "use --logger=wandb"),
+        (["--wandb_run_name=x"], "use --logger=wandb"),
         (["--device=toaster"], "toaster"),
         (["--dtype=float64"], "dtype must be"),
         (["--optimizer=sgd"], "optimizer must be"),
@@ -124,6 +129,24 @@ def test_bad_settings_are_one_line(args, says, fables_data, tmp_path):
     data = [] if "dataset" in args[0] else [f"--dataset={fables_data}"]
     assert says in one_line_error(run("train.py", f"--out_dir={tmp_path}/out", *data, *args))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_bool_alone_is_true(tmp_path, fables_data):
+    args = [f"--dataset={fables_data}", f"--out_dir={tmp_path}/out", *TINY, "--max_iters=0"]
+    done = run("train.py", *args, "--log_x")
+    assert done.returncode == 0 and "log_x=True" in done.stdout, done.stderr
+
+
+def test_a_text_file_is_no_config_file_of_a_prepare_script(tmp_path):
+    book = tmp_path / "book.txt"
+    book.write_text("It was a dark night.")
+    error = one_line_error(run("data/text/prepare.py", str(book), f"--out_dir={tmp_path}"))
+    assert error.endswith(f"did you mean --source={book}?")
+
+
+def test_options_of_nanogpts_sample_py_name_ours(tmp_path):
+    assert "use --out_dir=" in one_line_error(run("sample.py", "--init_from=gpt2"))
+    assert "quantize=int8" in one_line_error(run("sample.py", "--dtype=float16"))
 
 
 @pytest.mark.parametrize(
@@ -269,3 +292,82 @@ def test_rules(rule, good, bad, says):
     for value in bad:
         with pytest.raises(ValueError, match=says):
             rule("x", value)
+
+
+# -----------------------------------------------------------------------------
+# Config files in nanoGPT's style, which rely on its defaults
+
+GPT2_SMALL = """# a GPT-2 of 124M parameters on OpenWebText
+wandb_log = True
+wandb_project = 'owt'
+batch_size = 12
+gradient_accumulation_steps = 5 * 8
+max_iters = 600000
+"""
+CHARACTERS = """# a small model of characters
+out_dir = 'out-chars'
+wandb_log = False
+wandb_project = 'chars'
+dataset = 'shakespeare_char'
+gradient_accumulation_steps = 1
+batch_size = 64
+block_size = 256
+n_layer = 6
+n_head = 6
+n_embd = 384
+dropout = 0.2
+learning_rate = 1e-3
+beta2 = 0.99
+"""
+CONSTANT = """
+wandb_log = False
+batch_size = 1
+learning_rate = 3e-5
+decay_lr = False
+"""
+
+
+def nanogpt_settings(tmp_path: Path, text: str, data: Path, *args: str) -> tuple[dict, int, str]:
+    """Train for no step with a config file. Return the settings, the parameters, the output."""
+    (tmp_path / "theirs.py").write_text(text)
+    done = run("train.py", str(tmp_path / "theirs.py"), f"--dataset={data}", *args, "--max_iters=0",
+               f"--out_dir={tmp_path}/out", "--eval_iters=1", "--device=cpu", "--compile=False",
+               "--dtype=float32")
+    assert done.returncode == 0, done.stderr
+    checkpoint = torch.load(tmp_path / "out/best.pt", weights_only=True)
+    config = checkpoint["model_args"] | checkpoint["config"]
+    n_params = sum(weight.numel() for name, weight in checkpoint["model"].items()
+                   if name not in ("lm_head.weight", "transformer.wpe.weight"))
+    return config | {"vocab_size": checkpoint["model_args"]["vocab_size"]}, n_params, done.stdout
+
+
+def test_a_nanogpt_config_gives_nanogpts_shape(tmp_path, gpt2_data):
+    """Counted as nanoGPT does, without positions: 123.6M, with its vocabulary of 50,304."""
+    small = ["--batch_size=1", "--gradient_accumulation_steps=1"]
+    config, n_params, said = nanogpt_settings(tmp_path, GPT2_SMALL, gpt2_data, *small)
+    assert n_params == 50304 * 768 + 12 * (12 * 768 * 768 + 2 * 768) + 768 == 123_587_328
+    expected = dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50304,
+                    bias=False, dropout=0.0, learning_rate=6e-4, min_lr=6e-5, beta2=0.95,
+                    weight_decay=0.1, warmup_iters=2000, lr_decay_iters=600000, batch_size=1)
+    assert {name: config[name] for name in expected} == expected
+    notes = [line for line in said.splitlines() if "is a config file of nanoGPT" in line]
+    assert len(notes) == 1 and "n_layer" in notes[0] and "--logger=wandb" in notes[0]
+    assert "device" not in notes[0] and "dtype" not in notes[0]
+
+
+def test_a_nanogpt_config_of_characters_gives_nanogpts_shape(tmp_path, fables_data):
+    """What the file says stays, and only GPT-2's vocabulary is padded."""
+    config, n_params, _ = nanogpt_settings(tmp_path, CHARACTERS, fables_data, "--batch_size=1")
+    vocab_size = load_meta(fables_data)["vocab_size"]
+    assert config["vocab_size"] == vocab_size and config["bias"] is False
+    assert n_params == vocab_size * 384 + 6 * (12 * 384 * 384 + 2 * 384) + 384
+    assert (config["dropout"], config["beta2"], config["warmup_iters"]) == (0.2, 0.99, 2000)
+
+
+def test_a_nanogpt_config_with_a_constant_rate_has_no_warmup(tmp_path, fables_data):
+    tiny = ["--n_layer=1", "--n_head=1", "--n_embd=8", "--block_size=16"]
+    config, _, _ = nanogpt_settings(tmp_path, CONSTANT, fables_data, *tiny)
+    assert (config["warmup_iters"], config["n_layer"], config["learning_rate"]) == (0, 1, 3e-5)
+    ours = "learning_rate = 3e-5\n"  # without its marks a file keeps our defaults
+    config, _, said = nanogpt_settings(tmp_path, ours, fables_data, *tiny, "--overwrite")
+    assert config["warmup_iters"] == 200 and "nanoGPT" not in said

@@ -20,6 +20,14 @@ def bins(folder: Path, **splits: list[int]) -> dict:
     return load_meta(folder)
 
 
+def test_an_epoch_of_windows_covers_what_its_docstring_says(tmp_path):
+    for n, share in ((300, 0.43), (10_000, 0.986)):
+        stream = TokenStream(tmp_path, "train", bins(tmp_path, train=np.arange(n)))
+        batches = TrainBatches(stream, 128, 1, 0)
+        seen = sum((batches.batch(i)[1][0].tolist() for i in range(batches.n_windows)), [])
+        assert len(seen) == len(set(seen)) and len(seen) / n == pytest.approx(share, abs=0.005)
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 64, 1000, 1025])
 def test_permute_is_a_permutation(n):
     one, two = (permute(np.arange(n), n, key) for key in (1, 2))
@@ -90,6 +98,44 @@ def test_global_batch_is_the_same_for_any_number_of_ranks(tmp_path, batching, wo
         (i // accumulation, i, reference.spans_of_batch(i).tolist())
         for i in range(5 * accumulation)
     ]
+
+
+@pytest.mark.parametrize("batching", ["windows", "by_length"])
+@pytest.mark.parametrize("n_documents", [100, 97, 5])
+def test_a_step_has_the_same_rows_for_any_batch_size(tmp_path, batching, n_documents):
+    """And each target has the same weight; what an epoch leaves empty has none."""
+    rng = np.random.default_rng(0)
+    documents = [[*rng.integers(1, 50, n), 0] for n in rng.integers(6, 60, n_documents)]
+    stream = TokenStream(tmp_path, "train", bins(tmp_path, train=sum(documents, [])))
+
+    def rows_and_weights(batch_size: int, micro_batches: int, step: int) -> list:
+        batches = TrainBatches(stream, 64, batch_size, 0, batching, 0, micro_batches)
+        rows = []
+        for i in range(step * micro_batches, (step + 1) * micro_batches):
+            x, y = batches.batch(i)
+            n, weight = int((y >= 0).sum()), batches.weight(i)
+            # the weight of one target in the mean over the step, times the number of its targets
+            rows += [(*row.tolist(), weight / n / micro_batches) for row in y if weight]
+        total = sum(sum(t >= 0 for t in row[:-1]) for row in rows)
+        assert sum(row[-1] * sum(t >= 0 for t in row[:-1]) for row in rows) == pytest.approx(1)
+        assert all(row[-1] == pytest.approx(1 / total) for row in rows)
+        return sorted(tuple(t for t in row[:-1] if t >= 0) for row in rows)
+
+    for step in range(15):  # several epochs
+        whole = rows_and_weights(16, 1, step)
+        assert whole == rows_and_weights(8, 2, step) == rows_and_weights(2, 8, step)
+
+
+@pytest.mark.parametrize("rows, batch_size, micro_batches", [(570, 560, 1), (570, 100, 1),
+                                                             (57, 5, 4), (3, 2, 4)])
+def test_an_epoch_of_documents_is_whole_steps(tmp_path, rows, batch_size, micro_batches):
+    ids = [token for i in range(rows) for token in (i + 1, 0)]
+    stream = TokenStream(tmp_path, "train", bins(tmp_path, train=ids))
+    batches = TrainBatches(stream, 4, batch_size, 0, "by_length", 0, micro_batches)
+    assert batches.steps_in(4) == 4 * -(-rows // (batch_size * micro_batches))
+    seen = [int(y[0]) for i in range(batches.steps_in(4) * micro_batches) if batches.weight(i)
+            for y in batches.batch(i)[1]]
+    assert sorted(seen) == sorted(4 * list(range(1, rows + 1)))
 
 
 def test_documents_by_length(tmp_path):

@@ -1,5 +1,6 @@
 """Runs of train.py: resuming, ranks, accumulation, fine-tuning, bad steps, loggers."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -10,11 +11,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers import HERE, TINY, assert_same, read_log, run, train, train_on_ranks
+from helpers import (
+    HERE,
+    TINY,
+    assert_same,
+    one_line_error,
+    read_log,
+    run,
+    train,
+    train_on_ranks,
+)
 from lib.checkpoint import load_model, read_checkpoint
 from lib.configurator import read_config_file
 from lib.corpus import load_meta
-from lib.dataset import TokenStream, TrainBatches
+from lib.dataset import TokenStream, TrainBatches, eval_batches
+from lib.loss import evaluate
 from model import GPT, GPTConfig
 
 
@@ -76,6 +87,21 @@ def test_accumulation_equals_a_larger_batch(tmp_path, fables_data):
     for a, b in zip(read_log(tmp_path / "a"), read_log(tmp_path / "b")):
         if "loss" in a:
             assert b == pytest.approx(a, rel=1e-4)
+
+
+def test_accumulation_by_length_equals_a_larger_batch(tmp_path, fables_data):
+    """Micro-batches weigh as many tokens as they have, also on two ranks and at an epoch's end."""
+    how = ["--batching=by_length", "--dropout=0", "--max_iters=12"]
+    for name, batch_size, accumulation in (("a", 28, 1), ("b", 14, 2), ("c", 7, 4)):
+        size = [f"--batch_size={batch_size}", f"--gradient_accumulation_steps={accumulation}"]
+        train(fables_data, tmp_path / name, *how, *size)
+    train_on_ranks(2, fables_data, tmp_path / "d", *how, *size)
+    whole = [record for record in read_log(tmp_path / "a") if "loss" in record]
+    assert len(whole) == 12  # more than an epoch: its last step leaves a micro-batch empty
+    for name in "bcd":
+        parts = [record for record in read_log(tmp_path / name) if "loss" in record]
+        for a, b in zip(whole, parts, strict=True):
+            assert b == pytest.approx(a, rel=2e-4), (name, a["step"])
 
 
 def test_first_step_is_what_torch_computes_by_hand(tmp_path, fables_data):
@@ -198,6 +224,75 @@ def test_existing_runs_are_safe(tmp_path, fables_data, trained):
     assert read_checkpoint(out / "last.pt")["step"] == 3
 
 
+def test_a_finished_run_continues_only_with_a_larger_limit(tmp_path, fables_data):
+    """At the rate that the new schedule has at this step, which it prints."""
+    out, how = tmp_path / "out", ["--lr_decay_iters=0", "--warmup_iters=0", "--init_from=auto"]
+    train(fables_data, out, *how)
+    before = {path.name: path.read_bytes() for path in out.glob("*.pt")}
+    for limit in ("--max_iters=6", "--max_iters=4"):
+        done = train(fables_data, out, *how, limit)
+        assert "nothing to train: the run in" in done.stdout and "at step 6" in done.stdout
+        assert {path.name: path.read_bytes() for path in out.glob("*.pt")} == before
+    done = train(fables_data, out, *how, "--max_iters=12")
+    halfway = (1e-3 + 1e-4) / 2  # of a cosine from learning_rate to min_lr
+    assert f"at step 6, learning rate {halfway:.2e}" in done.stdout
+    rates = {r["step"]: r["lr"] for r in read_log(out) if "lr" in r}
+    assert rates[7] == pytest.approx(halfway) and rates[12] < 2e-4 and len(rates) == 12
+
+
+@pytest.mark.parametrize("with_meta", [True, False])
+def test_a_resume_on_other_data_is_refused(tmp_path, fables_data, with_meta):
+    """Also for data without meta.json, whose checksums the checkpoint has, not the folder."""
+    data, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(fables_data, data)
+    how = [f"--dataset={data}", f"--out_dir={out}", *TINY]
+    if not with_meta:  # as nanoGPT prepares data
+        (data / "meta.json").unlink()
+    train(data, out, "--max_iters=3")
+    resumed = run("train.py", *how, "--init_from=resume", "--max_iters=4")
+    assert resumed.returncode == 0, resumed.stderr
+    raw = (data / "train.bin").read_bytes()
+    (data / "train.bin").write_bytes(raw[2:] + raw[:2])  # another text of the same length
+    if with_meta:
+        meta = json.loads((data / "meta.json").read_text())
+        meta["splits"]["train"]["sha256"] = hashlib.sha256(raw[2:] + raw[:2]).hexdigest()
+        (data / "meta.json").write_text(json.dumps(meta))
+    before = (out / "last.pt").read_bytes()
+    error = one_line_error(run("train.py", *how, "--init_from=resume"))
+    assert "another train split" in error and f"--init_from={out}" in error
+    assert (out / "last.pt").read_bytes() == before
+    train(data, tmp_path / "new", f"--init_from={out}", "--max_iters=1")  # as it says
+
+
+def test_a_resume_takes_the_shape_of_the_run(tmp_path, fables_data):
+    """Sizes of the model that are not given come from the run; those that are must agree."""
+    out = tmp_path / "out"
+    train(fables_data, out, "--max_iters=3")
+    shape = ("--n_layer", "--n_head", "--n_embd", "--block_size", "--dropout", "--max_iters")
+    how = [f"--dataset={fables_data}", f"--out_dir={out}", "--init_from=resume", "--max_iters=4",
+           *(arg for arg in TINY if not arg.startswith(shape))]
+    done = run("train.py", *how)
+    assert done.returncode == 0 and "max_iters 3 -> 4" in done.stdout, done.stderr
+    assert "n_layer" not in done.stdout and "block_size" not in done.stdout
+    last = read_checkpoint(out / "last.pt")
+    assert last["step"] == 4 and last["config"]["block_size"] == 32
+    assert "has block_size=32" in one_line_error(run("train.py", *how, "--block_size=16"))
+
+
+def test_a_run_by_length_of_an_earlier_version_says_that_its_order_changed(tmp_path, fables_data):
+    out, note = tmp_path / "out", "batch order by length has changed"
+    train(fables_data, out, "--batching=by_length", "--max_iters=3")
+    again = ["--init_from=resume", "--batching=by_length"]
+    assert note not in train(fables_data, out, *again, "--max_iters=4").stdout
+    for accumulation, said in (("2", 1), ("1", 0)):
+        last = read_checkpoint(out / "last.pt")
+        del last["evaluated_at"]
+        torch.save(last, out / "last.pt")
+        size = f"--gradient_accumulation_steps={accumulation}"
+        done = train(fables_data, out, *again, size, f"--max_iters={last['step'] + 1}")
+        assert done.stdout.count(note) == said
+
+
 def test_nothing_to_resume(tmp_path, fables_data):
     done = run(
         "train.py", f"--dataset={fables_data}", f"--out_dir={tmp_path}/none", "--init_from=resume"
@@ -294,6 +389,21 @@ def test_what_cannot_be_tuned_is_one_line(openai_folder, gpt2_data, fables_data,
     ), done.stderr
 
 
+def test_what_is_not_set_comes_from_the_tuned_model(tmp_path, fables_data, trained):
+    """A model with a shorter context than the default block_size can be tuned."""
+    shape = ("--block_size", "--dropout")
+    how = [arg for arg in TINY if not arg.startswith(shape)]
+    done = run("train.py", f"--dataset={fables_data}", f"--out_dir={tmp_path}/out",
+               f"--init_from={trained}", *how)
+    assert done.returncode == 0, done.stderr
+    args = read_checkpoint(tmp_path / "out/last.pt")["model_args"]
+    assert (args["block_size"], args["dropout"]) == (32, 0.1)
+    done = run("train.py", f"--dataset={fables_data}", f"--out_dir={tmp_path}/cut",
+               f"--init_from={trained}", *how, "--block_size=16", "--dropout=0.2")
+    args = read_checkpoint(tmp_path / "cut/last.pt")["model_args"]
+    assert (args["block_size"], args["dropout"]) == (16, 0.2)
+
+
 SHRUNK = {
     "n_layer": 2,
     "n_head": 2,
@@ -344,6 +454,56 @@ def test_every_config_trains(name, tmp_path, fables_data, gpt2_data, openai_fold
     losses = [record["val_loss"] for record in read_log(tmp_path / "out") if "val_loss" in record]
     assert read_checkpoint(tmp_path / "out/best.pt")["step"] > 0 and min(losses) < losses[0]
     assert "done: step 20" in done.stdout or said.get("patience")
+
+
+# -----------------------------------------------------------------------------
+# What it reports
+
+
+def test_the_training_split_is_evaluated_on_no_more_batches_than_the_validation_split(
+        tmp_path, fables_data):
+    train(fables_data, tmp_path / "out", "--eval_iters=0", "--max_iters=1")
+    record = read_log(tmp_path / "out")[-1]
+    model = load_model(tmp_path / "out", "cpu")[0]
+    streams = {split: TokenStream(fables_data, split, load_meta(fables_data)) for split in
+               ("train", "val")}
+    n = math.ceil((len(streams["val"]) - 1) / 32 / 4)
+    assert n < (len(streams["train"]) - 1) / 32 / 4 / 5
+    for split, stream in streams.items():
+        nats, tokens = evaluate(model, eval_batches(stream, 32, 4, max_batches=n),
+                                contextlib.nullcontext())
+        assert record[f"{split}_loss"] == pytest.approx(nats / tokens, rel=1e-5)
+
+
+def test_mfu_counts_the_length_of_the_rows_and_is_at_most_1(tmp_path, fables_data):
+    """Rows shorter than block_size have less attention; no measured peak is below the run."""
+    low = ("import runpy, sys, os; sys.path.insert(0, os.getcwd()); sys.argv = sys.argv[1:]\n"
+           "from lib import machine\n"
+           "machine.peak_flops = lambda *_: (float(os.environ['PEAK']), 'test')\n"
+           "runpy.run_path(sys.argv[0], run_name='__main__')")
+    how = ["train.py", f"--dataset={fables_data}", *TINY, "--batching=by_length",
+           "--block_size=4096", "--max_iters=3"]
+    mfu = []
+    for peak in ("1e15", "1"):
+        done = run("-c", low, *how, f"--out_dir={tmp_path}/{peak}", PEAK=peak)
+        assert done.returncode == 0, done.stderr
+        records = [json.loads(line) for line in open(tmp_path / peak / "log.jsonl")]
+        mfu.append([record for record in records if "mfu" in record])
+    model = GPT(GPTConfig(**read_checkpoint(tmp_path / "1e15/last.pt")["model_args"]))
+    stream = TokenStream(fables_data, "train", load_meta(fables_data))
+    batches = TrainBatches(stream, 4096, 4, 1337, "by_length", 0, 2)
+    for step, record in enumerate(mfu[0]):
+        rows = [batches.batch(2 * step + i)[0] for i in range(2)]
+        flops = sum(x.numel() * model.flops_per_token(x.size(1)) for x in rows)
+        tokens = sum(x.numel() for x in rows)
+        expected = record["tokens_per_second"] * flops / tokens / 1e15
+        assert record["mfu"] == pytest.approx(expected, rel=1e-6)
+    assert mfu[1][0]["mfu"] == 1.0 and all(record["mfu"] <= 1 for record in mfu[1])
+
+
+def test_redirected_output_has_no_progress_bar(tmp_path, fables_data):
+    done = train(fables_data, tmp_path / "out")
+    assert done.stderr == "" and "left" not in done.stdout
 
 
 # -----------------------------------------------------------------------------
