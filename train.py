@@ -82,7 +82,7 @@ device = "auto"  # cuda, else mps, else cpu; or 'cpu', 'cuda:1', ...
 dtype = "auto"  # fastest safe type on the device; or 'float32', 'bfloat16', 'float16'
 compile = True  # torch.compile, where it works
 remat = False  # recompute activations in the backward pass: less memory, a third more time
-softmax_tokens = 0  # train with a softmax over this many sampled tokens (0: the whole vocabulary)
+softmax_tokens = 0  # softmax over this many tokens (0: all); its training losses are slightly low
 loss_chunk = -1  # compute the logits of this many tokens at a time (0: all; -1: 256 if faster)
 config, given = configure(
     globals(), announce=True, eval_interval=at_least(1), log_interval=at_least(1),

@@ -114,7 +114,8 @@ def sampled_cross_entropy(x: torch.Tensor, head: torch.Tensor, targets: torch.Te
 
     All targets are in it, and others by priority sampling (https://arxiv.org/abs/cs/0509026) with
     weights (V). A token sampled with probability p counts 1 / p times, so that the expected sum
-    over the vocabulary is exact.
+    over the vocabulary is exact. Its logarithm is not: with 3,072 of 50,257 tokens the loss is
+    about 0.006 too low, and the gradient of the head is 19% off in one draw, 6% in the mean of 24.
     """
     priority = weights / torch.rand_like(weights)  # (V,)
     priority = priority.index_fill(0, targets.clamp(min=0), math.inf)

@@ -96,6 +96,15 @@ def test_orthogonalize_levels_the_singular_values(shape):
     ).abs().max() < 1e-4  # and nothing but the values has changed
 
 
+@pytest.mark.parametrize("condition, least", [(1, 0.68), (100, 0.68), (1000, 0.21)])
+def test_orthogonalize_reaches_what_its_docstring_says(condition, least):
+    torch.manual_seed(0)
+    u, _, v = torch.linalg.svd(torch.randn(64, 64))
+    s = torch.logspace(0, -math.log10(condition), 64)
+    values = torch.linalg.svdvals(orthogonalize((u * s @ v)[None])[0])
+    assert values.min() == pytest.approx(least, abs=0.01) and values.max() < 1.21
+
+
 def test_schedules():
     assert [schedule_factor("linear", p) for p in (0, 0.25, 1)] == [1, 0.75, 0]
     assert [schedule_factor("trapezoid", p) for p in (0, 0.6, 0.8, 1)] == pytest.approx(
