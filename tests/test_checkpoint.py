@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from helpers import HERE, assert_same, damage_by, one_line_error, read_log, run
-from lib.checkpoint import build_model, find_resumable, read_checkpoint, restore, save_checkpoint
+from lib.checkpoint import (
+    build_model,
+    find_resumable,
+    load_checkpoint,
+    read_checkpoint,
+    restore,
+    save_checkpoint,
+)
 from lib.corpus import load_meta
 from lib.optim import make_optimizers
 from model import GPT, GPTConfig
@@ -27,6 +34,24 @@ def test_missing_things_name_the_command_that_makes_them(tmp_path, trained):
     assert "not prepared" in one_line_error(
         run("eval.py", f"--out_dir={trained}", f"--dataset={tmp_path}/tinystories")
     )
+
+
+def test_a_dataset_of_a_config_names_the_command_that_prepares_it(tmp_path):
+    command = "python data/shakespeare/prepare.py --tokenizer=word --out_dir=data/shakespeare_word"
+    if not (HERE / "data/shakespeare_word").exists():
+        error = one_line_error(
+            run("train.py", "config/train_word_nano.py", f"--out_dir={tmp_path}/out"))
+        assert f"run `{command}`" in error
+
+
+def test_a_wrong_folder_lists_the_runs(tmp_path, trained, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="train a model with `python train.py --out_dir=out`"):
+        load_checkpoint("out")
+    for name in ("out-b", "out-a"):
+        shutil.copytree(trained, tmp_path / name)
+    with pytest.raises(ValueError, match="there are runs in out-a, out-b"):
+        load_checkpoint("out")
 
 
 def test_checkpoints_hold_what_they_should(trained, fables_data):

@@ -597,6 +597,16 @@ def test_hopeless_runs_end_and_keep_the_last_good_checkpoint(tmp_path, fables_da
     )
 
 
+def test_a_nan_validation_loss_does_not_replace_the_last_checkpoint(tmp_path, fables_data):
+    """Or bad steps would return to a model that has already diverged."""
+    script = LOSS_TIMES.replace("torch.is_grad_enabled()", "(not torch.is_grad_enabled())")
+    done = run("-c", script, "nan", "5", "8", "train.py", f"--dataset={fables_data}",
+               f"--out_dir={tmp_path}/out", *TINY)  # the second of three evaluations
+    assert done.returncode == 0 and "step 3: train loss nan, val loss nan" in done.stdout
+    steps = {path.name: read_checkpoint(path)["step"] for path in (tmp_path / "out").glob("*.pt")}
+    assert steps == {"last.pt": 6, "prev.pt": 0, "best.pt": 6}
+
+
 def test_spikes_are_in_the_log(tmp_path, fables_data):
     done = train_spoiled(
         "3", 31, 32, fables_data, tmp_path / "out", "--max_iters=20", "--eval_interval=20"
