@@ -210,7 +210,8 @@ def write_split(folder: Path, split: str, documents: Iterable[str], tokenizer,
     finish_dataset() renames the file. total: number of documents, for the progress bar.
     """
     digest = hashlib.sha256()
-    documents = tqdm(documents, desc=split, unit=" documents", total=total, smoothing=0)
+    documents = tqdm(documents, desc=split, unit=" documents", total=total, smoothing=0,
+                     disable=None, dynamic_ncols=True)  # None: only in a terminal
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{split}.bin.tmp"
     counts = write_tokens(path, tokenized(documents, tokenizer), digest)

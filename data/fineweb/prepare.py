@@ -85,7 +85,9 @@ def prepare(folder: Path, name: str, subset: str, source: str, kind: str, vocab_
         made, train = train_tokenizer(kind, documents_of(rows, where), vocab_size), Counter()
         documents = documents_of(rows, where)
         val = write_split(folder, "val", islice(documents, validation), made)
-    parts = tokenized(tqdm(documents, desc="train", unit=" documents", smoothing=0), made)
+    bar = tqdm(documents, desc="train", unit=" documents", smoothing=0, disable=None,
+               dynamic_ncols=True)
+    parts = tokenized(bar, made)
     while not shards or len(written) < shards:
         path = folder / f"train_{len(written):03}.bin.tmp"
         counts = write_tokens(path, parts, digest, shard_tokens)
