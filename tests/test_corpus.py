@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from data.fineweb import prepare as fineweb
+from data.wikitext103 import prepare as wikitext103
 from helpers import ODD, SPLITS, one_line_error, prepare, start
 from lib import corpus
 from lib.corpus import load_meta, write_dataset
@@ -245,6 +246,16 @@ def test_wikitext_keeps_the_words_of_the_original(tmp_path, hub):
             assert all(article.endswith("\n 3 @.@ 5 = 7 / 2 . ") for article in articles)
             words = sum(len(line.split()) + 1 for line in rows[split])
             assert meta["splits"][split]["words"] == words
+        assert "papers' word count" in meta["note"] and "<unk>" in meta["note"]
+
+
+def test_wikitext_titles_have_empty_lines_around_them():
+    first = ["", " = Coil = ", "", " The inductance is ", " = 1 henry and capacitance C = ",
+             " 1 farad .", "", " = 1 rad / s and a nominal impedance k = ", " 1 ohm .", "",
+             " Last , ", " = 2 and L = ", "", " = = Units = = ", "", " None ."]
+    second = [" = Dam = ", "", " A dam ."]
+    found = list(wikitext103.articles([*first, "", *second, "", " = End = "]))
+    assert found == ["\n".join(first[1:]), "\n".join(second), " = End = "]
 
 
 def write_pages(folder: Path, layout: str) -> list[str]:
