@@ -3,6 +3,7 @@ Prepare datasets: text in, .bin files of token ids and meta.json out.
 
 Text comes from local files and folders or from the Hugging Face hub. dataset.py reads the result.
 """
+import contextlib
 import functools
 import hashlib
 import json
@@ -221,11 +222,22 @@ def write_split(folder: Path, split: str, documents: Iterable[str], tokenizer,
     return {**counts, "sha256": digest.hexdigest()}
 
 
+@contextlib.contextmanager
+def no_leftovers(folder: Path) -> Iterator[None]:
+    """Remove the files of write_split() that finish_dataset() did not rename."""
+    try:
+        yield
+    finally:
+        for path in folder.glob("*.bin.tmp"):
+            path.unlink()
+
+
 def write_dataset(folder: Path, documents: Callable[[str], Iterable[str]], tokenizer) -> None:
     """Write a dataset. documents: a function of the split, 'train' or 'val'."""
-    splits = {split: write_split(folder, split, documents(split), tokenizer)
-              for split in ("train", "val")}
-    finish_dataset(folder, tokenizer, splits)
+    with no_leftovers(folder):
+        splits = {split: write_split(folder, split, documents(split), tokenizer)
+                  for split in ("train", "val")}
+        finish_dataset(folder, tokenizer, splits)
 
 
 def finish_dataset(folder: Path, tokenizer, splits: dict[str, dict], **more) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data.fables import prepare as fables
 from data.fineweb import prepare as fineweb
 from data.wikitext103 import prepare as wikitext103
 from helpers import ODD, SPLITS, one_line_error, prepare, start
@@ -141,6 +142,13 @@ def test_a_table_by_words(tmp_path):
     # each number is in one story only
     assert parts["val"] == [re.sub(r"\d+", UNK, text) for text in lower[19::20]]
     assert meta["splits"]["val"]["unknown"] == 6 and "; 6 of the tokens" in said
+
+
+def write_files(folder: Path, *names: str) -> None:
+    """Write files that contain their names."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
 
 
 # -----------------------------------------------------------------------------
@@ -386,6 +394,32 @@ def test_an_error_while_writing_leaves_no_file(tmp_path):
         with pytest.raises(error, match=says):
             corpus.write_split(tmp_path, "val", texts, tokenizer)
         assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("name", ["any", "fables", "wikitext103"])
+def test_an_error_in_the_last_split_leaves_no_file(tmp_path, monkeypatch, name, error):
+    module = {"any": corpus, "fables": fables, "wikitext103": wikitext103}[name]
+    last = "test" if name == "wikitext103" else "val"
+    write = corpus.write_split
+    source, out = tmp_path / "source", tmp_path / "out"
+    write_files(source, "wiki.train.raw", "wiki.valid.raw", "wiki.test.raw")
+
+    def write_or_stop(folder, split, *args):
+        if split == last:
+            assert (folder / "train.bin.tmp").exists()
+            raise error
+        return write(folder, split, *args)
+
+    monkeypatch.setattr(module, "write_split", write_or_stop)
+    with pytest.raises(error):
+        if name == "any":
+            write_dataset(out, lambda split: ["hello"], train_tokenizer("char", ["hello"]))
+        elif name == "fables":
+            fables.prepare(out, 5, 5, 1, "char", 0)
+        else:
+            wikitext103.prepare(out, "", str(source), "char", 0)
+    assert not list(out.iterdir())
 
 
 @pytest.mark.parametrize("crash_at", range(4))

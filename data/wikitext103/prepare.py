@@ -21,7 +21,14 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 from lib.configurator import at_least, configure, one_of, user_errors
-from lib.corpus import finish_dataset, hub_rows, read_rows, split_of, write_split
+from lib.corpus import (
+    finish_dataset,
+    hub_rows,
+    no_leftovers,
+    read_rows,
+    split_of,
+    write_split,
+)
 from lib.tokenizer import KINDS, train_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -86,11 +93,12 @@ def articles(lines: Iterable[str]) -> Iterator[str]:
 def prepare(folder: Path, subset: str, source: str, kind: str, vocab_size: int) -> None:
     made = train_tokenizer(kind, articles(lines_of("train", source, subset)), vocab_size)
     splits = {}
-    for split in ("train", "val", "test"):
-        counts = write_split(folder, split, articles(lines_of(split, source, subset)), made)
-        words = sum(len(line.split()) + 1 for line in lines_of(split, source, subset))
-        splits[split] = counts | {"words": words}
-    finish_dataset(folder, made, splits, note=NOTE)
+    with no_leftovers(folder):
+        for split in ("train", "val", "test"):
+            counts = write_split(folder, split, articles(lines_of(split, source, subset)), made)
+            words = sum(len(line.split()) + 1 for line in lines_of(split, source, subset))
+            splits[split] = counts | {"words": words}
+        finish_dataset(folder, made, splits, note=NOTE)
 
 
 if __name__ == "__main__":
