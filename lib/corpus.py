@@ -13,7 +13,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, islice
+from itertools import accumulate, chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -69,13 +69,24 @@ def split_of(path: Path) -> str:
 
 
 def held_out(texts: Iterator[str], split: str) -> Iterator[str]:
-    """Hold out every 20th document for validation, or the last twentieth of a single one."""
-    first = list(islice(texts, 2))
-    if len(first) == 1:
-        end = len(first[0]) * 19 // 20
-        return iter([first[0][:end] if split == "train" else first[0][end:]])
-    return (text for i, text in enumerate(chain(first, texts))
-            if (i % 20 == 19) == (split == "val"))
+    """
+    Hold out every 20th document for validation, or the end of the text if there are fewer than 20.
+
+    The end is the last twentieth of the characters. It starts at the start of a document if it then
+    is at most a fifth, else within the document.
+    """
+    first = list(islice(texts, 20))
+    if len(first) == 20:
+        return (text for i, text in enumerate(chain(first, texts))
+                if (i % 20 == 19) == (split == "val"))
+    starts = [0, *accumulate(map(len, first))]
+    size = starts[-1]
+    border = max(start for start in starts if start <= size * 19 // 20)
+    if size - border > size / 5:
+        border = size * 19 // 20
+    ends = [max(0, border - start) for start in starts]  # of the characters for training
+    parts = [text[:end] if split == "train" else text[end:] for text, end in zip(first, ends)]
+    return (part for part in parts if part)
 
 
 def read_documents(path: Path, column: str = "text") -> Iterator[str]:

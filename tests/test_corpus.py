@@ -144,6 +144,42 @@ def test_a_table_by_words(tmp_path):
     assert meta["splits"]["val"]["unknown"] == 6 and "; 6 of the tokens" in said
 
 
+@pytest.mark.parametrize("sizes, val", [
+    ([2000], [100]),
+    ([1, 1], [1]),
+    ([10] * 19, [10]),
+    ([100, 100, 15, 10], [15, 10]),  # from the start of a document: together at most a fifth
+    ([100, 100, 100], [15]),  # its whole document would be a third
+    ([5, 95, 900], [50]),
+    ([7] * 20, [7]),
+    ([1] * 59 + [10_000], [1, 1, 10_000]),
+])
+def test_how_much_is_held_out(sizes, val):
+    texts = [chr(i + 65) * size for i, size in enumerate(sizes)]
+    parts = {split: list(corpus.held_out(iter(texts), split)) for split in SPLITS}
+    assert [len(text) for text in parts["val"]] == val and all(parts["train"])
+    if len(sizes) < 20:
+        assert "".join(parts["train"] + parts["val"]) == "".join(texts)
+    else:
+        assert parts["val"] == texts[19::20]
+        assert sorted(parts["train"] + parts["val"]) == sorted(texts)
+
+
+def test_holding_out_looks_ahead_20_documents():
+    texts = iter(range(1000))
+    next(corpus.held_out(map(str, texts), "train"))
+    assert next(texts) == 20
+
+
+def test_three_documents(tmp_path):
+    texts = ["The first. " * 30, "The second. " * 30, "The third, shorter."]
+    (tmp_path / "three.txt").write_text(EOT.join(texts))
+    parts, _, _ = prepare_text(tmp_path / "out", f"--source={tmp_path}/three.txt")
+    assert len(parts["train"]) == len(parts["val"]) == 2
+    assert parts["val"][1] == texts[2]
+    assert "".join(parts["train"] + parts["val"]) == "".join(map(str.strip, texts))
+
+
 def write_files(folder: Path, *names: str) -> None:
     """Write files that contain their names."""
     for name in names:
