@@ -27,7 +27,9 @@ from lib.tokenizer import EOT, KINDS, leading, meta_of, read_nanogpt_characters
 FORMAT_VERSION = 1  # of meta.json
 PART = 16_000_000  # characters that are tokenized at a time
 LONGEST = 4_000_000  # characters of a document in a .txt file
-SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".parquet")
+TABLES = (".jsonl", ".json", ".csv", ".parquet")
+SUFFIXES = (".txt", ".md", *TABLES)
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 WHITE_SPACE = np.isin(np.arange(256), [9, 10, 11, 12, 13, 32])
 
 
@@ -36,35 +38,44 @@ WHITE_SPACE = np.isin(np.arange(256), [9, 10, 11, 12, 13, 32])
 
 def local_documents(source: str, split: str, column: str = "text") -> Iterator[str]:
     """
-    Return the documents of one split of a local file or folder.
+    Return the documents of one split, 'train' or 'val', of a local file or folder.
 
-    Reads text files with <|endoftext|> between documents, JSON lines, CSV and parquet. In a folder
-    the names of files tell the split, see split_of(). A single file is divided by held_out().
+    Reads text files with <|endoftext|> between documents, JSON lines, CSV and parquet. The names of
+    files tell the split, see split_of(), if some are named train and others val or test. What has
+    no files named val is divided by held_out().
     """
-    root = Path(source)
+    root = Path(os.path.expanduser(source))
     if not root.exists():
         raise ValueError(f"there is no file or folder {source}")
-    paths = [root] if root.is_file() else root.rglob("*")
-    files = [path for path in sorted(paths) if path.suffix in SUFFIXES
-             and (root.is_file() or split_of(path.relative_to(root)) == split)]
-    if not files:
-        raise ValueError(f"{source} has no text for the {split} split: files must end in "
-                         f"{', '.join(SUFFIXES)}, and in a folder their names must contain "
-                         f"{split!r}")
+    if not (files := text_files(root)):
+        raise ValueError(f"{source} has no text: the names of files must end in "
+                         f"{', '.join(SUFFIXES)} or have no suffix")
+    named = [split_of(path.relative_to(root)) for path in files]
+    has_val = {"train", "val"} <= set(named)
+    if has_val or {"train", "test"} <= set(named):
+        wanted = split if has_val else "train"
+        files = [path for path, name in zip(files, named) if name == wanted]
     texts = (text for path in files for text in read_documents(path, column))
-    return held_out(texts, split) if root.is_file() else texts
+    return texts if has_val else held_out(texts, split)
+
+
+def text_files(root: Path, suffixes: Iterable[str] = ("", *SUFFIXES)) -> list[Path]:
+    """Return the files with these suffixes in a folder, except hidden ones, or a single file."""
+    paths = [root] if root.is_file() else sorted(root.rglob("*"))
+    return [path for path in paths if path.suffix.lower() in suffixes and path.is_file()
+            and not any(part.startswith(".") for part in path.relative_to(root).parts)]
 
 
 def split_of(path: Path) -> str:
     """
-    Return 'train', 'val' or 'test' if the name of a file, or else of its folder, contains it.
+    Return 'train', 'val' or 'test' if it is a word in the name of a file, or else of its folder.
 
     Returns '' for other names. Examples of names: train-00000.parquet, TinyStories-valid.txt.
     """
     for name in (path.name.lower(), path.parent.name.lower()):
-        for split in ("train", "val", "test"):
-            if split in name:
-                return split
+        for word in re.findall(r"[^\W\d_]+", name):
+            if word in SPLITS:
+                return SPLITS[word]
     return ""
 
 
@@ -91,7 +102,7 @@ def held_out(texts: Iterator[str], split: str) -> Iterator[str]:
 
 def read_documents(path: Path, column: str = "text") -> Iterator[str]:
     """Return the documents of one file, which is never in memory as a whole."""
-    texts = read_text_file(path) if path.suffix == ".txt" else read_rows(path, column)
+    texts = read_rows(path, column) if path.suffix.lower() in TABLES else read_text_file(path)
     return stripped(texts, path, column)
 
 

@@ -78,7 +78,7 @@ def write_source(folder: Path, layout: str) -> None:
     folder.mkdir(parents=True)
     for split, texts in DOCUMENTS.items():
         if layout == "txt":
-            path = folder / f"TinyStories-{split}id.txt"
+            path = folder / f"TinyStories-{'valid' if split == 'val' else split}.txt"
             path.write_text("".join(f"{text}\n{EOT}\n" for text in texts))
         elif layout == "jsonl":
             rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
@@ -180,11 +180,48 @@ def test_three_documents(tmp_path):
     assert "".join(parts["train"] + parts["val"]) == "".join(map(str.strip, texts))
 
 
+@pytest.mark.parametrize("name, split", [
+    ("train-00000-of-00001.parquet", "train"),
+    ("TinyStoriesV2-GPT4-valid.txt", "val"),
+    ("wiki.validation.raw", "val"),
+    ("2024_TEST_3.csv", "test"),
+    ("test/part1.txt", "test"),
+    ("train/val.txt", "val"),
+    ("medieval.txt", ""), ("latest.txt", ""), ("constraint.txt", ""), ("trains/evaluate.md", ""),
+])
+def test_split_names_are_whole_words(name, split):
+    assert corpus.split_of(Path(name)) == split
+
+
 def write_files(folder: Path, *names: str) -> None:
     """Write files that contain their names."""
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)
+
+
+@pytest.mark.parametrize("names, train, val", [
+    # the names decide
+    ("train/a.txt train/b.md valid.txt test.txt other.txt", "train/a.txt train/b.md", "valid.txt"),
+    # val is held out of the files named train
+    ("train-1.txt train-2.txt test.txt other.txt", "train-1.txt train-2.t", "xt"),
+    # all files are divided
+    ("medieval.txt latest.txt constraint.txt", "constraint.txt latest.txt medieval.t", "xt"),
+    ("train.txt other.txt", "other.txt train.tx", "t"),
+    ("a.md b/c d.TXT .git/e .hidden.txt f.py", "a.md b/c d.TX", "T"),
+])
+def test_which_files_of_a_folder_are_read(tmp_path, names, train, val):
+    write_files(tmp_path, *names.split())
+    assert " ".join(corpus.local_documents(str(tmp_path), "train")) == train
+    assert " ".join(corpus.local_documents(str(tmp_path), "val")) == val
+
+
+def test_wikitext_reads_the_names_of_splits_too(tmp_path):
+    write_files(tmp_path, "wiki.valid.raw", "medieval.raw", ".val.raw", "test/val.txt")
+    lines = wikitext103.lines_of("val", str(tmp_path), "")
+    assert list(lines) == ["test/val.txt", "wiki.valid.raw"]
+    with pytest.raises(ValueError, match="be named like wiki.test.raw"):  # not medieval.raw
+        list(wikitext103.lines_of("test", str(tmp_path), ""))
 
 
 # -----------------------------------------------------------------------------
@@ -378,13 +415,13 @@ def test_shakespeare_is_split_as_nanogpt_does(tmp_path):
 @pytest.mark.parametrize("name, args", [
     ("tinystories", ["--source=nowhere"]),
     ("tinystories", ["--source=config"]),
-    ("tinystories", ["--source=README.md"]),
+    ("tinystories", ["--source=pyproject.toml"]),
     ("shakespeare_char", ["--source=nowhere"]),
     ("fables", ["--train_stories=0"]),
     ("fables", ["--tokenizer=x", "--train_stories=5"]),
     ("fineweb", ["--shards=-1"]),
     ("text", []),
-    ("text", ["--source=README.md"]),
+    ("text", ["--source=pyproject.toml"]),
     ("text", ["--source=requirements.txt", "--tokenizer=x"]),
 ])
 def test_what_cannot_be_prepared_is_one_line(tmp_path, name, args):

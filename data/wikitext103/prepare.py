@@ -27,6 +27,7 @@ from lib.corpus import (
     no_leftovers,
     read_rows,
     split_of,
+    text_files,
     write_split,
 )
 from lib.tokenizer import KINDS, train_tokenizer
@@ -60,11 +61,11 @@ def lines_of(split: str, source: str, subset: str) -> Iterator[str]:
         folder = Path(source)
         if (folder / subset).is_dir():  # a copy of all variants
             folder = folder / subset
-        paths = [path for path in sorted(folder.rglob("*"))
-                 if path.suffix in SUFFIXES and split_of(path) == split]
+        paths = [path for path in text_files(folder, SUFFIXES)
+                 if split_of(path.relative_to(folder)) == split]
         if not paths:
             raise ValueError(f"{source} has no text for the {split} split: files must end in "
-                             f"{', '.join(SUFFIXES)}, and their names must contain {split!r}")
+                             f"{', '.join(SUFFIXES)} and be named like wiki.{split}.raw")
         rows = (row for path in paths for row in read_file(path))
     for row in rows:
         if not isinstance(row, str):
