@@ -4,6 +4,7 @@ Prepare datasets: text in, .bin files of token ids and meta.json out.
 Text comes from local files and folders or from the Hugging Face hub. dataset.py reads the result.
 """
 import contextlib
+import csv
 import functools
 import hashlib
 import json
@@ -15,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate, chain, islice
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from tqdm import tqdm
@@ -26,7 +28,7 @@ from lib.tokenizer import EOT, KINDS, leading, meta_of, read_nanogpt_characters
 
 FORMAT_VERSION = 1  # of meta.json
 PART = 16_000_000  # characters that are tokenized at a time
-LONGEST = 4_000_000  # characters of a document in a .txt file
+LONGEST = 4_000_000  # characters of a document in a text file
 TABLES = (".jsonl", ".json", ".csv", ".parquet")
 SUFFIXES = (".txt", ".md", *TABLES)
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -36,7 +38,8 @@ WHITE_SPACE = np.isin(np.arange(256), [9, 10, 11, 12, 13, 32])
 # -----------------------------------------------------------------------------
 # Text from local files
 
-def local_documents(source: str, split: str, column: str = "text") -> Iterator[str]:
+def local_documents(source: str, split: str, column: str = "text",
+                    encoding: str = "utf-8") -> Iterator[str]:
     """
     Return the documents of one split, 'train' or 'val', of a local file or folder.
 
@@ -55,7 +58,11 @@ def local_documents(source: str, split: str, column: str = "text") -> Iterator[s
     if has_val or {"train", "test"} <= set(named):
         wanted = split if has_val else "train"
         files = [path for path, name in zip(files, named) if name == wanted]
-    texts = (text for path in files for text in read_documents(path, column))
+    texts = (text for path in files for text in read_documents(path, column, encoding))
+    first = next(texts, None)
+    if first is None:
+        raise ValueError(f"{files[0]} is empty{', like the other files' if files[1:] else ''}")
+    texts = chain([first], texts)
     return texts if has_val else held_out(texts, split)
 
 
@@ -100,36 +107,101 @@ def held_out(texts: Iterator[str], split: str) -> Iterator[str]:
     return (part for part in parts if part)
 
 
-def read_documents(path: Path, column: str = "text") -> Iterator[str]:
+def read_documents(path: Path, column: str = "text", encoding: str = "utf-8") -> Iterator[str]:
     """Return the documents of one file, which is never in memory as a whole."""
-    texts = read_rows(path, column) if path.suffix.lower() in TABLES else read_text_file(path)
-    return stripped(texts, path, column)
+    if path.suffix.lower() in TABLES:
+        return stripped(read_rows(path, column, encoding), path, column)
+    return stripped(read_text_file(path, encoding), path, column)
 
 
-def read_text_file(path: Path) -> Iterator[str]:
-    """Yield the documents of a .txt file. One longer than LONGEST is divided at line ends."""
-    rest = ""
+@contextlib.contextmanager
+def open_text(path: Path, encoding: str = "utf-8") -> Iterator[IO[str]]:
+    """Open a text file to read. For another encoding, the error names the probable one."""
     try:
-        with open(path, encoding="utf-8") as file:
-            while chunk := file.read(1 << 20):
-                *whole, rest = (rest + chunk).split(EOT)
-                yield from whole
-                if len(rest) > LONGEST:
-                    end = max(rest.rfind("\n") + 1, LONGEST // 2)
-                    yield rest[:end]
-                    rest = rest[end:]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+        with open(path, encoding="utf-8-sig" if encoding == "utf-8" else encoding) as file:
+            if "\0" in file.read(4096):
+                raise UnicodeError
+            file.seek(0)
+            yield file
+    except UnicodeError:
+        with open(path, "rb") as file:
+            start = file.read(4096)
+        probable = ("utf-16" if start.startswith((b"\xff\xfe", b"\xfe\xff"))  # byte order marks
+                    else "utf-16-le" if b"\0" in start else "windows-1252")
+        hint = (f", but probably {probable}: give data/text/prepare.py --encoding={probable}, or "
+                "convert the file to UTF-8") if encoding == "utf-8" else ""
+        raise ValueError(f"{path} is not {encoding} text{hint}") from None
+
+
+def read_text_file(path: Path, encoding: str = "utf-8") -> Iterator[str]:
+    """Yield the documents of a text file. One longer than LONGEST is divided at line ends."""
+    rest = ""
+    with open_text(path, encoding) as file:
+        while chunk := file.read(1 << 20):
+            *whole, rest = (rest + chunk).split(EOT)
+            yield from whole
+            if len(rest) > LONGEST:
+                end = max(rest.rfind("\n") + 1, LONGEST // 2)
+                yield rest[:end]
+                rest = rest[end:]
     yield rest
 
 
-def read_rows(path: Path, column: str = "text") -> Iterator[object]:
-    """Return a column of a .jsonl, .json, .csv or .parquet file; None where it is missing."""
-    from datasets import load_dataset
+def read_rows(path: Path, column: str = "text", encoding: str = "utf-8") -> Iterator[object]:
+    """Yield a column of a .jsonl, .json, .csv or .parquet file; a.b is field b of column a."""
+    suffix = path.suffix.lower()
+    with open(path, "rb") if suffix == ".parquet" else open_text(path, encoding) as file:
+        rows = {".parquet": read_parquet, ".csv": read_csv}.get(suffix, read_json)(file)
+        try:
+            for row in rows:
+                values = dict(fields(row))
+                if column not in values:
+                    known = one_line(", ".join(values), 300) or "values without names"
+                    raise ValueError(f"there is no column {column!r}, only {known}: choose one "
+                                     "with data/text/prepare.py --column=NAME")
+                yield values[column]
+        except UnicodeError:
+            raise
+        except (ValueError, OSError, csv.Error) as error:
+            raise ValueError(f"{path}: {error}") from None
 
-    kind = {".parquet": "parquet", ".csv": "csv"}.get(path.suffix, "json")
-    data = load_dataset(kind, data_files=str(path), split="train", streaming=True)
-    return (value for batch in data.iter(1024) for value in batch.get(column, [None]))
+
+def fields(row: object, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Yield the names and values of a row, those of nested rows as outer.inner."""
+    for name, value in row.items() if isinstance(row, dict) else ():
+        if isinstance(value, dict):
+            yield from fields(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def read_parquet(file: IO[bytes]) -> Iterator[dict]:
+    from pyarrow.parquet import ParquetFile
+
+    if file.read(1):  # not empty
+        for batch in ParquetFile(file).iter_batches(1024):
+            yield from batch.to_pylist()
+
+
+def read_csv(file: IO[str]) -> Iterator[dict]:
+    csv.field_size_limit(2**31 - 1)  # the longest text
+    rows = csv.DictReader(file, strict=True)
+    for row in rows:
+        if None in row or None in row.values():
+            raise ValueError(f"line {rows.line_num} has more or fewer columns than the first one")
+        yield row
+
+
+def read_json(file: IO[str]) -> Iterator[object]:
+    """Yield the rows of JSON lines, or of a JSON list."""
+    is_list = file.read(1) == "["
+    file.seek(0)
+    for number, line in enumerate([file.read()] if is_list else file, 1):
+        try:
+            found = json.loads(line) if line.strip() else []
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}") from None
+        yield from found if isinstance(found, list) else [found]
 
 
 def stripped(texts: Iterable[object], where: object, column: str) -> Iterator[str]:
@@ -170,7 +242,8 @@ def hub_rows(name: str, split: str, column: str = "text", subset: str = "") -> I
         raise ValueError(f"{name} has no train split, only {', '.join(data)}")
     columns = data["train"].column_names
     if column not in columns:
-        raise ValueError(f"{name} has no column {column!r}, only {', '.join(columns)}")
+        raise ValueError(f"{name} has no column {column!r}, only {', '.join(columns)}: choose one "
+                         "with data/text/prepare.py --column=NAME")
     parts = [data[key].select_columns(column) for key in data if key.startswith(split)]
     return (value for part in parts for batch in part.iter(1024) for value in batch[column])
 

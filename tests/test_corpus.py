@@ -224,6 +224,142 @@ def test_wikitext_reads_the_names_of_splits_too(tmp_path):
         list(wikitext103.lines_of("test", str(tmp_path), ""))
 
 
+BOOK = "It was the best of times, déjà vu – it was “the worst” of times.\n" * 40
+
+
+@pytest.mark.parametrize("name, text", [
+    ("book.txt", BOOK), ("rows.jsonl", json.dumps({"text": BOOK})),
+    ("list.json", json.dumps([{"text": BOOK}])), ("rows.csv", f'text\n"{BOOK}"\n')])
+def test_encodings(tmp_path, name, text):
+    """A byte order mark is no text; of other encodings the error names the option that reads it."""
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8-sig")
+    assert list(corpus.read_documents(path)) == [BOOK.strip()]
+    text = text.replace("\\u00e9", "é")  # JSON is ASCII by default
+    for encoding in ("windows-1252", "utf-16", "utf-16-le"):
+        path.write_text(text, encoding=encoding)
+        with pytest.raises(ValueError) as error:
+            list(corpus.read_documents(path))
+        assert str(path) in str(error.value)
+        assert f"but probably {encoding}: " in str(error.value)
+        assert f"data/text/prepare.py --encoding={encoding}, or convert" in str(error.value)
+        assert list(corpus.read_documents(path, encoding=encoding)) == [BOOK.strip()]
+
+
+@pytest.mark.parametrize("name", ["book.txt", "rows.jsonl", "rows.csv"])
+@pytest.mark.parametrize("text, encoding", [("plain\n" * 9, "utf-16-le"),  # valid UTF-8, with NULs
+                                            ("plain\n" * 99_999 + "é", "windows-1252")])
+def test_encodings_of_texts_that_begin_in_ascii(tmp_path, name, text, encoding):
+    if name == "rows.jsonl":
+        text = "".join(json.dumps({"text": line}, ensure_ascii=False) + "\n"
+                       for line in text.split())
+    (tmp_path / name).write_text("text\n" + text if name == "rows.csv" else text, encoding)
+    with pytest.raises(ValueError, match=f"but probably {encoding}: "):
+        list(corpus.read_documents(tmp_path / name))
+
+
+def test_the_encoding_is_a_setting(tmp_path):
+    (tmp_path / "book.txt").write_text(BOOK, encoding="windows-1252")
+    source = [f"--source={tmp_path}/book.txt", f"--out_dir={tmp_path}/out"]
+    for name in ("text", "tinystories", "shakespeare_char"):
+        says = one_line_error(prepare(name, *source))
+        assert "book.txt is not utf-8 text, but probably windows-1252" in says
+    assert "unknown encoding: latin0" in one_line_error(
+        prepare("text", *source, "--encoding=latin0"))
+    assert one_line_error(prepare("text", *source, "--encoding=utf-16")).endswith(
+        "book.txt is not utf-16 text")
+    parts, _, _ = prepare_text(tmp_path / "out", source[0], "--encoding=windows-1252")
+    assert parts["train"][0] + parts["val"][0] == BOOK.strip()
+
+
+def test_shakespeare_without_a_byte_order_mark(tmp_path):
+    (tmp_path / "input.txt").write_text("To be. " * 50, encoding="utf-8-sig")
+    done = prepare("shakespeare_char", f"--source={tmp_path}/input.txt",
+                   f"--out_dir={tmp_path}/out")
+    assert done.returncode == 0, done.stderr
+    assert "\ufeff" not in load_meta(tmp_path / "out")["tokenizer"]["vocab"]
+
+
+@pytest.mark.parametrize("text", ["", " \n\n"])
+def test_empty_files(tmp_path, text):
+    folder = tmp_path / "folder"
+    write_files(folder, "a.txt", "b.jsonl", "c.csv", "d.md")
+    for path in folder.iterdir():
+        path.write_text(text)
+    (folder / "e.parquet").touch()
+    for path in (*folder.iterdir(), folder):
+        with pytest.raises(ValueError, match=r"folder/[a-e]\.[a-z]+ is empty"):
+            corpus.local_documents(str(path), "train")
+    (folder / "z.txt").write_text("Some text.")
+    assert "".join(corpus.local_documents(str(folder), "train")) == "Some text"
+    for name in ("text", "shakespeare_char"):
+        says = one_line_error(prepare(name, f"--source={folder}/a.txt", f"--out_dir={tmp_path}/o"))
+        assert "a.txt is empty" in says
+    assert not (tmp_path / "o").exists()
+
+
+ROWS = [{"id": i, "a.b": f"dot {i}", "m": {"role": "user", "n": {"content": f"deep {i}"}}}
+        for i in range(3)]
+
+
+def write_rows(path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(ROWS), path)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(ROWS, indent=1))
+    elif path.suffix == ".jsonl":
+        path.write_text("\n\n".join(map(json.dumps, ROWS)))
+    else:
+        lines = [f"{i},dot {i},user,deep {i}\n" for i in range(3)]
+        path.write_text("".join(["id,a.b,m.role,m.n.content\n", *lines]))
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "json", "parquet"])
+def test_columns(tmp_path, kind):
+    path = tmp_path / f"rows.{kind}"
+    write_rows(path)
+    assert list(corpus.read_documents(path, "a.b")) == ["dot 0", "dot 1", "dot 2"]
+    assert list(corpus.read_documents(path, "m.n.content")) == ["deep 0", "deep 1", "deep 2"]
+    says = one_line_error(prepare("text", f"--source={path}", f"--out_dir={tmp_path}/out"))
+    assert "no column 'text', only id, a.b, m.role, m.n.content: choose" in says
+    assert str(path) in says and "--column=" in says
+
+
+def test_texts_of_tables_stay_texts(tmp_path):
+    """Libraries that guess types would read a number, a missing value and a date."""
+    texts = ["12", "NA", "2020-01-01", "two\nlines, “quoted”", "x" * 200_000]
+    with open(tmp_path / "rows.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["text"], *([text] for text in texts)])
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    for name in ("rows.csv", "rows.jsonl"):
+        assert list(corpus.read_documents(tmp_path / name)) == texts
+
+
+@pytest.mark.parametrize("name, raw, says", [
+    ("rows.jsonl", b'{"text": "a"}\n{"text": \n', "rows.jsonl: line 2: Expecting value"),
+    ("rows.json", b'["a", "b"]', "rows.json: there is no column 'text', only values without"),
+    ("rows.jsonl", b'{"text": 1}', "rows.jsonl has a row without a text column 'text'"),
+    ("rows.csv", b"id,text\n1,Hello, world\n", "rows.csv: line 2 has more or fewer columns"),
+    ("rows.csv", b"id,text\n1\n", "rows.csv: line 2 has more or fewer columns"),
+    ("rows.csv", b'id,text\n1,"Hello\n', "rows.csv: unexpected end of data"),
+    ("rows.parquet", b"hello" * 100, "rows.parquet: Parquet magic bytes not found"),
+])
+def test_malformed_tables_are_one_line(tmp_path, name, raw, says):
+    (tmp_path / name).write_bytes(raw)
+    done = prepare("text", f"--source={tmp_path}/{name}", f"--out_dir={tmp_path}/out")
+    assert says in one_line_error(done) and not list(tmp_path.glob("out/*"))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_malformed_streams_are_one_line(tmp_path, kind):
+    (tmp_path / f"rows.{kind}").write_text('{"text": "a"}\n{"text": \n')
+    one_line_error(prepare("fineweb", f"--source={tmp_path}", f"--out_dir={tmp_path}/out",
+                           HF_HOME=str(tmp_path / "hf")))
+
+
 # -----------------------------------------------------------------------------
 # The Hugging Face hub
 

@@ -42,8 +42,9 @@ def open_stream(name: str, subset: str, source: str):
     """Return the rows of the hub or of local files as a stream whose position can be saved."""
     if not source:
         return ask_hub(name, subset, split="train", streaming=True)
-    from datasets import load_dataset
+    from datasets import load_dataset, logging
 
+    logging.set_verbosity(logging.CRITICAL)  # the error says what is wrong with a file
     paths = [path for path in Path(source).rglob("*") if path.suffix in (".parquet", ".jsonl")]
     kinds = {path.suffix for path in paths}
     if len(kinds) != 1:

@@ -15,7 +15,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 from lib.configurator import at_least, configure, one_of, user_errors
-from lib.corpus import write_dataset
+from lib.corpus import open_text, write_dataset
 from lib.tokenizer import KINDS, train_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -42,8 +42,16 @@ def download() -> str:
     return raw.decode("utf-8")
 
 
+def read(path: Path) -> str:
+    with open_text(path) as file:
+        text = file.read()
+    if not text.strip():
+        raise ValueError(f"{path} is empty")
+    return text
+
+
 def prepare(folder: Path, source: str, kind: str, vocab_size: int) -> None:
-    text = Path(source).read_text(encoding="utf-8") if source else download()
+    text = read(Path(source)) if source else download()
     border = int(len(text) * 0.9)
     parts = {"train": text[:border], "val": text[border:]}
     if kind == "char":  # nanoGPT's ids: the characters of the whole text, and no other tokens

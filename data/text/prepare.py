@@ -3,11 +3,17 @@ Your own text, or a dataset of the Hugging Face hub.
 
     python data/text/prepare.py --source=book.txt
     python data/text/prepare.py --source=FOLDER --tokenizer=char
+    python data/text/prepare.py --source=chat.jsonl --column=message.content
     python data/text/prepare.py --source=roneneldan/TinyStories --tokenizer=bpe --vocab_size=4096
 
-Reads .txt files (with <|endoftext|> between documents), .jsonl, .csv and .parquet. Writes train.bin
-and val.bin to this folder; with --out_dir=data/NAME, to a dataset of its own.
+Reads text files (with <|endoftext|> between documents): .txt, .md and those without a suffix. Of
+.jsonl, .json, .csv and .parquet it reads one column. Writes train.bin and val.bin to this folder;
+with --out_dir=data/NAME, to a dataset of its own.
+
+In a folder, files named train and val (or valid, validation) are the splits. Of other text, every
+20th document is for validation, or the last twentieth of the text if it has fewer documents.
 """
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +26,8 @@ from lib.tokenizer import KINDS, train_tokenizer
 
 # -----------------------------------------------------------------------------
 source = ""  # a file, a folder or the name of a dataset on the hub
-column = "text"  # of files with several columns
+column = "text"  # of files with several columns; in files, a.b is field b of column a
+encoding = "utf-8"  # of text, JSON and CSV files, such as windows-1252 or utf-16
 subset = ""  # of a hub dataset with several subsets
 tokenizer = "gpt2"  # or bpe, char or word, learned from the text
 vocab_size = 0  # at most this many tokens (0: 4,096 of bpe, 10,000 words, all characters)
@@ -30,13 +37,17 @@ configure(globals(), tokenizer=one_of(*KINDS), vocab_size=at_least(0, at_most=65
 
 
 def documents(split: str) -> Iterator[str]:
-    if Path(source).exists():
-        return local_documents(source, split, column)
+    if os.path.exists(source):
+        return local_documents(source, split, column, encoding)
     return hub_documents(source, split, column, subset)
 
 
 with user_errors():
     if not source:
         raise ValueError("set --source to a file, a folder or the name of a Hugging Face dataset")
+    try:
+        "".encode(encoding)
+    except LookupError as error:
+        raise ValueError(f"--encoding={encoding}: {error}") from None
     made = train_tokenizer(tokenizer, documents("train"), vocab_size)
     write_dataset(Path(out_dir) if out_dir else HERE, documents, made)

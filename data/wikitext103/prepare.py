@@ -46,10 +46,10 @@ NOTE = ("word_perplexity uses the papers' word count, but the raw text, in which
 
 
 def read_file(path: Path) -> Iterator[object]:
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         yield from read_rows(path)
     else:
-        with open(path, encoding="utf-8", newline="\n") as file:
+        with open(path, encoding="utf-8-sig", newline="\n") as file:
             yield from file
 
 
