@@ -6,6 +6,8 @@ import math
 import os
 import random
 import re
+import shlex
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -16,7 +18,7 @@ import pytest
 from data.fables import prepare as fables
 from data.fineweb import prepare as fineweb
 from data.wikitext103 import prepare as wikitext103
-from helpers import ODD, SPLITS, one_line_error, prepare, start
+from helpers import HERE, ODD, SPLITS, one_line_error, prepare, run, start
 from lib import corpus
 from lib.corpus import load_meta, write_dataset
 from lib.dataset import TokenStream
@@ -298,6 +300,19 @@ def test_empty_files(tmp_path, text):
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.parametrize("source", ["nowhere.txt", "someone/rows.JSONL", "./folder", "../x", "/x",
+                                    "~/folder", "C:\\folder"])
+def test_a_path_is_not_asked_of_the_hub(tmp_path, source):
+    done = prepare("text", f"--source={source}", f"--out_dir={tmp_path}", HF_HUB_OFFLINE="1")
+    assert one_line_error(done) == f"error: there is no file or folder {source}"
+
+
+def test_the_home_folder(tmp_path):
+    (tmp_path / "books").write_text(BOOK)
+    done = prepare("text", "--source=~/books", f"--out_dir={tmp_path}/out", HOME=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+
+
 ROWS = [{"id": i, "a.b": f"dot {i}", "m": {"role": "user", "n": {"content": f"deep {i}"}}}
         for i in range(3)]
 
@@ -358,6 +373,29 @@ def test_malformed_streams_are_one_line(tmp_path, kind):
     (tmp_path / f"rows.{kind}").write_text('{"text": "a"}\n{"text": \n')
     one_line_error(prepare("fineweb", f"--source={tmp_path}", f"--out_dir={tmp_path}/out",
                            HF_HOME=str(tmp_path / "hf")))
+
+
+@pytest.mark.parametrize("tokenizer", ["bpe", "char", "word"])
+def test_the_next_command_trains(tmp_path, tokenizer):
+    (tmp_path / "book.txt").write_text(BOOK * 5)
+    out = tmp_path / "my book"
+    _, _, said = prepare_text(out, f"--source={tmp_path}/book.txt", f"--tokenizer={tokenizer}")
+    command = said.splitlines()[-1].removeprefix("next: ")
+    python, *args = shlex.split(command)
+    assert python == "python" and args[-1] == "--out_dir=out-my book"
+    done = run(*args, f"--out_dir={tmp_path}/out", "--max_iters=2", "--device=cpu",
+               "--compile=False", "--eval_iters=1")
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_next_command_names_a_dataset_in_data(tmp_path):
+    (tmp_path / "book.txt").write_text(BOOK)
+    out = HERE / f"data/book_{os.getpid()}"
+    try:
+        _, _, said = prepare_text(out, f"--source={tmp_path}/book.txt")
+    finally:
+        shutil.rmtree(out)
+    assert said.endswith(f" --dataset={out.name} --out_dir=out-{out.name}\n")
 
 
 # -----------------------------------------------------------------------------

@@ -14,6 +14,7 @@ In a folder, files named train and val (or valid, validation) are the splits. Of
 20th document is for validation, or the last twentieth of the text if it has fewer documents.
 """
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 from lib.configurator import at_least, configure, one_of, user_errors
-from lib.corpus import hub_documents, local_documents, write_dataset
+from lib.corpus import SUFFIXES, hub_documents, local_documents, write_dataset
 from lib.tokenizer import KINDS, train_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -37,9 +38,22 @@ configure(globals(), tokenizer=one_of(*KINDS), vocab_size=at_least(0, at_most=65
 
 
 def documents(split: str) -> Iterator[str]:
-    if os.path.exists(source):
+    is_path = (source.startswith((".", "/", "~")) or "\\" in source
+               or source.lower().endswith(SUFFIXES))
+    if is_path or os.path.exists(source):
         return local_documents(source, split, column, encoding)
     return hub_documents(source, split, column, subset)
+
+
+def next_command(folder: Path) -> str:
+    """Return a command that trains a small model on a book in at most ten minutes on a laptop."""
+    args = ["config/train_nano.py", "config/tuned.py", "--max_minutes=10"]
+    if tokenizer in ("char", "word"):
+        args = [f"config/train_{tokenizer}_nano.py"]
+    inside = folder.parent == HERE.resolve().parent
+    dataset = folder.name if inside else str(folder)
+    return shlex.join(["python", "train.py", *args, f"--dataset={dataset}",
+                       f"--out_dir=out-{folder.name}"])
 
 
 with user_errors():
@@ -50,4 +64,6 @@ with user_errors():
     except LookupError as error:
         raise ValueError(f"--encoding={encoding}: {error}") from None
     made = train_tokenizer(tokenizer, documents("train"), vocab_size)
-    write_dataset(Path(out_dir) if out_dir else HERE, documents, made)
+    folder = Path(out_dir) if out_dir else HERE
+    write_dataset(folder, documents, made)
+    print(f"next: {next_command(folder.resolve())}")
