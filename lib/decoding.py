@@ -5,7 +5,7 @@ Decoding: a sampler for GPT.stream and beam search.
     idx = model.generate(idx, 100, sampler=sampler)
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -15,7 +15,7 @@ from model import GPT, KVCache
 @dataclass
 class Sampling:
     """
-    A sampler. Its settings have the same meaning as in transformers and apply in this order:
+    A sampler. Its settings apply in this order:
 
     repetition_penalty: lower the probability of tokens that already occur (1: off)
     no_repeat_ngram: never produce the same n-gram twice (0: off)
@@ -23,6 +23,10 @@ class Sampling:
     top_k: keep the k most probable tokens (0: all)
     top_p: keep the fewest tokens whose total probability reaches top_p (1: all)
     min_p: keep tokens with at least min_p of the highest probability (0: all)
+
+    They mean the same as in transformers, except for ties: top_k keeps exactly k tokens, where
+    transformers keeps all that tie with the k-th; of tied tokens, top_p may keep others.
+    stop_token: ends a row in which no token is allowed (-1: such a row raises ValueError).
     """
     temperature: float = 1.0
     top_k: int = 0
@@ -31,6 +35,7 @@ class Sampling:
     repetition_penalty: float = 1.0
     no_repeat_ngram: int = 0
     generator: torch.Generator | None = None
+    stop_token: int = -1
 
     def __post_init__(self):
         for name in ("temperature", "top_k", "no_repeat_ngram"):
@@ -47,6 +52,8 @@ class Sampling:
                  pad: torch.Tensor | None = None) -> torch.Tensor:
         """Return the next tokens (B,) for logits (B, V) after ids (B, T), padded at the left."""
         logits = self.penalize(logits, ids, pad)
+        if self.no_repeat_ngram:
+            self.end_stuck_rows(logits)
         if self.temperature == 0:
             return logits.argmax(dim=-1)
         logits, candidates = self.candidates(logits)
@@ -78,6 +85,14 @@ class Sampling:
             repeated = mark(grams[..., -1], same & real[:, :grams.size(1)])
             logits = logits.masked_fill(repeated, -math.inf)
         return logits
+
+    def end_stuck_rows(self, logits: torch.Tensor) -> None:
+        """Allow stop_token in those rows of penalized logits (B, V) that allow no token."""
+        stuck = logits.amax(dim=-1) == -math.inf  # (B,)
+        if self.stop_token < 0 and stuck.any():
+            raise ValueError(f"no_repeat_ngram={self.no_repeat_ngram} leaves no token to continue "
+                             "with: increase it, or generate fewer tokens")
+        logits[stuck, self.stop_token] = 0.0
 
     def candidates(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
@@ -131,10 +146,11 @@ def beam_search(model: GPT, idx: torch.Tensor, max_new_tokens: int, num_beams: i
 
     Finished continuations are ranked by log-probability / length ** length_penalty, as in
     transformers with early_stopping=False: above 0 favors long ones. Only the penalties of
-    `sampling` apply. Raises ValueError if prompt and continuation exceed block_size.
+    `sampling` apply, to log-probabilities also with one beam, where transformers penalizes logits.
+    Raises ValueError if prompt and continuation exceed block_size.
     """
     T, V, block_size = idx.size(1), model.config.vocab_size, model.config.block_size
-    sampling = sampling or Sampling()
+    sampling = replace(sampling or Sampling(), stop_token=stop_token)
     model.check_prompt(idx)
     if num_beams < 1:
         raise ValueError(f"num_beams must be at least 1, got {num_beams}")
@@ -149,6 +165,7 @@ def beam_search(model: GPT, idx: torch.Tensor, max_new_tokens: int, num_beams: i
         states = model.hidden(ids[:, cache.length:], cache)
         log_p = model.lm_head(states[:, -1]).float().log_softmax(dim=-1)  # (num_beams, V)
         log_p = sampling.penalize(log_p, ids)
+        sampling.end_stuck_rows(log_p)
         # each beam has only one ending, so at least num_beams candidates continue
         best = (log_probs[:, None] + log_p).flatten().topk(min(2 * num_beams, num_beams * V))
         parents, tokens = best.indices // V, best.indices % V

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from lib.decoding import Sampling, topk
+from helpers import tiny
+from lib.decoding import Sampling, beam_search, topk
 
 
 def test_sampled_frequencies_are_the_probabilities():
@@ -81,6 +82,47 @@ def test_penalties_are_those_of_transformers(penalty, ngram):
     assert sampling.penalize(logits, text).equal(expected)
     padded = torch.cat((torch.zeros(6, 3, dtype=torch.long), text), dim=1)
     assert sampling.penalize(logits, padded, torch.full((6,), 3)).equal(expected)
+
+
+@pytest.mark.parametrize("how", [{}, dict(temperature=0.0), dict(top_k=2), dict(top_p=0.5)])
+def test_a_row_without_an_allowed_token_ends(how):
+    """Row 0 has all four tokens, row 1 has three of them, of which one is padding."""
+    logits = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+    ids, pad = torch.tensor([[3, 0, 1, 2], [3, 2, 0, 0]]), torch.tensor([0, 1])
+    sampler = Sampling(no_repeat_ngram=1, stop_token=3, **how)
+    assert sampler(logits, ids, pad)[0] == 3 and sampler(logits, ids, pad)[1] in (1, 3)
+    sampler = Sampling(no_repeat_ngram=1, **how)
+    assert sampler(logits[1:], ids[1:], pad[1:]) in (1, 3)
+    with pytest.raises(ValueError, match="no_repeat_ngram=1 leaves no token to continue with"):
+        sampler(logits, ids, pad)
+
+
+def test_a_text_without_an_allowed_token_ends():
+    """Of five tokens each occurs once: the end of text only at the end, or as the last one left."""
+    model, idx = tiny(vocab_size=5), torch.tensor([[4, 1]])
+    sampler = Sampling(no_repeat_ngram=1, stop_token=4)
+    ids = model.generate(idx, 20, sampler=sampler, stop_token=4)[0].tolist()
+    assert ids[:2] == [4, 1] and sorted(ids[2:]) == [0, 2, 3, 4] and ids[-1] == 4
+    for beams in (1, 3, 9):
+        best = beam_search(model, idx, 20, beams, 1.0, Sampling(no_repeat_ngram=1), stop_token=4)
+        assert sorted(best[0, 2:].tolist()) == [0, 2, 3, 4] and best[0, -1] == 4
+        with pytest.raises(ValueError, match="no_repeat_ngram=1 leaves no token"):
+            beam_search(model, idx, 20, beams, 1.0, Sampling(no_repeat_ngram=1))
+        best = beam_search(model, idx, 3, beams, 1.0, Sampling(no_repeat_ngram=1))
+        assert sorted(best[0].tolist()) == [0, 1, 2, 3, 4]
+
+
+def test_beam_search_ends_when_some_beams_have_no_token():
+    """After 0 only the unlikely 1 and 2 are left; beams that are not allowed never win."""
+    model, idx = tiny(vocab_size=4), torch.tensor([[3, 0]])
+    best = beam_search(model, idx, 5, 8, 0.0, Sampling(no_repeat_ngram=1), stop_token=3)[0]
+    scores = {}
+    with torch.no_grad():
+        for path in ([1, 2], [2, 1]):
+            ids = torch.tensor([[3, 0, *path]])
+            log_p = model(ids)[0][0].log_softmax(-1)
+            scores[tuple(path)] = sum(log_p[i + 1, token].item() for i, token in enumerate(path))
+    assert tuple(best[2:].tolist()) == (*max(scores, key=scores.get), 3)
 
 
 @pytest.mark.parametrize("V, k", [(61, 3), (6400, 1), (6401, 5), (10000, 40), (10000, 400)])
