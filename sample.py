@@ -11,10 +11,13 @@ In a program:
     from sample import generate_text
     print(generate_text("Once upon a time", max_length=100, temperature=0.8, top_k=50, top_p=0.95))
 """
+import difflib
 import functools
+import json
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +27,7 @@ from lib.checkpoint import load_model
 from lib.configurator import at_least, configure, one_of, user_errors
 from lib.decoding import Sampling, beam_search
 from lib.machine import keep_freed_memory, resolve_device
-from lib.tokenizer import get_tokenizer
+from lib.tokenizer import BytePairTokenizer, get_tokenizer
 from model import GPT
 
 # -----------------------------------------------------------------------------
@@ -32,7 +35,7 @@ out_dir = "out"  # a run (its best.pt, else last.pt), a Hugging Face folder, or 
 start = ""  # the prompt; FILE:path: read a text file; '-': standard input; '': a new document
 interactive = False  # read one prompt after another from the terminal
 next_token = 0  # only print this many of the most probable next tokens (0: generate)
-num_samples = 3
+num_samples = 3  # interactive: 1 unless it is set
 max_new_tokens = 300  # of a sample; it ends earlier at the end of its document
 stop = ""  # a text that ends a sample and is not printed; several: first||second
 temperature = 0.8  # 1: the model's own distribution; below: safer; 0: the most probable token
@@ -47,9 +50,11 @@ seed = 1337
 quantize = ""  # 'int8': a quarter of the size, about twice as fast on a CPU
 device = "auto"  # cuda, else mps, else cpu; or 'cpu', 'cuda:1', ...
 if __name__ == "__main__":
-    configure(globals(), skip_settings_of="train.py", num_samples=at_least(1),
-              max_new_tokens=at_least(1), next_token=at_least(0), num_beams=at_least(0),
-              seed=at_least(0), quantize=one_of("int8", ""))
+    _, given = configure(
+        globals(), skip_settings_of="train.py", num_samples=at_least(1), next_token=at_least(0),
+        max_new_tokens=at_least(1), num_beams=at_least(0), seed=at_least(0),
+        quantize=one_of("int8", ""))
+    num_samples = 1 if interactive and "num_samples" not in given else num_samples
 # -----------------------------------------------------------------------------
 
 
@@ -70,18 +75,25 @@ def load(out_dir: str, device: str, quantize: str = "") -> tuple[GPT, object]:
 def generate_text(prompt: str = "", max_length: int = 100, temperature: float = 0.8,
                   top_k: int = 0, top_p: float = 1.0, out_dir: str = "out", device: str = "auto",
                   quantize: str = "", seed: int | None = None, stop: str = "",
-                  **sampling) -> str:
+                  min_p: float = 0.0, repetition_penalty: float = 1.0, no_repeat_ngram: int = 0,
+                  **unknown) -> str:
     """
     Return the prompt and up to max_length tokens that follow it.
 
-    The model stays in memory for the next call. seed: None for a new one. sampling: further fields
-    of Sampling, such as min_p. Raises ValueError for bad input.
+    The model stays in memory for the next call. seed: None for a new one. Raises ValueError
+    for bad input.
     """
+    for name in unknown:
+        *names, _ = generate_text.__annotations__  # the last one is "return"
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(names)}"
+        raise TypeError(f"generate_text has no argument {name!r}; {hint}")
     model, tokenizer = load(out_dir, device, quantize)
-    warn_of_unknown(tokenizer, prompt)
+    warn_of_unknown(model, tokenizer, prompt)
     generator = torch.Generator(model.device)
     generator.seed() if seed is None else generator.manual_seed(seed)
-    sampler = Sampling(temperature, top_k, top_p, generator=generator, **sampling)
+    sampler = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, no_repeat_ngram,
+                       generator)
     text = ""
     for sample, in stream_text(model, tokenizer, [prompt], max_length, sampler, stop):
         text = sample.text
@@ -93,24 +105,41 @@ def generate_text(prompt: str = "", max_length: int = 100, temperature: float = 
 
 def encode_prompts(prompts: list[str], tokenizer, device: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Return token ids (B, T), padded at the left, and the number of padding tokens (B,)."""
-    # start with end-of-text, if there is one: in training every document follows it
-    first = [tokenizer.eot] * (tokenizer.eot >= 0)
-    rows = [first + tokenizer.encode(prompt) for prompt in prompts]
-    if not all(rows):
-        raise ValueError("this model has no end-of-text token to start from: give it a prompt")
+    if tokenizer.eot >= 0:  # in training every document follows it
+        rows = [[tokenizer.eot, *tokenizer.encode(prompt)] for prompt in prompts]
+    else:  # an empty prompt becomes a newline, as in nanoGPT, else a space
+        start = tokenizer.ids.get("\n", tokenizer.ids.get(" ", 0))
+        rows = [tokenizer.encode(prompt) or [start] for prompt in prompts]
     T = max(map(len, rows))
     idx = torch.tensor([[0] * (T - len(row)) + row for row in rows], device=device)
     return idx, torch.tensor([T - len(row) for row in rows], device=device)
 
 
-def describe_unknown(tokenizer, prompt: str) -> str:
-    """Return a warning that names the words of the prompt that become <UNK>, or ''."""
-    unknown = tokenizer.unknown(tokenizer.split(prompt)) if tokenizer.unk >= 0 else ""
-    return unknown and f"the vocabulary does not have {unknown} of the prompt: they become <UNK>"
+def working_prompt(model: GPT, tokenizer) -> str:
+    """Return the beginning of the most probable text, or '' if that cannot be encoded again."""
+    steps = stream_text(model, tokenizer, [""], 10, Sampling(temperature=0))
+    texts = ["", *(text for row, in steps for text in (row.text, row.text.strip()) if text)]
+    return [text for text in texts if not tokenizer.unknown(tokenizer.split(text))][-1]
 
 
-def warn_of_unknown(tokenizer, prompt: str) -> None:
-    if unknown := describe_unknown(tokenizer, prompt):
+def describe_unknown(model: GPT, tokenizer, prompt: str) -> str:
+    """
+    Return a warning that names the words of the prompt that become <UNK>, or ''.
+
+    Raises ValueError with a prompt that works if the vocabulary has no <UNK>.
+    """
+    if isinstance(tokenizer, BytePairTokenizer):
+        return ""
+    unknown = tokenizer.unknown(tokenizer.split(prompt))
+    problem = f"the vocabulary does not have {unknown} of the prompt"
+    if not unknown or tokenizer.unk >= 0:
+        return unknown and f"{problem}: they become <UNK>"
+    works = json.dumps(working_prompt(model, tokenizer), ensure_ascii=False)
+    raise ValueError(f"{problem}; a prompt that works: {works}")
+
+
+def warn_of_unknown(model: GPT, tokenizer, prompt: str) -> None:
+    if unknown := describe_unknown(model, tokenizer, prompt):
         print(f"warning: {unknown}", file=sys.stderr)
 
 
@@ -138,6 +167,7 @@ def stream_text(model: GPT, tokenizer, prompts: list[str], max_new_tokens: int, 
     Their text only grows: an incomplete character or a possible start of a stop text is held back.
     """
     stops = split_stop(stop)
+    sampler = replace(sampler, stop_token=tokenizer.eot)
     starts_of_stops = {s[:i] for s in stops for i in range(1, len(s))}
     idx, pad = encode_prompts(prompts, tokenizer, model.device)
     rows = [Continuation("", False, row[p:]) for row, p in zip(idx.tolist(), pad.tolist())]
@@ -178,13 +208,13 @@ def next_tokens(model: GPT, ids: list[int], n: int) -> list[tuple[int, float]]:
 # Command line
 
 def read_prompt(start: str) -> str:
-    """Return the prompt that the setting `start` means."""
+    """Return the prompt that the setting `start` means. A typed \\n alone is a newline."""
     try:
         if start == "-":
             return sys.stdin.buffer.read().decode("utf-8")
         if start.startswith("FILE:"):
             return Path(start[5:]).read_text(encoding="utf-8")
-        return start
+        return start.replace("\\n", "\n") if not start.replace("\\n", "") else start
     except UnicodeDecodeError as error:
         raise ValueError(f"the prompt is not UTF-8 text: {error}") from None
 
@@ -193,18 +223,23 @@ def print_samples(model: GPT, tokenizer, prompt: str, sampler: Sampling) -> None
     """Generate all samples at once; print each as it grows once those before it have ended."""
     began, tokens, running, row, printed = time.time(), 0, num_samples, 0, 0
     prompts = [prompt] * num_samples
-    for samples in stream_text(model, tokenizer, prompts, max_new_tokens, sampler, stop):
-        tokens += running
-        running = sum(not sample.ended for sample in samples)
-        while row < num_samples:
-            text = prompt + samples[row].text
-            print(text[printed:], end="", flush=True)
-            printed = len(text)
-            if not samples[row].ended:
-                break
-            row, printed = row + 1, 0
-            print("\n" + "-" * 80)
-    print(f"{tokens / (time.time() - began):,.0f} tokens/s", file=sys.stderr)
+    try:
+        for samples in stream_text(model, tokenizer, prompts, max_new_tokens, sampler, stop):
+            tokens += running
+            running = sum(not sample.ended for sample in samples)
+            while row < num_samples:
+                text = prompt + samples[row].text
+                print(text[printed:], end="", flush=True)
+                printed = len(text)
+                if not samples[row].ended:
+                    break
+                row, printed = row + 1, 0
+                print() if interactive and row == num_samples else print("\n" + "-" * 80)
+    except ValueError:  # no_repeat_ngram leaves no token
+        print()
+        raise
+    if not interactive:
+        print(f"{tokens / (time.time() - began):,.0f} tokens/s", file=sys.stderr)
 
 
 def print_most_probable(model: GPT, tokenizer, prompt: str, sampler: Sampling) -> None:
@@ -225,7 +260,7 @@ def print_next_tokens(model: GPT, tokenizer, prompt: str) -> None:
 
 def respond(model: GPT, tokenizer, prompt: str, sampler: Sampling) -> None:
     """Print what the settings ask for. Raise ValueError for a bad prompt."""
-    warn_of_unknown(tokenizer, prompt)
+    warn_of_unknown(model, tokenizer, prompt)
     if next_token:
         print_next_tokens(model, tokenizer, prompt)
     elif num_beams:
@@ -237,6 +272,8 @@ def respond(model: GPT, tokenizer, prompt: str, sampler: Sampling) -> None:
 def respond_to_all(model: GPT, tokenizer, sampler: Sampling) -> None:
     """Ask for prompts until standard input ends. Ctrl-C ends a sample, or at the prompt all."""
     sys.stdin.reconfigure(errors="replace")
+    print("Type a prompt and press Enter. Ctrl-C ends a sample. Ctrl-D (on Windows Ctrl-Z and "
+          "Enter) or Ctrl-C leaves.")
     while True:
         try:
             prompt = input("prompt> ")

@@ -1,15 +1,17 @@
 """sample.py: streamed text, stop texts, prompts and errors."""
 import ast
 import json
+import pickle
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from helpers import one_line_error, run, train
+from helpers import one_line_error, run, tiny, train
 from lib.decoding import Sampling
 from lib.tokenizer import EOT, ListTokenizer, gpt2_tokenizer
-from sample import stream_text
+from sample import describe_unknown, generate_text, stream_text
 
 
 def reciter(tokenizer, texts: list[str]):
@@ -53,6 +55,98 @@ def test_stop_texts_are_not_shown(stop, left):
     steps = [row.text for row, in steps_of(tokenizer, ["hello worlds"], ["a"], 100, stop)]
     assert steps[-1] == left and all(left.startswith(text) for text in steps)
 
+
+def test_a_text_in_which_no_token_is_allowed_ends():
+    tokenizer = ListTokenizer("char", [EOT, *"abcd"])
+    sampler = Sampling(no_repeat_ngram=1)
+    steps = stream_text(tiny(vocab_size=5), tokenizer, ["a", "bc"], 99, sampler)
+    texts = [(sorted(row.text), row.ended) for row in list(steps)[-1]]
+    assert texts == [(["b", "c", "d"], True), (["a", "d"], True)]
+
+
+# -----------------------------------------------------------------------------
+# Vocabularies without end-of-text or <UNK>
+
+def nanogpt_run(folder: Path, vocab: str):
+    """Write a random nanoGPT checkpoint for characters and return its model."""
+    model = tiny(vocab_size=len(vocab), gelu="none")
+    args = dict(n_layer=2, n_head=4, n_embd=32, block_size=32, bias=True, dropout=0.0,
+                vocab_size=len(vocab))
+    torch.save({"model": model.state_dict(), "model_args": args, "iter_num": 7,
+                "config": {"dataset": "bard"}}, folder / "ckpt.pt")
+    (folder / "meta.pkl").write_bytes(pickle.dumps({"itos": dict(enumerate(vocab))}))
+    return model
+
+
+@pytest.mark.parametrize("vocab, start", [("ab \n", 3), ("ab c", 2), ("abcd", 0)])
+def test_an_empty_prompt_starts_from_a_newline_without_end_of_text(tmp_path, vocab, start):
+    ids = nanogpt_run(tmp_path, vocab).generate(torch.tensor([[start]]), 9, temperature=0)
+    text = "".join(vocab[i] for i in ids[0, 1:])
+    assert generate_text("", 9, temperature=0, out_dir=str(tmp_path), device="cpu") == text
+    args = [f"--out_dir={tmp_path}", "--temperature=0", "--max_new_tokens=9"]
+    done = run("sample.py", *args, "--num_samples=1")
+    assert done.returncode == 0 and done.stdout == f"{text}\n{'-' * 80}\n", done.stderr
+    assert run("sample.py", *args, "--num_beams=1").stdout == text + "\n"
+
+
+def test_a_start_of_newlines_can_be_typed(tmp_path):
+    nanogpt_run(tmp_path, "ab \n\\")
+    args = [f"--out_dir={tmp_path}", "--temperature=0", "--max_new_tokens=9", "--num_samples=1"]
+    for start, prompt in ((r"\n", "\n"), (r"\n\n", "\n\n"), (r"\a", r"\a")):
+        text = generate_text(prompt, 9, temperature=0, out_dir=str(tmp_path), device="cpu")
+        done = run("sample.py", *args, f"--start={start}")
+        assert done.stdout == f"{text}\n{'-' * 80}\n" and text.startswith(prompt), done.stderr
+
+
+def test_an_error_after_some_text_begins_a_line(tmp_path):
+    nanogpt_run(tmp_path, "abcd")
+    args = [f"--out_dir={tmp_path}", "--num_samples=1", "--start=a", "--no_repeat_ngram=1"]
+    done = run("sample.py", *args)
+    assert "no_repeat_ngram=1 leaves no token to continue with" in one_line_error(done)
+    assert sorted(done.stdout) == sorted("abcd\n") and done.stdout.endswith("\n")
+
+
+def test_an_error_about_unknown_words_shows_a_prompt_that_works(trained):
+    def shown(message: str) -> str:
+        says, _, works = message.partition("; a prompt that works: ")
+        assert says.endswith("the vocabulary does not have the words ' Qwertyuiop' of the prompt")
+        return json.loads(works)
+
+    out = f"--out_dir={trained}"
+    works = shown(one_line_error(run("sample.py", out, "--start=Once Qwertyuiop")))
+    with pytest.raises(ValueError) as error:
+        generate_text("Once Qwertyuiop", out_dir=str(trained), device="cpu")
+    assert works and shown(str(error.value)) == works
+    args = [out, f"--start={works}", "--num_samples=1", "--max_new_tokens=1"]
+    assert run("sample.py", *args).stdout.startswith(works)
+
+
+@pytest.mark.parametrize("ids, works", [
+    ([1, 2, 3], "the fox"), ([3, 1], "the"), ([2, 3], r" fox\n"), ([2, 1], " fox"), ([3, 3], r"\n"),
+    ([], ""),
+])
+def test_a_prompt_that_works_has_only_known_words(ids, works):
+    """The pieces "fox", " foxthe" and two line ends are unknown."""
+    tokenizer = ListTokenizer("pieces", [EOT, "the", " fox", "\n"])
+    columns = torch.tensor([*ids, 0])[:, None]
+    model = SimpleNamespace(device="cpu", stream=lambda *args, **how: columns)
+    with pytest.raises(ValueError) as error:
+        describe_unknown(model, tokenizer, "zebra")
+    assert str(error.value).endswith(f'the prompt; a prompt that works: "{works}"')
+
+
+@pytest.mark.parametrize("name, says", [
+    ("max_tokens", "did you mean max_length?"), ("max_new_tokens", "did you mean max_length?"),
+    ("topk", "did you mean top_k?"), ("num_samples", "it has prompt, max_length, temperature"),
+])
+def test_unknown_arguments_of_generate_text_are_named(name, says):
+    with pytest.raises(TypeError) as error:  # before a model is loaded
+        generate_text("Once", out_dir="nowhere", **{name: 5})
+    assert str(error.value).startswith(f"generate_text has no argument {name!r}; {says}")
+
+
+# -----------------------------------------------------------------------------
+# The command line
 
 @pytest.mark.parametrize("args, says", [
     (["--start=Qwertyuiop"], "does not have the words 'Qwertyuiop'"),
@@ -135,10 +229,17 @@ def test_prompts_typed_in_or_piped_and_next_tokens(trained):
     args = [f"--out_dir={trained}", "--num_samples=1", "--max_new_tokens=4", "--temperature=0"]
     sample = run("sample.py", *args, "--start=Once upon").stdout
     assert run("sample.py", *args, "--start=-", stdin="Once upon").stdout == sample
-    typed = run("sample.py", *args, "--interactive=True",
-                stdin="Once upon\nQwertyuiop\nOnce upon\n")
-    assert typed.stdout.replace("prompt> ", "") == sample + sample + "\n"
+    stdin = "Once upon\nQwertyuiop\nOnce upon\n"
+    typed = run("sample.py", *args[:1], *args[2:], "--interactive=True", stdin=stdin)
+    text, line = sample.splitlines()
+    how, *answers, end = typed.stdout.split("prompt> ")
+    assert "Ctrl-C" in how and "Ctrl-D (on Windows Ctrl-Z and Enter)" in how
+    assert answers == [f"{text}\n", "", f"{text}\n"] and end == "\n"
+    assert len(typed.stderr.splitlines()) == 1
     assert "does not have the words 'Qwertyuiop'" in typed.stderr
+    typed = run("sample.py", *args[:1], *args[2:], "--interactive=True", "--num_samples=2",
+                stdin="Once upon\n")
+    assert typed.stdout.split("prompt> ")[1] == f"{text}\n{line}\n{text}\n"
     best = run("sample.py", *args, "--start=Once upon", "--num_beams=1").stdout
     assert best == sample.splitlines(keepends=True)[0]
     rows = run("sample.py", *args, "--start=Once upon", "--next_token=5000").stdout.splitlines()
