@@ -234,7 +234,7 @@ def print_samples(model: GPT, tokenizer, prompt: str, sampler: Sampling) -> None
                 if not samples[row].ended:
                     break
                 row, printed = row + 1, 0
-                print() if interactive and row == num_samples else print("\n" + "-" * 80)
+                print("" if interactive and row == num_samples else "\n" + "-" * 80)
     except ValueError:  # no_repeat_ngram leaves no token
         print()
         raise
