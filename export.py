@@ -132,12 +132,13 @@ def write_hf_tokenizer(tokenizer, folder: Path, block_size: int) -> None:
     """
     Write the files of a transformers tokenizer that returns the same ids as ours.
 
-    A text starts with end-of-text, if there is one, as in sample.py. The tokenizer 'word' also
-    gets a Python file, and so needs trust_remote_code=True.
+    A text starts with end-of-text, if there is one, as in sample.py; a special token typed in it is
+    ordinary text. The tokenizer 'word' also gets a Python file, and so needs
+    trust_remote_code=True.
     """
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size,
               "model_input_names": ["input_ids", "attention_mask"],
-              "clean_up_tokenization_spaces": False}
+              "clean_up_tokenization_spaces": False, "split_special_tokens": True}
     if tokenizer.eot >= 0:
         config |= dict.fromkeys(("bos_token", "eos_token", "pad_token"), EOT)
     if tokenizer.unk >= 0:
@@ -466,5 +467,8 @@ if __name__ == "__main__":
         export = {"hf": export_hf, "gguf": export_gguf, "int8": export_int8}[format]
         files = export(checkpoint, path, weight_dtype)
         print(f"{files[0]}: {files[0].stat().st_size / 1e6:,.1f} MB")
+        if format == "gguf":
+            print("A program that sets llama.cpp's parse_special reads a special token typed in a "
+                  f"prompt, such as {EOT}, as that token and not as text.")
         if push:
             print(upload(files, push))

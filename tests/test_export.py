@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from export import needed, write_hf_tokenizer
+from export import DTYPES, needed, resolve_path, write_hf_tokenizer
 from helpers import HERE, PROMPT, TEXT, export, one_line_error, run, transformers_of
 from lib.checkpoint import load_model, save_checkpoint
 from lib.tokenizer import EOT, UNK, gpt2_tokenizer, train_tokenizer
 from model import GPT, GPTConfig
 from sample import generate_text
 
+TYPED = [EOT, UNK, f"a{EOT}{UNK} a", f"{UNK} {EOT}\n"]  # special tokens that are ordinary text
 SHAPES = {
     "gpt2": dict(arch="gpt2", n_layer=2, n_head=2, n_embd=32, block_size=64),
     "nanogpt": dict(arch="gpt2", n_layer=2, n_head=2, n_embd=32, block_size=64, gelu="none",
@@ -122,12 +123,13 @@ def test_tokenizers_are_the_same(tmp_path, kind):
     assert (theirs.eos_token_id, theirs.bos_token_id) == (ours.eot, ours.eot)
     assert len(theirs) == ours.vocab_size
     texts = [TEXT, PROMPT, "", " ", "a  a", "a\n \n\n a", " \n", "\t"]
+    texts += TYPED
     if kind in ("gpt2", "bpe"):
         rng = random.Random(0)
         codes, weights = [*range(1, 0xd7ff), *range(0x20, 0x7f)], [1] * 0xd7fe + [900] * 0x5f
         texts += ["".join(map(chr, rng.choices(codes, weights, k=50))) for _ in range(300)]
     for text in texts:
-        if kind in ("pieces", "char") and text not in (TEXT, PROMPT):
+        if kind in ("pieces", "char") and text not in (TEXT, PROMPT, *TYPED):
             continue
         if kind == "word" and not text.strip():
             continue
@@ -191,6 +193,7 @@ def test_gguf_holds_the_model(runs, tmp_path, pair, dtype):
                f"--dtype={dtype}")
     assert done.returncode == 0 and ("GELU" in done.stderr) == (shape == "nanogpt")
     assert len(done.stderr.splitlines()) < 2
+    assert f"parse_special reads a special token typed in a prompt, such as {EOT}" in done.stdout
     tensors, fields = gguf_tensors(tmp_path / "m.gguf")
     for name, w in expected_gguf_tensors(model).items():
         exact = dtype == "float32" or w.dim() == 1 or name.startswith("position")
@@ -278,6 +281,20 @@ def test_errors_are_one_line_and_change_nothing(runs, tmp_path, args, says):
     assert done.returncode == 2 and says in done.stderr, done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
     assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == before
+
+
+def test_git_ignores_what_is_written_by_default(monkeypatch, tmp_path):
+    shutil.copy(HERE / ".gitignore", tmp_path)
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    for format, dtypes in DTYPES.items():
+        monkeypatch.setattr("export.format", format)
+        monkeypatch.setattr("export.out_dir", "gpt2")
+        for path in map(resolve_path, dtypes):
+            file = path if format == "gguf" else path / "config.json"
+            done = subprocess.run(["git", "check-ignore", "-q", file], cwd=tmp_path)
+            assert done.returncode == 0, file
+    for file, status in (("a/model.safetensors", 0), ("a/config.json", 1)):
+        assert subprocess.run(["git", "check-ignore", file], cwd=tmp_path).returncode == status
 
 
 def test_missing_packages_are_named(monkeypatch):
