@@ -5,9 +5,10 @@ Measure a trained model over a whole split and write out_dir/metrics_summary.jso
     python eval.py --out_dir=out-fables
     python eval.py --stride=64 --batching=windows  # sliding window: more context, more work
     python eval.py --continuations=100  # ROUGE, BLEU and diversity of generated texts
-    python eval.py --compare=out,out-int8  # several runs side by side
+    python eval.py --compare=out,out-int8  # several runs side by side; measures what is missing
 """
 import contextlib
+import functools
 import importlib.util
 import json
 import math
@@ -57,6 +58,8 @@ if __name__ == "__main__":
               quantize=one_of("int8", ""))
 
 
+# no bars in redirected output; bars as wide as the terminal
+progress = functools.partial(tqdm, disable=None, dynamic_ncols=True)
 CONTINUATION_METRICS = ("continuations", "rouge1", "rouge2", "rougeL", "bleu", "distinct_1",
                         "distinct_2", "repetition")
 
@@ -98,8 +101,9 @@ def token_metrics(sums: dict[str, float], counts: dict[str, int], kind: str) -> 
     """
     loss = sums["nats"] / sums["tokens"]
     total = loss * counts.get("tokens", 0)  # nats of the whole split, at the mean loss
+    known = counts and not counts.get("unknown")  # <UNK> is easier to predict than a word
     # bits per byte make sense only where the tokens stand for every character of the text
-    lossless = counts and kind != "word" and not counts.get("unknown")
+    lossless = known and kind != "word"
     return {
         "tokens": sums["tokens"],
         "loss": loss,
@@ -108,7 +112,7 @@ def token_metrics(sums: dict[str, float], counts: dict[str, int], kind: str) -> 
         "accuracy_top5": sums["top5"] / sums["tokens"],
         "bits_per_byte": total / math.log(2) / counts["bytes"] if lossless else None,
         "bits_per_char": total / math.log(2) / counts["characters"] if lossless else None,
-        "word_perplexity": exp(total / counts["words"]) if counts else None,
+        "word_perplexity": exp(total / counts["words"]) if known else None,
         "unknown_share": counts["unknown"] / counts["tokens"] if "unknown" in counts else None,
     }
 
@@ -119,7 +123,7 @@ def share_of_valid_fables(model: GPT, tokenizer, n: int) -> float:
 
     torch.manual_seed(seed)
     valid, eot, T = 0, tokenizer.eot, model.config.block_size
-    for i in tqdm(range(0, n, 50), desc="sampling fables"):
+    for i in progress(range(0, n, 50), desc="sampling fables"):
         idx = torch.full((min(50, n - i), 1), eot, device=model.device)  # (B, 1)
         for row in model.generate(idx, T - 1, sampler=Sampling(), stop_token=eot).tolist():
             end = row.index(eot, 1) if eot in row[1:] else len(row)
@@ -185,7 +189,7 @@ def continue_texts(model: GPT, tokenizer, texts: np.ndarray) -> list[dict[str, s
     generator = torch.Generator(model.device).manual_seed(seed)
     sampler = Sampling(temperature, top_k, generator=generator)
     pairs = []
-    for batch in tqdm(torch.from_numpy(texts).split(batch_size), desc="continuing prompts"):
+    for batch in progress(torch.from_numpy(texts).split(batch_size), desc="continuing prompts"):
         prompts = batch[:, :-max_new_tokens].to(model.device)  # (B, T)
         new = model.generate(prompts, max_new_tokens, sampler=sampler, stop_token=tokenizer.eot)
         parts = prompts, batch[:, -max_new_tokens:], new[:, prompts.size(1):]
@@ -260,11 +264,22 @@ def open_dataset(path: str, model: GPT, checkpoint: dict) -> tuple[Path, dict, T
     return folder, meta, stream
 
 
+def reusable(path: Path, sources: list[Path], how: dict[str, object]) -> dict[str, object] | None:
+    """Return the summary in path if it is newer than its sources and measured what `how` says."""
+    with contextlib.suppress(OSError, ValueError):
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        is_newer = path.stat().st_mtime_ns > max(file.stat().st_mtime_ns for file in sources)
+        if is_newer and isinstance(summary, dict) and how.items() <= summary.items():
+            return summary
+    return None
+
+
 def measure(path: str) -> dict[str, object]:
     """
     Measure one run, write its metrics_summary.json and return it.
 
-    A metric that was not measured or is not finite is None. Raises ValueError for bad input.
+    With `compare`, return an existing summary that is up to date instead. A metric that was not
+    measured or is not finite is None. Raises ValueError for bad input.
     """
     model, checkpoint = load_model(path, device, quantize)
     folder, meta, stream = open_dataset(path, model, checkpoint)
@@ -275,24 +290,32 @@ def measure(path: str) -> dict[str, object]:
     if continuations:  # before the long work, as it can fail
         length = prompt_tokens + max_new_tokens
         texts = leading_texts(stream, tokenizer.eot, length, continuations)
+    is_fables = "floor" in meta and valid_samples > 0
+    same = dict(step=checkpoint["step"], dataset=meta["dataset"], folder=str(folder), split=split,
+                batching=how, stride=stride or None, quantize=quantize or None,
+                eval_iters=eval_iters or None)
+    where = Path(checkpoint["path"])  # a checkpoint file or a Hugging Face folder
+    out = where if where.is_dir() else where.parent
+    sources = ([*where.glob("*.safetensors")] or [where]) + [*folder.glob("meta.*")]
+    if compare:
+        asked = {"continuations": len(texts)} if continuations else {}
+        old = reusable(out / "metrics_summary.json", sources, same | asked)
+        if old and not (is_fables and old.get("valid_share") is None):
+            print(f"using {out}/metrics_summary.json of step {old['step']}")
+            return old
     autocast = machine.autocast(device, machine.resolve_dtype_for(model, dtype, device))
 
     start = time.perf_counter()
-    batches = tqdm(prefetch(batches, device), desc=f"{folder.name} {split}", unit=" batches")
+    batches = progress(prefetch(batches, device), desc=f"{folder.name} {split}", unit=" batches")
     sums = score(model, batches, autocast)
     seconds = time.perf_counter() - start
     if not sums["tokens"]:
         raise ValueError(f"{stream.name} has only one token: there is nothing to predict")
 
     comparable = split == "val" and how == "by_length" and not eval_iters  # with the floor
-    is_fables = "floor" in meta and valid_samples
     summary = {
         "checkpoint": checkpoint["path"],
-        "step": checkpoint["step"],
-        "dataset": meta["dataset"],
-        "split": split,
-        "batching": how,
-        "stride": stride or None,
+        **same,
         **token_metrics(sums, meta["splits"].get(split, {}), tokenizer.spec["kind"]),
         "floor": meta.get("floor") if comparable else None,
         "valid_share": (share_of_valid_fables(model, tokenizer, valid_samples) if is_fables
@@ -305,13 +328,13 @@ def measure(path: str) -> dict[str, object]:
         "peak_memory_bytes": None if compare else machine.peak_memory(device),
         "generation_tokens_per_second": generation_speed(model),
         **dict.fromkeys(CONTINUATION_METRICS),
+        "note": meta.get("note"),
     }
     pairs = continue_texts(model, tokenizer, texts) if continuations else []
     summary |= compare_texts(pairs) if pairs else {}
     summary = {key: None if isinstance(value, float) and not math.isfinite(value) else value
                for key, value in summary.items()}
-    where = Path(checkpoint["path"])  # a checkpoint file or a Hugging Face folder
-    write_results(where if where.is_dir() else where.parent, summary, pairs)
+    write_results(out, summary, pairs)
     return summary
 
 
@@ -331,19 +354,22 @@ def format_value(value: object) -> str:
 
 def print_summary(summary: dict[str, object]) -> None:
     for key, value in summary.items():
-        if value is not None:
+        if value is not None and key != "note":
             print(f"{key:>28}: {format_value(value)}")
     if summary["floor"] and summary["loss"] is not None:
         over = summary["loss"] / summary["floor"] - 1
         print(f"The loss is {over:.1%} above the floor, which is the exact entropy of this text.")
+    if summary["note"]:
+        print(summary["note"])
 
 
 def print_table(runs: dict[str, dict[str, object]]) -> None:
     """Print the summaries of several runs: a row for each metric, a column for each run."""
     rows = [["", *runs]]
     for key in next(iter(runs.values())):
-        if key != "checkpoint" and any(summary[key] is not None for summary in runs.values()):
-            rows.append([key, *(format_value(summary[key]) for summary in runs.values())])
+        values = [summary.get(key) for summary in runs.values()]
+        if key not in ("checkpoint", "folder", "note") and any(x is not None for x in values):
+            rows.append([key, *map(format_value, values)])
     widths = [max(map(len, column)) for column in zip(*rows)]
     for name, *cells in rows:
         print(f"{name:<{widths[0]}}",

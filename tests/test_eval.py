@@ -2,8 +2,10 @@
 import contextlib
 import copy
 import importlib.util
+import io
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -11,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from eval import compare_texts, distinct, leading_texts, repetition, score, sizes
-from helpers import one_line_error, run, train
+import eval as evaluation
+from eval import compare_texts, distinct, leading_texts, repetition, score, sizes, token_metrics
+from helpers import export, one_line_error, run, train
 from lib.checkpoint import load_model, model_from_weights
 from lib.convert import from_hf
 from lib.corpus import load_meta
@@ -213,6 +216,43 @@ def test_metrics_without_a_value_are_none(trained, fables_data, tmp_path):
     assert read_summary(tmp_path / "out")["bits_per_byte"] is None
 
 
+def test_unknown_words_have_no_perplexity():
+    sums = dict(nats=20.0, tokens=10, top1=1, top5=2)
+    counts = dict(tokens=11, words=10, bytes=40, characters=40)
+    for kind, unknown, measured in (("word", 0, True), ("word", 1, False), ("pieces", 0, True),
+                                    ("pieces", 1, False)):
+        metrics = token_metrics(sums, counts | {"unknown": unknown}, kind)
+        assert metrics["word_perplexity"] == (pytest.approx(math.exp(2.2)) if measured else None)
+        assert (metrics["bits_per_byte"] is None) == (kind == "word" or not measured)
+
+
+def test_the_note_of_a_dataset_ends_the_summary(trained, fables_data, tmp_path):
+    shutil.copytree(trained, tmp_path / "out")
+    shutil.copytree(fables_data, tmp_path / "data")
+    meta = json.loads((tmp_path / "data/meta.json").read_text())
+    (tmp_path / "data/meta.json").write_text(json.dumps(meta | {"note": "Words are counted so."}))
+    args = [f"--out_dir={tmp_path}/out", "--valid_samples=0", "--eval_iters=1"]
+    done = run("eval.py", *args, f"--dataset={tmp_path}/data")
+    *summary, note = done.stdout.splitlines()
+    assert note == "Words are counted so." and note not in "".join(summary), done.stderr
+    assert read_summary(tmp_path / "out")["note"] == note
+    assert "None" not in run("eval.py", *args).stdout
+
+
+def test_progress_is_shown_in_terminals_and_fits_into_them(monkeypatch):
+    file = io.StringIO()
+    with evaluation.progress(total=9, file=file) as bar:
+        bar.refresh()
+    assert file.getvalue() == ""
+    file.isatty, file.fileno = lambda: True, lambda: 1
+    with evaluation.progress(total=9, file=file) as bar:
+        for columns in (60, 40, 80):
+            size = os.terminal_size((columns, 20))
+            monkeypatch.setattr(os, "get_terminal_size", lambda fd, size=size: size)
+            bar.refresh()
+            assert len(file.getvalue().split("\r")[-1].rstrip()) == columns - 1
+
+
 def test_texts_to_continue(tmp_path):
     def leading(eot, length, n):
         stream = TokenStream(tmp_path, "val", {"splits": {}})
@@ -293,6 +333,7 @@ def test_compare_is_one_run_beside_the_other(trained, tmp_path):
     settings, header, *rows = (line.split() for line in done.stdout.splitlines())
     assert settings[0] == "settings:" and header == paths
     table = {name: cells for name, *cells in rows}
+    assert done.stderr == ""  # no progress bars in a file
     speeds = dict.fromkeys(["tokens_per_second", "generation_tokens_per_second"])
     assert "peak_memory_bytes" not in table and "stride" not in table
     for i, path in enumerate(paths):
@@ -303,6 +344,68 @@ def test_compare_is_one_run_beside_the_other(trained, tmp_path):
         alone = read_summary(Path(path))
         assert alone.pop("peak_memory_bytes") > 1e7 and compared.pop("peak_memory_bytes") is None
         assert alone | speeds == compared | speeds
+
+
+def test_compare_reuses_a_summary_that_is_up_to_date(trained, fables_data, tmp_path, monkeypatch):
+    out, data = tmp_path / "out", tmp_path / "data"
+    shutil.copytree(trained, out)
+    shutil.copytree(fables_data, data)
+    settings = dict(compare=f"{out}", dataset=str(data), device="cpu", eval_iters=1,
+                    valid_samples=2)
+    for name, value in settings.items():
+        monkeypatch.setattr(evaluation, name, value)
+    evaluation.measure(out)
+    path, measured = out / "metrics_summary.json", read_summary(out)
+
+    def is_reused(**changes) -> bool:
+        """Return whether a summary with changes and with a loss of 99 is the result."""
+        path.write_text(json.dumps(measured | {"loss": 99.0} | changes))
+        return evaluation.measure(out)["loss"] == 99
+
+    assert is_reused() and is_reused(continuations=5, tokens_per_second=1.0)
+    for key, value in dict(step=5, dataset="tales", folder="data/x", split="train",
+                           batching="by_length", stride=8, quantize="int8", eval_iters=None,
+                           valid_share=None).items():
+        assert not is_reused(**{key: value}), key
+    monkeypatch.setattr(evaluation, "valid_samples", 0)
+    assert is_reused(valid_share=None)
+    for key in ("quantize", "eval_iters"):  # a summary that an older version wrote
+        path.write_text(json.dumps({k: v for k, v in measured.items() if k != key} | {"loss": 99}))
+        assert evaluation.measure(out)["loss"] != 99
+    for damaged in ("{", "[]", "5"):
+        path.write_text(damaged)
+        assert evaluation.measure(out)["loss"] == measured["loss"]
+    for newer in (out / "best.pt", data / "meta.json"):
+        time = newer.stat().st_mtime_ns
+        os.utime(newer, ns=(2 * time, 2 * time))
+        assert not is_reused(), newer
+        os.utime(newer, ns=(time, time))
+        assert is_reused()
+    monkeypatch.setattr(evaluation, "continuations", 3)
+    monkeypatch.setattr(evaluation, "compare_texts", lambda pairs: {"continuations": len(pairs)})
+    monkeypatch.setattr(evaluation, "prompt_tokens", 4)
+    monkeypatch.setattr(evaluation, "max_new_tokens", 4)
+    assert is_reused(continuations=3)
+    assert not is_reused(continuations=2) and not is_reused()
+    monkeypatch.setattr(evaluation, "compare", "")
+    assert not is_reused(continuations=3)
+
+
+def test_compare_says_what_it_reuses(trained, tmp_path):
+    """The first of two runs is measured, the other one, a Hugging Face folder, is reused."""
+    shutil.copytree(trained, tmp_path / "out")
+    export(tmp_path / "out", tmp_path / "hf")
+    args = ["--valid_samples=0", "--eval_iters=1"]
+    assert run("eval.py", f"--out_dir={tmp_path}/hf", *args).returncode == 0
+    summary = read_summary(tmp_path / "hf")
+    (tmp_path / "hf/metrics_summary.json").write_text(json.dumps(summary | {"loss": 98.7654}))
+    done = run("eval.py", f"--compare={tmp_path}/out,{tmp_path}/hf", *args)
+    assert done.returncode == 0, done.stderr
+    _, reused, _, *rows = done.stdout.splitlines()
+    assert reused == f"using {tmp_path}/hf/metrics_summary.json of step 6"
+    table = {name: cells for name, *cells in map(str.split, rows)}
+    assert table["loss"][1] == "98.7654" != table["loss"][0]
+    assert "folder" not in table and "note" not in table
 
 
 @pytest.mark.parametrize("args, says", [
