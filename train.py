@@ -395,7 +395,9 @@ why = ", time limit reached" if out_of_time and why else why
 if eval_only:
     pass
 elif stopping:
-    say(f"stopped at step {state.step}; continue with the same command and --init_from=resume")
+    saved = Path(out_dir) / "stop.pt"
+    say(f"stopped at step {state.step}{f', saved in {saved}' if saved.exists() else ''}; continue "
+        "with the same command and --init_from=resume")
 elif checkpoint and state.step == first_step:
     say(f"nothing to train: the run in {out_dir} is at step {state.step}{why}; a larger limit, "
         "such as --max_iters, continues it")

@@ -254,7 +254,7 @@ def test_a_stop_is_no_checkpoint_to_return_to(tmp_path, fables_data):
 def test_a_stop_during_an_evaluation_skips_the_rest(tmp_path, fables_data, undisturbed, batch):
     """In the first evaluation, at its last batch, in the second one. A resume repeats it."""
     output = train_through_stop_in_evaluation(fables_data, tmp_path / "out", batch)
-    assert f"stopped at step {0 if batch <= 4 else 4};" in output
+    assert f"stopped at step {0 if batch <= 4 else 4}, saved in" in output
     assert_same_outcome(undisturbed, tmp_path / "out")
 
 
@@ -384,7 +384,7 @@ def test_one_rank_that_is_stopped_in_an_evaluation_stops_all(tmp_path, fables_da
         "     'import runpy; sys.path.insert(0, os.getcwd()); sys.argv = sys.argv[2:]\\n'\n"
         "     'runpy.run_path(sys.argv[0], run_name=\"__main__\")')\n")
     outputs = run_ranks([str(tmp_path / "stop_one.py"), "3", *command(fables_data, out)])
-    assert "stopped at step 4" in outputs[0], outputs
+    assert "stopped at step 4," in outputs[0], outputs
     train_on_ranks(2, fables_data, out, *LONGER)
     assert_same_outcome(whole, out)
 
