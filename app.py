@@ -197,7 +197,7 @@ def generate(request: dict) -> Iterator[tuple[str, str, str]]:
     seed = given["seed"] if given["seed"] >= 0 else random.randrange(2**32)
     sampler = Sampling(**{name: given[name] for name in SLIDERS},
                        generator=torch.Generator(model.device).manual_seed(seed))
-    unknown = sample.describe_unknown(model, tokenizer, given["prompt"])
+    unknown = sample.check_prompt(model, tokenizer, given["prompt"])
     note = "<br>" + html.escape(unknown) if unknown else ""
     began = shown = time.perf_counter()
     chart, charted, cost = "", began, 0.05  # cost: seconds that a chart takes

@@ -284,7 +284,8 @@ def bench_train(c: SimpleNamespace, peer) -> dict:
     speeds = [steps * batch_size * block_size / statistics.median(side.seconds) for side in sides]
     peak, peak_source = machine.peak_flops(device, mine.compute_dtype)
     flops = mine.raw_model.flops_per_token(head_tokens=min(softmax_tokens, c.vocab_size))
-    mfu, n_params = min(1.0, speeds[0] * flops / peak), mine.raw_model.num_params()
+    peak = max(peak, speeds[0] * flops)  # a measured peak can be too low
+    mfu, n_params = speeds[0] * flops / peak, mine.raw_model.num_params()
     print(f"{n_params:,} parameters, batch {batch_size} x {block_size}, {device}, "
           f"torch {torch.__version__}; medians of {rounds} rounds of {steps} steps")
     spreads = [max(side.seconds) / min(side.seconds) - 1 for side in sides]

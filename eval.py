@@ -5,7 +5,7 @@ Measure a trained model over a whole split and write out_dir/metrics_summary.jso
     python eval.py --out_dir=out-fables
     python eval.py --stride=64 --batching=windows  # sliding window: more context, more work
     python eval.py --continuations=100  # ROUGE, BLEU and diversity of generated texts
-    python eval.py --compare=out,out-int8  # several runs side by side; measures what is missing
+    python eval.py --compare=out,out-int8  # side by side; reuses results that are up to date
 """
 import contextlib
 import functools
@@ -58,7 +58,7 @@ if __name__ == "__main__":
               quantize=one_of("int8", ""))
 
 
-# no bars in redirected output; bars as wide as the terminal
+# a progress bar as wide as the terminal; none if output is redirected
 progress = functools.partial(tqdm, disable=None, dynamic_ncols=True)
 CONTINUATION_METRICS = ("continuations", "rouge1", "rouge2", "rougeL", "bleu", "distinct_1",
                         "distinct_2", "repetition")
@@ -264,12 +264,13 @@ def open_dataset(path: str, model: GPT, checkpoint: dict) -> tuple[Path, dict, T
     return folder, meta, stream
 
 
-def reusable(path: Path, sources: list[Path], how: dict[str, object]) -> dict[str, object] | None:
-    """Return the summary in path if it is newer than its sources and measured what `how` says."""
+def reusable(path: Path, sources: list[Path],
+             conditions: dict[str, object]) -> dict[str, object] | None:
+    """Return the summary in path if it is newer than its sources and has these conditions."""
     with contextlib.suppress(OSError, ValueError):
         summary = json.loads(path.read_text(encoding="utf-8"))
         is_newer = path.stat().st_mtime_ns > max(file.stat().st_mtime_ns for file in sources)
-        if is_newer and isinstance(summary, dict) and how.items() <= summary.items():
+        if is_newer and isinstance(summary, dict) and conditions.items() <= summary.items():
             return summary
     return None
 
@@ -278,8 +279,8 @@ def measure(path: str) -> dict[str, object]:
     """
     Measure one run, write its metrics_summary.json and return it.
 
-    With `compare`, return an existing summary that is up to date instead. A metric that was not
-    measured or is not finite is None. Raises ValueError for bad input.
+    With `compare`, an existing summary that is up to date is returned instead. A metric that was
+    not measured or is not finite is None. Raises ValueError for bad input.
     """
     model, checkpoint = load_model(path, device, quantize)
     folder, meta, stream = open_dataset(path, model, checkpoint)
@@ -291,15 +292,14 @@ def measure(path: str) -> dict[str, object]:
         length = prompt_tokens + max_new_tokens
         texts = leading_texts(stream, tokenizer.eot, length, continuations)
     is_fables = "floor" in meta and valid_samples > 0
-    same = dict(step=checkpoint["step"], dataset=meta["dataset"], folder=str(folder), split=split,
-                batching=how, stride=stride or None, quantize=quantize or None,
-                eval_iters=eval_iters or None)
+    conditions = dict(step=checkpoint["step"], dataset=meta["dataset"], folder=str(folder),
+                      split=split, batching=how, stride=stride or None, quantize=quantize or None,
+                      eval_iters=eval_iters or None)
     where = Path(checkpoint["path"])  # a checkpoint file or a Hugging Face folder
     out = where if where.is_dir() else where.parent
     sources = ([*where.glob("*.safetensors")] or [where]) + [*folder.glob("meta.*")]
-    if compare:
-        asked = {"continuations": len(texts)} if continuations else {}
-        old = reusable(out / "metrics_summary.json", sources, same | asked)
+    if compare and not continuations:  # the summary does not say how texts were continued
+        old = reusable(out / "metrics_summary.json", sources, conditions)
         if old and not (is_fables and old.get("valid_share") is None):
             print(f"using {out}/metrics_summary.json of step {old['step']}")
             return old
@@ -309,13 +309,14 @@ def measure(path: str) -> dict[str, object]:
     batches = progress(prefetch(batches, device), desc=f"{folder.name} {split}", unit=" batches")
     sums = score(model, batches, autocast)
     seconds = time.perf_counter() - start
+
     if not sums["tokens"]:
         raise ValueError(f"{stream.name} has only one token: there is nothing to predict")
 
     comparable = split == "val" and how == "by_length" and not eval_iters  # with the floor
     summary = {
         "checkpoint": checkpoint["path"],
-        **same,
+        **conditions,
         **token_metrics(sums, meta["splits"].get(split, {}), tokenizer.spec["kind"]),
         "floor": meta.get("floor") if comparable else None,
         "valid_share": (share_of_valid_fables(model, tokenizer, valid_samples) if is_fables

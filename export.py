@@ -132,8 +132,8 @@ def write_hf_tokenizer(tokenizer, folder: Path, block_size: int) -> None:
     """
     Write the files of a transformers tokenizer that returns the same ids as ours.
 
-    A text starts with end-of-text, if there is one, as in sample.py; a special token typed in it is
-    ordinary text. The tokenizer 'word' also gets a Python file, and so needs
+    A prompt starts with end-of-text, if there is one, as in sample.py. Special tokens in a prompt
+    are encoded as ordinary text. The tokenizer 'word' also gets a Python file and needs
     trust_remote_code=True.
     """
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size,
@@ -468,7 +468,7 @@ if __name__ == "__main__":
         files = export(checkpoint, path, weight_dtype)
         print(f"{files[0]}: {files[0].stat().st_size / 1e6:,.1f} MB")
         if format == "gguf":
-            print("A program that sets llama.cpp's parse_special reads a special token typed in a "
-                  f"prompt, such as {EOT}, as that token and not as text.")
+            print(f"With llama.cpp's parse_special, {EOT} in a prompt is read as the special "
+                  "token; sample.py reads it as text.")
         if push:
             print(upload(files, push))

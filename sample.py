@@ -11,7 +11,6 @@ In a program:
     from sample import generate_text
     print(generate_text("Once upon a time", max_length=100, temperature=0.8, top_k=50, top_p=0.95))
 """
-import difflib
 import functools
 import json
 import sys
@@ -24,7 +23,7 @@ from typing import NamedTuple
 import torch
 
 from lib.checkpoint import load_model
-from lib.configurator import at_least, configure, one_of, user_errors
+from lib.configurator import at_least, configure, did_you_mean, one_of, user_errors
 from lib.decoding import Sampling, beam_search
 from lib.machine import keep_freed_memory, resolve_device
 from lib.tokenizer import BytePairTokenizer, get_tokenizer
@@ -35,7 +34,7 @@ out_dir = "out"  # a run (its best.pt, else last.pt), a Hugging Face folder, or 
 start = ""  # the prompt; FILE:path: read a text file; '-': standard input; '': a new document
 interactive = False  # read one prompt after another from the terminal
 next_token = 0  # only print this many of the most probable next tokens (0: generate)
-num_samples = 3  # interactive: 1 unless it is set
+num_samples = 3  # in interactive mode the default is 1
 max_new_tokens = 300  # of a sample; it ends earlier at the end of its document
 stop = ""  # a text that ends a sample and is not printed; several: first||second
 temperature = 0.8  # 1: the model's own distribution; below: safer; 0: the most probable token
@@ -54,7 +53,8 @@ if __name__ == "__main__":
         globals(), skip_settings_of="train.py", num_samples=at_least(1), next_token=at_least(0),
         max_new_tokens=at_least(1), num_beams=at_least(0), seed=at_least(0),
         quantize=one_of("int8", ""))
-    num_samples = 1 if interactive and "num_samples" not in given else num_samples
+    if interactive and "num_samples" not in given:
+        num_samples = 1
 # -----------------------------------------------------------------------------
 
 
@@ -84,16 +84,15 @@ def generate_text(prompt: str = "", max_length: int = 100, temperature: float = 
     for bad input.
     """
     for name in unknown:
-        *names, _ = generate_text.__annotations__  # the last one is "return"
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(names)}"
-        raise TypeError(f"generate_text has no argument {name!r}; {hint}")
+        names = [key for key in generate_text.__annotations__ if key != "return"]
+        hint = did_you_mean(name, names) or f"; it has {', '.join(names)}"
+        raise TypeError(f"generate_text has no argument {name!r}{hint}")
     model, tokenizer = load(out_dir, device, quantize)
     warn_of_unknown(model, tokenizer, prompt)
     generator = torch.Generator(model.device)
     generator.seed() if seed is None else generator.manual_seed(seed)
     sampler = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, no_repeat_ngram,
-                       generator)
+                       generator=generator)
     text = ""
     for sample, in stream_text(model, tokenizer, [prompt], max_length, sampler, stop):
         text = sample.text
@@ -107,7 +106,7 @@ def encode_prompts(prompts: list[str], tokenizer, device: str) -> tuple[torch.Te
     """Return token ids (B, T), padded at the left, and the number of padding tokens (B,)."""
     if tokenizer.eot >= 0:  # in training every document follows it
         rows = [[tokenizer.eot, *tokenizer.encode(prompt)] for prompt in prompts]
-    else:  # an empty prompt becomes a newline, as in nanoGPT, else a space
+    else:  # start an empty prompt with a newline, as nanoGPT does, else a space or token 0
         start = tokenizer.ids.get("\n", tokenizer.ids.get(" ", 0))
         rows = [tokenizer.encode(prompt) or [start] for prompt in prompts]
     T = max(map(len, rows))
@@ -115,18 +114,21 @@ def encode_prompts(prompts: list[str], tokenizer, device: str) -> tuple[torch.Te
     return idx, torch.tensor([T - len(row) for row in rows], device=device)
 
 
-def working_prompt(model: GPT, tokenizer) -> str:
-    """Return the beginning of the most probable text, or '' if that cannot be encoded again."""
-    steps = stream_text(model, tokenizer, [""], 10, Sampling(temperature=0))
-    texts = ["", *(text for row, in steps for text in (row.text, row.text.strip()) if text)]
-    return [text for text in texts if not tokenizer.unknown(tokenizer.split(text))][-1]
+def example_prompt(model: GPT, tokenizer) -> str:
+    """Return the longest encodable start of the most probable text, or ''."""
+    longest = ""
+    for row, in stream_text(model, tokenizer, [""], 10, Sampling(temperature=0)):
+        for text in (row.text, row.text.strip()):
+            if text and not tokenizer.unknown(tokenizer.split(text)):
+                longest = text
+    return longest
 
 
-def describe_unknown(model: GPT, tokenizer, prompt: str) -> str:
+def check_prompt(model: GPT, tokenizer, prompt: str) -> str:
     """
     Return a warning that names the words of the prompt that become <UNK>, or ''.
 
-    Raises ValueError with a prompt that works if the vocabulary has no <UNK>.
+    Raises ValueError, with an example of a valid prompt, if the vocabulary has no <UNK>.
     """
     if isinstance(tokenizer, BytePairTokenizer):
         return ""
@@ -134,12 +136,12 @@ def describe_unknown(model: GPT, tokenizer, prompt: str) -> str:
     problem = f"the vocabulary does not have {unknown} of the prompt"
     if not unknown or tokenizer.unk >= 0:
         return unknown and f"{problem}: they become <UNK>"
-    works = json.dumps(working_prompt(model, tokenizer), ensure_ascii=False)
-    raise ValueError(f"{problem}; a prompt that works: {works}")
+    example = json.dumps(example_prompt(model, tokenizer), ensure_ascii=False)
+    raise ValueError(f"{problem}; a prompt that works: {example}")
 
 
 def warn_of_unknown(model: GPT, tokenizer, prompt: str) -> None:
-    if unknown := describe_unknown(model, tokenizer, prompt):
+    if unknown := check_prompt(model, tokenizer, prompt):
         print(f"warning: {unknown}", file=sys.stderr)
 
 
@@ -208,13 +210,14 @@ def next_tokens(model: GPT, ids: list[int], n: int) -> list[tuple[int, float]]:
 # Command line
 
 def read_prompt(start: str) -> str:
-    """Return the prompt that the setting `start` means. A typed \\n alone is a newline."""
+    """Return the prompt that `start` describes. A start of only \\n's is that many newlines."""
     try:
         if start == "-":
             return sys.stdin.buffer.read().decode("utf-8")
         if start.startswith("FILE:"):
             return Path(start[5:]).read_text(encoding="utf-8")
-        return start.replace("\\n", "\n") if not start.replace("\\n", "") else start
+        only_newlines = not start.replace("\\n", "")
+        return start.replace("\\n", "\n") if only_newlines else start
     except UnicodeDecodeError as error:
         raise ValueError(f"the prompt is not UTF-8 text: {error}") from None
 
@@ -272,8 +275,8 @@ def respond(model: GPT, tokenizer, prompt: str, sampler: Sampling) -> None:
 def respond_to_all(model: GPT, tokenizer, sampler: Sampling) -> None:
     """Ask for prompts until standard input ends. Ctrl-C ends a sample, or at the prompt all."""
     sys.stdin.reconfigure(errors="replace")
-    print("Type a prompt and press Enter. Ctrl-C ends a sample. Ctrl-D (on Windows Ctrl-Z and "
-          "Enter) or Ctrl-C leaves.")
+    print("Type a prompt and press Enter. Ctrl-C stops a sample. To leave, press Ctrl-C at the "
+          "prompt, or Ctrl-D (on Windows Ctrl-Z and Enter).")
     while True:
         try:
             prompt = input("prompt> ")

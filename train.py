@@ -35,13 +35,13 @@ from model import GPT, GPTConfig
 out_dir = "out"  # checkpoints, log.jsonl and loss.png
 eval_interval = 250  # steps between evaluations; each also saves a checkpoint
 log_interval = 10  # steps between log lines
-eval_iters = 20  # evaluate on the first eval_iters batches of a split (0: as many as val has)
+eval_iters = 20  # batches to evaluate per split (0: the whole val split, as many of train)
 eval_only = False  # evaluate once, write nothing, exit
 patience = 0  # stop after this many evaluations without a lower validation loss (0: never)
 always_save_checkpoint = True  # save last.pt at every evaluation, not only at the best one
 init_from = "scratch"  # 'scratch', 'resume', 'auto' (resume if possible), a folder, 'gpt2', ...
 overwrite = False  # let 'scratch' replace the run in out_dir
-max_bad_steps = 10  # return to the last checkpoint after this many bad gradients in a row
+max_bad_steps = 10  # return to the last evaluation after this many bad gradients in a row
 logger = ""  # also log to 'wandb', 'tensorboard' or 'trackio'
 log_x = False  # loss.png with a logarithmic axis of steps
 seed = 1337  # for weights, data order and dropout
@@ -66,7 +66,7 @@ optimizer = "adamw"  # or 'muon': Muon for the matrices of the blocks, AdamW for
 learning_rate = 1e-3  # highest learning rate
 max_iters = 20000  # steps; the default does not apply if another limit below is set
 max_epochs = 0.0  # passes over the training data (0: no limit)
-max_minutes = 0.0  # of the loop with its evaluations, without start-up (0: no limit)
+max_minutes = 0.0  # time for training and evaluation, excluding start-up (0: no limit)
 weight_decay = 0.1  # of matrices and embeddings
 beta1 = 0.9
 beta2 = 0.99  # longer memory than GPT-2's 0.95, for small batches
@@ -82,7 +82,7 @@ device = "auto"  # cuda, else mps, else cpu; or 'cpu', 'cuda:1', ...
 dtype = "auto"  # fastest safe type on the device; or 'float32', 'bfloat16', 'float16'
 compile = True  # torch.compile, where it works
 remat = False  # recompute activations in the backward pass: less memory, a third more time
-softmax_tokens = 0  # softmax over this many tokens (0: all); its training losses are slightly low
+softmax_tokens = 0  # tokens in the training softmax (0: all); logs slightly low training losses
 loss_chunk = -1  # compute the logits of this many tokens at a time (0: all; -1: 256 if faster)
 config, given = configure(
     globals(), announce=True, eval_interval=at_least(1), log_interval=at_least(1),
@@ -133,7 +133,7 @@ def current_lr(state: ckpt.RunState, last_step: float) -> float:
 
 def save(name: str, model: GPT, state: ckpt.RunState, meta: dict, optimizers: list = (),
          scaler=None) -> None:
-    """Save best.pt, or with optimizers and scaler what a run is resumed from."""
+    """Save a checkpoint. With optimizers and scaler, a run can be resumed from it."""
     if not all(p.isfinite().all() for p in model.parameters()):
         return say(f"step {state.step}: the model is not finite and was not saved")
     checkpoint = {"model": model.state_dict(), "model_args": asdict(model.config),
@@ -181,37 +181,40 @@ ranks.check_same({"the data": checksums})
 machine.keep_freed_memory()
 torch.set_float32_matmul_precision("high")  # TF32 on CUDA
 with ranks.user_errors():
-    resuming = ckpt.check_out_dir(out_dir, init_from, overwrite or eval_only)
-    finetuned, checkpoint, shape = None, None, {}
+    resuming = ckpt.should_resume(out_dir, init_from, overwrite or eval_only)
+    finetuned, checkpoint, saved_config = None, None, {}
     if init_from not in ("scratch", "resume", "auto"):
         asked = {name: config[name] for name in ("block_size", "dropout") if name in given}
         finetuned = ckpt.model_to_finetune(ckpt.load_checkpoint(init_from), init_from,
                                            meta["tokenizer"], **asked)
-        shape = asdict(finetuned.config)
+        saved_config = asdict(finetuned.config)
     vocab_size = 50304 if pad_vocab and meta["vocab_size"] == 50257 else meta["vocab_size"]
     model_config = finetuned.config if finetuned else GPTConfig(
         arch=arch, block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head,
         n_kv_head=n_kv_head, n_embd=n_embd, dropout=dropout, bias=bias, tied=tied)
-    if not resuming:
+    if not resuming:  # before the lock, which creates out_dir
         batches = make_batches(streams["train"], model_config.block_size, meta["eot"])
     # held until this process exits; only then is a checkpoint read, which no other run changes
     lock = lock_run(out_dir) if ranks.master and not eval_only else None
 with ranks.user_errors():
-    if resuming and (checkpoint := ckpt.find_resumable(out_dir)):
+    if resuming:
+        checkpoint = ckpt.find_resumable(out_dir)
         model_config = ckpt.config_to_resume(checkpoint, model_config, config, given, meta)
         batches = make_batches(streams["train"], model_config.block_size, meta["eot"])
-        shape = checkpoint["config"]
-    # the shape of an existing model takes the place of settings
-    config.update({name: shape[name] for name in config.keys() & shape.keys()
-                   if name in asdict(model_config)})
+        saved_config = checkpoint["config"]
+    # an existing model keeps its own architecture
+    of_model = asdict(model_config).keys() & config.keys() & saved_config.keys()
+    config.update({name: saved_config[name] for name in of_model})
     block_size, config["dropout"] = model_config.block_size, model_config.dropout
+    # evaluate at most as many batches of the training split as the validation split has
+    val_rows = len(eval_spans(streams["val"], block_size, batching, meta["eot"]))
+    max_batches = min(eval_iters or math.inf, math.ceil(val_rows / batch_size))
+    if not val_rows:
+        raise ValueError(f"{streams['val'].name} has only one token: there is nothing to predict")
 ranks.check_same({f"the checkpoint step in {out_dir}": checkpoint["step"] if checkpoint else 0})
 last_step = max_iters if "max_iters" in given or not (max_epochs or max_minutes) else math.inf
 if max_epochs:
     last_step = min(last_step, batches.steps_in(max_epochs))
-# also of the training split, evaluate at most as many batches as the validation split has
-val_rows = len(eval_spans(streams["val"], block_size, batching, meta["eot"]))
-max_batches = min(eval_iters or math.inf, math.ceil(val_rows / batch_size))
 torch.manual_seed(seed)
 with ranks.user_errors():
     raw_model = (finetuned or GPT(model_config)).to(device)
@@ -278,14 +281,13 @@ with ranks.user_errors():
 raw_model.train()
 prefetched = prefetch(micro_batches(batches, state.step, ranks), device)
 bar = tqdm(total=last_step if last_step < math.inf else None, initial=state.step, smoothing=0,
-           dynamic_ncols=True,
-           disable=not (ranks.master and sys.stderr.isatty()))
+           dynamic_ncols=True, disable=not (ranks.master and sys.stderr.isatty()))
 started, timed_from, timed_tokens, timed_flops = time.time() - state.seconds, time.time(), 0, 0
-recent, stopping, first_step = log.recent_losses(), False, state.step
+recent, stopping, first_step, timed_step = log.recent_losses(), False, state.step, state.step
 while True:
     out_of_time = max_minutes > 0 and state.seconds >= 60 * max_minutes
     at_end = state.step >= last_step or out_of_time or eval_only
-    if stopping:  # not in last.pt, to which bad steps return
+    if stopping:  # last.pt stays, as bad steps return to the last evaluation
         if log.write:
             save("stop.pt", raw_model, state, meta, optimizers, scaler)
         break
@@ -295,10 +297,10 @@ while True:
     if due and (state.step != state.evaluated_at or eval_only):
         paused_at = time.time()
         # on the uncompiled model: batches of other shapes would be compiled again
-        mine = {split: prefetch(eval_batches(stream, block_size, batch_size, batching, meta["eot"],
-                                             max_batches, ranks.rank, ranks.world_size), device)
-                for split, stream in streams.items()}
-        losses = evaluate_splits(raw_model, mine, autocast, ranks, stop)
+        my_batches = {split: prefetch(eval_batches(
+            stream, block_size, batch_size, batching, meta["eot"], max_batches, ranks.rank,
+            ranks.world_size), device) for split, stream in streams.items()}
+        losses = evaluate_splits(raw_model, my_batches, autocast, ranks, stop)
         if not losses:  # a resume repeats this evaluation
             stopping = True
             continue
@@ -356,16 +358,17 @@ while True:
     recent = (recent + [loss] * math.isfinite(loss))[-20:]
     interval = time.time() - timed_from
     speed = timed_tokens * ranks.world_size / interval
+    ms = 1000 * interval / (state.step - timed_step)
     peak = max(peak, timed_flops / interval)  # a measured peak can be too low
     mfu = timed_flops / interval / peak
     say(f"step {state.step}: loss {loss:.4f}, lr {lr:.2e}, norm {grad_norm:.2f}, "
-        f"{1000 * interval / log_interval:.0f} ms, {speed:,.0f} tok/s, mfu {mfu:.1%}"
+        f"{ms:.0f} ms, {speed:,.0f} tok/s, mfu {mfu:.1%}"
         + ", spike" * spike)
     log.add(state.step, loss=loss, lr=lr, grad_norm=grad_norm, grad_norm_max=grad_norm_max,
-            bad_steps=int(bad_steps), spike=spike, ms=1000 * interval / log_interval,
+            bad_steps=int(bad_steps), spike=spike, ms=ms,
             tokens_per_second=speed, mfu=mfu)
     state.grad_norm_max = torch.zeros((), device=device)
-    timed_from, timed_tokens, timed_flops = time.time(), 0, 0
+    timed_from, timed_step, timed_tokens, timed_flops = time.time(), state.step, 0, 0
     if max_minutes:
         steps_in_time = int(state.step * 60 * max_minutes / state.seconds)
         bar.total = min(last_step, max(state.step, steps_in_time))
@@ -383,7 +386,9 @@ while True:
                 raise ValueError(f"there is no checkpoint in {out_dir} to return to")
             state = ckpt.restore(checkpoint, raw_model, optimizers, scaler, device)
             log.keep_until(state.step)
-        state.lr_scale, recent = lr_scale, log.recent_losses()
+            if log.write:
+                (Path(out_dir) / "stop.pt").unlink(missing_ok=True)  # its steps are undone
+        state.lr_scale, recent, timed_step = lr_scale, log.recent_losses(), state.step
         prefetched = prefetch(micro_batches(batches, state.step, ranks), device)
         bar.n = state.step
         say(f"{bad_in_a_row:.0f} steps in a row had a non-finite gradient: returned to step "
@@ -392,16 +397,14 @@ while True:
 bar.close()
 why = f", no lower validation loss in {patience} evaluations" if state.step < last_step else ""
 why = ", time limit reached" if out_of_time and why else why
-if eval_only:
-    pass
-elif stopping:
+if stopping and not eval_only:
     saved = Path(out_dir) / "stop.pt"
     say(f"stopped at step {state.step}{f', saved in {saved}' if saved.exists() else ''}; continue "
         "with the same command and --init_from=resume")
-elif checkpoint and state.step == first_step:
-    say(f"nothing to train: the run in {out_dir} is at step {state.step}{why}; a larger limit, "
-        "such as --max_iters, continues it")
-else:
+elif checkpoint and state.step == first_step and not eval_only:
+    say(f"nothing to train: the run in {out_dir} is at step {state.step}{why}; to continue it, "
+        "increase the limit, for example --max_iters")
+elif not eval_only:
     say(f"done: step {state.step}{why}, {(time.time() - started) / 60:.1f} minutes, "
         f"{machine.peak_memory(device) / 1e9:.1f} GB peak memory; best validation loss "
         f"{state.best_val_loss:.4f} in {out_dir}/best.pt, curve in {out_dir}/loss.png; next: "

@@ -18,7 +18,7 @@ import os
 import sys
 import zipfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -65,7 +65,7 @@ class RunState:
 
     @classmethod
     def from_checkpoint(cls, checkpoint: dict, device: str) -> "RunState":
-        """Read the state from a last.pt. In older ones `watch` holds the three tensors."""
+        """Read the state of a last.pt or stop.pt. In older ones `watch` holds the tensors."""
         names = [field.name for field in fields(cls)]
         checkpoint = {"evaluated_at": checkpoint["step"]} | checkpoint  # not in older ones
         if "watch" in checkpoint:
@@ -78,7 +78,7 @@ class RunState:
 # Files
 
 def save_checkpoint(out_dir: str | Path, name: str, checkpoint: dict) -> None:
-    """Write out_dir/name. A last.pt makes an older one prev.pt and replaces stop.pt."""
+    """Write out_dir/name. Before a new last.pt, the old one becomes prev.pt; stop.pt is removed."""
     path = Path(out_dir) / name
     temporary = path.with_name(name + ".tmp")
     try:
@@ -135,7 +135,7 @@ def check_checkpoint(checkpoint: dict, path: Path) -> None:
 
 def find_resumable(out_dir: str | Path, names: Sequence[str] = RESUMABLE) -> dict | None:
     """
-    Return the checkpoint with the most steps, or None if there is none.
+    Return the readable checkpoint with the most steps, or None if there are no checkpoints.
 
     A damaged file is skipped with a warning. Raises ValueError if all are damaged.
     """
@@ -161,7 +161,7 @@ def load_checkpoint(name: str | Path) -> dict:
     """
     Return the best checkpoint of a model, without what only training needs, and its `path`.
 
-    name: the folder of a run (best.pt, else last.pt, else nanoGPT's ckpt.pt), a Hugging Face
+    name: the folder of a run (best.pt, else last.pt, stop.pt or nanoGPT's ckpt.pt), a Hugging Face
     folder, or one of OpenAI's models.
     """
     if name in OPENAI and not Path(name).exists():
@@ -175,7 +175,8 @@ def load_checkpoint(name: str | Path) -> dict:
         checkpoint = read_hugging_face(Path(name)) | {"version": VERSION, "path": str(name)}
         check_checkpoint(checkpoint, Path(name) / "meta.json")
         return checkpoint
-    runs = sorted({path.parent.name for path in Path().glob("*/*.pt")})
+    runs = sorted({str(path.parent) for folder in (Path(), Path(name).parent)
+                   for path in folder.glob("*/*.pt")})
     raise ValueError(f"there is no checkpoint in {name}: " + (
         f"there are runs in {', '.join(runs)}" if runs else
         f"train a model with `python train.py --out_dir={name}`"))
@@ -184,64 +185,67 @@ def load_checkpoint(name: str | Path) -> dict:
 # -----------------------------------------------------------------------------
 # Resuming
 
-def check_out_dir(out_dir: str, init_from: str, overwrite: bool) -> bool:
+def should_resume(out_dir: str, init_from: str, overwrite: bool) -> bool:
     """
-    Return whether the run in out_dir is to be resumed.
+    Return whether to resume the run in out_dir.
 
-    Raises ValueError if there must be one and is not, or if one must not be replaced.
+    Raises ValueError if 'resume' finds no checkpoint, or if an existing run would be overwritten.
     """
     if init_from not in ("scratch", "resume", "auto", *OPENAI) and not Path(init_from).is_dir():
         raise ValueError(f"init_from must be scratch, resume, auto, the folder of a model, or "
                          f"{', '.join(OPENAI)}; got {init_from!r}")
     exists = any(Path(out_dir).glob("*.pt"))
     resumable = any((Path(out_dir) / name).exists() for name in RESUMABLE)
-    if init_from == "resume" and not resumable:
+    if init_from == "resume" and not exists:
         raise ValueError(f"there is nothing to resume in {out_dir}: start with --init_from=scratch")
-    if exists and init_from not in ("resume", "auto") and not overwrite:
-        raise ValueError(f"{out_dir} already holds a run: continue it with --init_from=resume, "
+    resume = resumable and init_from in ("resume", "auto")
+    if exists and not resume and not overwrite:
+        way = "--init_from=resume" if resumable else f"--init_from={out_dir} and a new --out_dir"
+        raise ValueError(f"{out_dir} already holds a run: continue it with {way}, "
                          "choose another --out_dir, or replace it with --overwrite=True")
-    return resumable and init_from in ("resume", "auto")
+    return resume
 
 
 def config_to_resume(checkpoint: dict, new: GPTConfig, settings: dict, given: set[str],
                      meta: dict) -> GPTConfig:
     """
-    Return the config of the model to resume.
+    Return the model config of the run to resume.
 
-    Of new, the config that the settings ask for, the dropout is taken if it is among the given
-    settings. Raises ValueError where other given settings or the data (its meta.json) contradict
-    the run.
+    Dropout comes from `new` if it was given, everything else from the checkpoint.
+    new: the config made from the settings. given: the names of the settings that were set.
+    Raises ValueError if a given setting or the dataset contradicts the run.
     """
     out_dir, dataset = settings["out_dir"], settings["dataset"]
     old = config_of(checkpoint, f"the checkpoint in {out_dir}")
     wrong = [f"{name}={value}" for name, value in asdict(old).items()
              if name in given and name != "dropout" and value != getattr(new, name)]
+    if "pad_vocab" in given and old.vocab_size != new.vocab_size:
+        wrong.append(f"vocab_size={old.vocab_size}")
     if wrong:
-        raise ValueError(f"the run in {out_dir} has {', '.join(wrong)}: give the same settings, or "
-                         "none, to resume it")
+        raise ValueError(f"the run in {out_dir} has {', '.join(wrong)}: to resume it, leave out "
+                         "these settings or give the same values")
     if checkpoint["meta"].get("tokenizer") != meta["tokenizer"]:
-        raise ValueError(f"the run in {out_dir} was trained with another tokenizer than {dataset} "
-                         "has: give its own --dataset")
+        raise ValueError(f"{dataset} has another tokenizer than the run in {out_dir}: resume with "
+                         "the --dataset that it was trained on")
     for split in ("train", "val"):
-        of_run, of_data = (m.get("splits", {}).get(split, {}).get("sha256")
-                           for m in (checkpoint["meta"], meta))
-        if of_run and of_data and of_run != of_data:
-            raise ValueError(f"the run in {out_dir} was trained on another {split} split than "
-                             f"{dataset} has: give its own --dataset, or continue its model on "
-                             f"this text with --init_from={out_dir} and another --out_dir")
-    return GPTConfig(**asdict(old) | ({"dropout": new.dropout} if "dropout" in given else {}))
+        old_sha, new_sha = (m.get("splits", {}).get(split, {}).get("sha256")
+                            for m in (checkpoint["meta"], meta))
+        if old_sha and new_sha and old_sha != new_sha:
+            raise ValueError(f"the {split} split of {dataset} is not the one that the run in "
+                             f"{out_dir} was started with: resume with the original --dataset, or "
+                             f"fine-tune with --init_from={out_dir} and another --out_dir")
+    return replace(old, dropout=new.dropout) if "dropout" in given else old
 
 
 def describe_resume(checkpoint: dict, settings: dict, lr: float) -> str:
-    """Return what to say of a run that is resumed with these settings at this learning rate."""
-    old, silent = checkpoint["config"], ("init_from", "overwrite", "eval_only")
+    """Return a message with the step, learning rate and changed settings of a resumed run."""
+    old, ignored = checkpoint["config"], ("init_from", "overwrite", "eval_only")
     changed = [f"{name} {old[name]!r} -> {value!r}" for name, value in settings.items()
-               if name in old and old[name] != value and name not in silent]
+               if name in old and old[name] != value and name not in ignored]
     text = f"resuming {settings['out_dir']} at step {checkpoint['step']}, learning rate {lr:.2e}"
     text += f", with changed settings: {', '.join(changed)}" if changed else ""
-    of_earlier_version = "evaluated_at" not in checkpoint
-    if of_earlier_version and settings["batching"] == "by_length" and (
-            settings["gradient_accumulation_steps"] > 1):
+    if ("evaluated_at" not in checkpoint and settings["batching"] == "by_length"
+            and settings["gradient_accumulation_steps"] > 1):  # saved by an older version
         text += "\nnote: the batch order by length has changed since this run was started"
     return text
 
@@ -315,8 +319,8 @@ def model_to_finetune(checkpoint: dict, name: str, tokenizer: dict, block_size: 
     """
     Build a model from a checkpoint for fine-tuning.
 
-    tokenizer: that of the data, which must be the model's. block_size: a shorter context (0: the
-    model's). changes: fields of the config, such as dropout.
+    tokenizer: the dataset's, which must equal the model's. block_size: crop the context to this
+    many tokens (0: keep the model's). changes: other config fields to replace, such as dropout.
     """
     if checkpoint["meta"]["tokenizer"] != tokenizer:
         raise ValueError(f"{name} has another tokenizer than the dataset: prepare the dataset with "

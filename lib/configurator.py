@@ -23,13 +23,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 RENAMED = {"softmax_words": "softmax_tokens"}  # old names of settings
-# options of nanoGPT's scripts and what takes their place; in config files they are ignored
+# options of nanoGPT's scripts that do not exist here, with a hint; ignored in config files
 NANOGPT_ONLY = {
     "wandb_log": "use --logger=wandb",
     "wandb_project": "use --logger=wandb, with the project fablegpt",
     "wandb_run_name": "use --logger=wandb, with the name of --out_dir",
     "init_from": "use --out_dir=FOLDER or --out_dir=gpt2",
-    "dtype": "weights are float32, or in 8 bits with --quantize=int8",
+    "dtype": "weights are float32; use --quantize=int8 for 8 bits",
     "compile": "generation is not compiled",
     "real_data": "training is measured on random tokens; --mode=data measures batches",
     "profile": "use torch.profiler",
@@ -133,7 +133,7 @@ def from_text(name: str, text: str, default: object) -> object:
 def read_config_file(path: str) -> dict[str, object]:
     """Run a config file and return its public names, except imported modules."""
     if not path.endswith(".py"):
-        raise ValueError("config files end in .py and settings are written --key=value, see --help")
+        raise ValueError("config files end in .py, settings are written --key=value; see --help")
     if not Path(path).is_file():
         configs = [file.as_posix() for file in sorted(Path("config").glob("*.py"))]
         raise ValueError(f"there is no such config file{did_you_mean(path, configs)}")
@@ -150,9 +150,20 @@ def read_config_file(path: str) -> dict[str, object]:
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """Return a question about the nearest of the names, or '' if none is near."""
+    """Return '; did you mean X?' for the most similar name, or '' if none is similar."""
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def nanogpt_defaults(values: dict, settings: dict, given: set[str]) -> dict[str, object]:
+    """Return nanoGPT's defaults for what one of its config files (values) leaves out, else {}."""
+    if "n_layer" not in settings or not {"wandb_log", "wandb_project"} & set(values):
+        return {}
+    missing = {name: value for name, value in NANOGPT_DEFAULTS.items()
+               if name not in given and value != settings.get(name, value)}
+    if values.get("decay_lr") is False:
+        missing["warmup_iters"] = 0  # without decay nanoGPT has no warmup
+    return missing
 
 
 def print_help(script: str, doc: str, comments: dict[str, str], settings: dict) -> None:
@@ -197,21 +208,27 @@ def configure(namespace: dict[str, object], skip_settings_of: str = "", announce
             old_names.add(name)
             name = RENAMED[name]
         if name not in settings:
-            hint = NANOGPT_ONLY.get(name) or f"python {Path(script).name} --help lists them"
-            near = "" if name in NANOGPT_ONLY else did_you_mean(name, settings)
-            raise ValueError(f"there is no setting {name!r}{near or '; ' + hint}")
+            if name in NANOGPT_ONLY:
+                hint = f"; {NANOGPT_ONLY[name]}"
+            else:
+                hint = (did_you_mean(name, settings)
+                        or f"; python {Path(script).name} --help lists them")
+            raise ValueError(f"there is no setting {name!r}{hint}")
         settings[name] = convert(name, value, defaults[name])
         given.add(name)
 
-    for arg, following in zip(sys.argv[1:], [*sys.argv[2:], "VALUE"]):
+    args = sys.argv[1:]
+    for i, arg in enumerate(args):
+        following = args[i + 1] if args[i + 1:] and not args[i + 1].startswith("-") else "VALUE"
         try:
             name, equals, text = arg.lstrip("-").partition("=")
             if arg.startswith("--") and equals:
                 assign(name, text, from_text)
-            elif arg.startswith("--") and isinstance(defaults.get(name, True), bool):
+            elif (arg.startswith("--") and isinstance(defaults.get(name, True), bool)
+                  and following.lower() not in ("true", "false")):
                 assign(name, True, coerce)
             elif arg.startswith("--"):
-                raise ValueError(f"it has no value: write {arg}={following}")
+                raise ValueError(f"a value is missing: write {arg}={following}")
             elif equals and name in settings:
                 raise ValueError(f"did you mean --{name}={text}?")
             elif "source" in settings and not arg.endswith(".py"):
@@ -221,16 +238,12 @@ def configure(namespace: dict[str, object], skip_settings_of: str = "", announce
                 for name, value in values.items():
                     if name in settings or RENAMED.get(name) in settings or name not in ignored:
                         assign(name, value, coerce)
-                if "n_layer" in settings and {"wandb_log", "wandb_project"} & set(values):
-                    more = {name: value for name, value in NANOGPT_DEFAULTS.items()
-                            if name not in given and value != settings.get(name, value)}
-                    if values.get("decay_lr") is False:
-                        more["warmup_iters"] = 0  # nanoGPT has no warmup then
-                    settings.update(more)
-                    if rank0:
-                        wandb = "; for wandb give --logger=wandb" if values.get("wandb_log") else ""
-                        print(f"{arg} is a config file of nanoGPT: taking nanoGPT's defaults for "
-                              f"{', '.join(more)}{wandb}")
+                more = nanogpt_defaults(values, settings, given)
+                settings.update(more)
+                if more and rank0:
+                    wandb = "; add --logger=wandb to log to wandb" * bool(values.get("wandb_log"))
+                    print(f"{arg} is a config file of nanoGPT: using nanoGPT's defaults for "
+                          f"{', '.join(more)}{wandb}")
         except (ValueError, OSError) as error:
             fail(f"{arg}: {error}")
     with user_errors():

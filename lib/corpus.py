@@ -43,9 +43,9 @@ def local_documents(source: str, split: str, column: str = "text",
     """
     Return the documents of one split, 'train' or 'val', of a local file or folder.
 
-    Reads text files with <|endoftext|> between documents, JSON lines, CSV and parquet. The names of
-    files tell the split, see split_of(), if some are named train and others val or test. What has
-    no files named val is divided by held_out().
+    Reads text files with <|endoftext|> between documents, JSON, CSV and parquet. If files are named
+    train and val, see split_of(), they are the splits, and other files are ignored. If they are
+    named train and test only, held_out() divides train. Otherwise it divides all files.
     """
     root = Path(os.path.expanduser(source))
     if not root.exists():
@@ -61,7 +61,8 @@ def local_documents(source: str, split: str, column: str = "text",
     texts = (text for path in files for text in read_documents(path, column, encoding))
     first = next(texts, None)
     if first is None:
-        raise ValueError(f"{files[0]} is empty{', like the other files' if files[1:] else ''}")
+        more = f", like the other {len(files) - 1} files of the {split} split" if files[1:] else ""
+        raise ValueError(f"{files[0]} is empty{more}")
     texts = chain([first], texts)
     return texts if has_val else held_out(texts, split)
 
@@ -88,10 +89,10 @@ def split_of(path: Path) -> str:
 
 def held_out(texts: Iterator[str], split: str) -> Iterator[str]:
     """
-    Hold out every 20th document for validation, or the end of the text if there are fewer than 20.
+    Hold out every 20th document for validation. With fewer than 20, hold out the end of the text.
 
-    The end is the last twentieth of the characters. It starts at the start of a document if it then
-    is at most a fifth, else within the document.
+    The end begins at the last start of a document in the first 95% of the characters. If that is
+    more than a fifth of the text, the last 5% are held out instead.
     """
     first = list(islice(texts, 20))
     if len(first) == 20:
@@ -99,16 +100,16 @@ def held_out(texts: Iterator[str], split: str) -> Iterator[str]:
                 if (i % 20 == 19) == (split == "val"))
     starts = [0, *accumulate(map(len, first))]
     size = starts[-1]
-    border = max(start for start in starts if start <= size * 19 // 20)
-    if size - border > size / 5:
-        border = size * 19 // 20
-    ends = [max(0, border - start) for start in starts]  # of the characters for training
+    cut = max(start for start in starts if start <= size * 19 // 20)
+    if size - cut > size / 5:
+        cut = size * 19 // 20
+    ends = [max(0, cut - start) for start in starts]  # where each document's training part ends
     parts = [text[:end] if split == "train" else text[end:] for text, end in zip(first, ends)]
     return (part for part in parts if part)
 
 
 def read_documents(path: Path, column: str = "text", encoding: str = "utf-8") -> Iterator[str]:
-    """Return the documents of one file, which is never in memory as a whole."""
+    """Return the documents of one file. Only a JSON list is read into memory as a whole."""
     if path.suffix.lower() in TABLES:
         return stripped(read_rows(path, column, encoding), path, column)
     return stripped(read_text_file(path, encoding), path, column)
@@ -116,9 +117,10 @@ def read_documents(path: Path, column: str = "text", encoding: str = "utf-8") ->
 
 @contextlib.contextmanager
 def open_text(path: Path, encoding: str = "utf-8") -> Iterator[IO[str]]:
-    """Open a text file to read. For another encoding, the error names the probable one."""
+    """Open a text file to read. If it is not UTF-8, the error suggests a likely encoding."""
+    is_utf8 = encoding.lower().replace("-", "") == "utf8"
     try:
-        with open(path, encoding="utf-8-sig" if encoding == "utf-8" else encoding) as file:
+        with open(path, encoding="utf-8-sig" if is_utf8 else encoding) as file:
             if "\0" in file.read(4096):
                 raise UnicodeError
             file.seek(0)
@@ -127,9 +129,10 @@ def open_text(path: Path, encoding: str = "utf-8") -> Iterator[IO[str]]:
         with open(path, "rb") as file:
             start = file.read(4096)
         probable = ("utf-16" if start.startswith((b"\xff\xfe", b"\xfe\xff"))  # byte order marks
-                    else "utf-16-le" if b"\0" in start else "windows-1252")
+                    else "utf-16-le" if b"\0" in start[1::2] else "utf-16-be" if b"\0" in start
+                    else "windows-1252")
         hint = (f", but probably {probable}: give data/text/prepare.py --encoding={probable}, or "
-                "convert the file to UTF-8") if encoding == "utf-8" else ""
+                "convert the file to UTF-8") if is_utf8 else ""
         raise ValueError(f"{path} is not {encoding} text{hint}") from None
 
 
@@ -153,24 +156,24 @@ def read_rows(path: Path, column: str = "text", encoding: str = "utf-8") -> Iter
     with open(path, "rb") if suffix == ".parquet" else open_text(path, encoding) as file:
         rows = {".parquet": read_parquet, ".csv": read_csv}.get(suffix, read_json)(file)
         try:
-            for row in rows:
-                values = dict(fields(row))
+            for number, row in enumerate(rows, 1):
+                values = dict(flatten(row))
                 if column not in values:
-                    known = one_line(", ".join(values), 300) or "values without names"
-                    raise ValueError(f"there is no column {column!r}, only {known}: choose one "
-                                     "with data/text/prepare.py --column=NAME")
+                    names = one_line(", ".join(values), 300) or "values without names"
+                    raise ValueError(f"row {number} has no column {column!r}, only {names}: choose "
+                                     "one with data/text/prepare.py --column=NAME")
                 yield values[column]
-        except UnicodeError:
+        except UnicodeError:  # open_text() explains it
             raise
         except (ValueError, OSError, csv.Error) as error:
             raise ValueError(f"{path}: {error}") from None
 
 
-def fields(row: object, prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Yield the names and values of a row, those of nested rows as outer.inner."""
+def flatten(row: object, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Yield the columns of a row as (name, value). Nested fields are named outer.inner."""
     for name, value in row.items() if isinstance(row, dict) else ():
         if isinstance(value, dict):
-            yield from fields(value, f"{prefix}{name}.")
+            yield from flatten(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
 
@@ -187,28 +190,31 @@ def read_csv(file: IO[str]) -> Iterator[dict]:
     csv.field_size_limit(2**31 - 1)  # the longest text
     rows = csv.DictReader(file, strict=True)
     for row in rows:
-        if None in row or None in row.values():
+        if None in row or None in row.values():  # how DictReader marks extra and missing columns
             raise ValueError(f"line {rows.line_num} has more or fewer columns than the first one")
         yield row
 
 
 def read_json(file: IO[str]) -> Iterator[object]:
-    """Yield the rows of JSON lines, or of a JSON list."""
+    """Yield the rows of a JSON list, which is read as a whole, or of JSON lines."""
     is_list = file.read(1) == "["
     file.seek(0)
-    for number, line in enumerate([file.read()] if is_list else file, 1):
+    if is_list:
+        yield from json.load(file)
+        return
+    for number, line in enumerate(file, 1):
         try:
-            found = json.loads(line) if line.strip() else []
+            rows = [json.loads(line)] if line.strip() else []
         except ValueError as error:
-            raise ValueError(f"line {number}: {error}") from None
-        yield from found if isinstance(found, list) else [found]
+            raise ValueError(f"line {number} is not a JSON object: {error.msg}") from None
+        yield from rows
 
 
 def stripped(texts: Iterable[object], where: object, column: str) -> Iterator[str]:
     """Yield texts without surrounding white space. Skip empty ones, raise ValueError for others."""
     for text in texts:
         if not isinstance(text, str):
-            raise ValueError(f"{where} has a row without a text column {column!r}")
+            raise ValueError(f"{where} has a row whose column {column!r} is not text")
         if text := text.strip():
             yield text
 
@@ -318,8 +324,8 @@ def write_split(folder: Path, split: str, documents: Iterable[str], tokenizer,
 
 
 @contextlib.contextmanager
-def no_leftovers(folder: Path) -> Iterator[None]:
-    """Remove the files of write_split() that finish_dataset() did not rename."""
+def remove_temporary_files(folder: Path) -> Iterator[None]:
+    """Remove the .bin.tmp files that finish_dataset() has not renamed, also after an error."""
     try:
         yield
     finally:
@@ -329,7 +335,7 @@ def no_leftovers(folder: Path) -> Iterator[None]:
 
 def write_dataset(folder: Path, documents: Callable[[str], Iterable[str]], tokenizer) -> None:
     """Write a dataset. documents: a function of the split, 'train' or 'val'."""
-    with no_leftovers(folder):
+    with remove_temporary_files(folder):
         splits = {split: write_split(folder, split, documents(split), tokenizer)
                   for split in ("train", "val")}
         finish_dataset(folder, tokenizer, splits)
@@ -365,15 +371,21 @@ def finish_dataset(folder: Path, tokenizer, splits: dict[str, dict], **more) -> 
 # -----------------------------------------------------------------------------
 # meta.json
 
+def command_in_configs(folder: Path) -> str:
+    """Return the command that writes a dataset, from the "# Data: ..." line of a config, or ''."""
+    pattern = rf"^# Data: (.*--out_dir={re.escape(folder.as_posix())})$"
+    for config in sorted(Path("config").glob("*.py")):
+        if line := re.search(pattern, config.read_text(encoding="utf-8"), re.MULTILINE):
+            return line[1]
+    return ""
+
+
 def load_meta(folder: Path) -> dict:
     """Return a dataset's checked meta.json, or what is known of one that nanoGPT prepared."""
     prepare = f"python {folder}/prepare.py"
     if not folder.is_dir():
-        for config in sorted(Path("config").glob("*.py")):  # whose comment may have the command
-            line = re.search(rf"^# Data: (.*--out_dir={re.escape(folder.as_posix())})$",
-                             config.read_text(encoding="utf-8"), re.MULTILINE)
-            if line:
-                raise ValueError(f"the dataset {folder.name} is not prepared: run `{line[1]}`")
+        if command := command_in_configs(folder):
+            raise ValueError(f"the dataset {folder.name} is not prepared: run `{command}`")
         known = ", ".join(sorted(path.parent.name for path in folder.parent.glob("*/prepare.py")))
         raise ValueError(f"there is no dataset {folder.name} in {folder.parent}, which has "
                          f"{known or 'none'}; each prepare.py can write it with --out_dir={folder}")

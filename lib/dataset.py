@@ -63,7 +63,7 @@ class TokenStream:
         return torch.from_numpy(np.bincount(ids, minlength=vocab_size))
 
     def check(self, meta: dict) -> str:
-        """Return the SHA-256 of the files; raise ValueError for an unknown id or a wrong one."""
+        """Return the files' SHA-256. Raise ValueError for a wrong checksum or an unknown id."""
         digest, largest = hashlib.sha256(), 0
         for shard in self.shards:
             for i in range(0, len(shard), 1 << 22):
@@ -143,8 +143,8 @@ def permute(i: np.ndarray, n: int, key: int) -> np.ndarray:
     Map positions i by a random permutation of 0 ... n - 1.
 
     Nothing is stored: a Feistel network permutes all numbers of an even bit width and is applied
-    again while a result is n or more. Where n is a power of 4, from 16 on, only even permutations
-    occur.
+    again while a result is n or more. If n is a power of 4 and at least 16, the permutation is
+    always even.
     """
     half = max(1, (int(n - 1).bit_length() + 1) // 2)
     mask = np.uint64((1 << half) - 1)
@@ -167,14 +167,14 @@ class TrainBatches:
     Micro-batches as a pure function of their number.
 
     batch(i) is the same on every rank and after every restart, so there is no state to save. Each
-    epoch uses every row once, in a new order. The rows of a step depend on batch_size *
-    micro_batches only, the number of micro-batches in a step.
+    epoch uses every row once, in a new order. micro_batches: how many make a step. Changing it
+    and batch_size with the same product leaves the rows of each step unchanged.
 
-    batching 'windows': rows of block_size tokens, cut at a new offset in each epoch. What does not
-    fill a window is left out of an epoch: with windows of 128, 57% of 300 tokens and 1.4% of
-    10,000. 'by_length': one document per row, with others of similar length, padded to the
-    longest. Documents are sorted only within random pools of 64 steps, so that steps differ in
-    every epoch. The last documents of an epoch make a smaller step.
+    batching 'windows': rows of block_size tokens, cut at a new offset in each epoch. Tokens before
+    the first and after the last whole window are skipped in that epoch: with windows of 128, 57% of
+    a text of 300 tokens and 1.4% of one of 10,000. 'by_length': one document per row, batched with
+    others of similar length and padded to the longest. Documents are sorted only within random
+    pools of 64 steps, so that steps differ in every epoch. One step of an epoch may be smaller.
     """
 
     def __init__(self, stream: TokenStream, block_size: int, batch_size: int, seed: int,
@@ -191,7 +191,7 @@ class TrainBatches:
         by_length = batching == "by_length"
         self.documents = stream.document_spans(eot, block_size) if by_length else None
         if by_length:
-            self.steps_per_epoch = -(-len(self.documents) // self.rows_per_step)
+            self.steps_per_epoch = math.ceil(len(self.documents) / self.rows_per_step)
         self.order: tuple[int, np.ndarray] = (-1, np.empty(0))  # of the documents in an epoch
 
     def batch(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -213,11 +213,10 @@ class TrainBatches:
         return np.stack([starts, starts + self.block_size], axis=1)
 
     def documents_of_batch(self, i: int) -> np.ndarray:
-        step, i = divmod(i, self.micro_batches)
+        step, part = divmod(i, self.micro_batches)
         rows = self.documents_of_step(step)
-        mine = rows[i * self.batch_size:(i + 1) * self.batch_size]
-        # what an epoch's last step leaves empty gets a row, of weight 0
-        return mine if len(mine) else rows[:1]
+        mine = rows[part * self.batch_size:(part + 1) * self.batch_size]
+        return mine if len(mine) else rows[:1]  # past the end of a small step: a row of weight 0
 
     def documents_of_step(self, step: int) -> np.ndarray:
         epoch, step = divmod(step, self.steps_per_epoch)
@@ -229,16 +228,15 @@ class TrainBatches:
 
     def weight(self, i: int) -> float:
         """
-        Return the weight of micro-batch i in the mean over its step: 1 on average.
+        Return the weight of micro-batch i in its step's mean loss, 1 on average over the step.
 
-        It is proportional to its targets, so that each target of a step weighs the same.
+        It is proportional to the number of targets, so every target of a step counts the same.
         """
         if self.documents is None:
             return 1.0
-        step, i = divmod(i, self.micro_batches)
-        begin, end = self.documents_of_step(step).T
-        lengths = end - begin
-        mine = lengths[i * self.batch_size:(i + 1) * self.batch_size]
+        step, part = divmod(i, self.micro_batches)
+        lengths = np.diff(self.documents_of_step(step))[:, 0]
+        mine = lengths[part * self.batch_size:(part + 1) * self.batch_size]
         return self.micro_batches * float(mine.sum() / lengths.sum())
 
     def document_order(self, epoch: int, sort: bool = True) -> np.ndarray:
@@ -254,7 +252,7 @@ class TrainBatches:
         return (self.seed << 32) + int(epoch)
 
     def steps_in(self, epochs: float) -> int:
-        """Return the number of steps in so many epochs, rounded up."""
+        """Return the number of steps in this many epochs, rounded up."""
         if self.documents is None:
             return math.ceil(epochs * self.n_windows / self.rows_per_step)
         return math.ceil(epochs * self.steps_per_epoch)

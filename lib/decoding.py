@@ -24,9 +24,9 @@ class Sampling:
     top_p: keep the fewest tokens whose total probability reaches top_p (1: all)
     min_p: keep tokens with at least min_p of the highest probability (0: all)
 
-    They mean the same as in transformers, except for ties: top_k keeps exactly k tokens, where
-    transformers keeps all that tie with the k-th; of tied tokens, top_p may keep others.
-    stop_token: ends a row in which no token is allowed (-1: such a row raises ValueError).
+    They mean the same as in transformers, except for ties. top_k keeps exactly k tokens;
+    transformers keeps all that tie with the k-th. top_p may keep other tokens of a tie.
+    stop_token: the token to return where no other is allowed (-1: raise ValueError).
     """
     temperature: float = 1.0
     top_k: int = 0
@@ -87,11 +87,11 @@ class Sampling:
         return logits
 
     def end_stuck_rows(self, logits: torch.Tensor) -> None:
-        """Allow stop_token in those rows of penalized logits (B, V) that allow no token."""
+        """Allow stop_token, in place, in rows of penalized logits (B, V) with no allowed token."""
         stuck = logits.amax(dim=-1) == -math.inf  # (B,)
         if self.stop_token < 0 and stuck.any():
-            raise ValueError(f"no_repeat_ngram={self.no_repeat_ngram} leaves no token to continue "
-                             "with: increase it, or generate fewer tokens")
+            raise ValueError(f"no_repeat_ngram={self.no_repeat_ngram} excludes every token: "
+                             "increase it, or generate fewer tokens")
         logits[stuck, self.stop_token] = 0.0
 
     def candidates(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -145,8 +145,8 @@ def beam_search(model: GPT, idx: torch.Tensor, max_new_tokens: int, num_beams: i
     Return the prompt (1, T) with the most probable continuation that num_beams beams find.
 
     Finished continuations are ranked by log-probability / length ** length_penalty, as in
-    transformers with early_stopping=False: above 0 favors long ones. Only the penalties of
-    `sampling` apply, to log-probabilities also with one beam, where transformers penalizes logits.
+    transformers with early_stopping=False: above 0 favors long ones. Of `sampling`, only the
+    penalties apply. They change log-probabilities; transformers with one beam penalizes logits.
     Raises ValueError if prompt and continuation exceed block_size.
     """
     T, V, block_size = idx.size(1), model.config.vocab_size, model.config.block_size

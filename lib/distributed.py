@@ -85,7 +85,7 @@ class Ranks:
         return sums.tolist()
 
     def check_same(self, values: dict[str, object]) -> None:
-        """End all ranks with one line unless all have the same values; keys name them."""
+        """End all ranks with one error line if a value differs between ranks. Keys name them."""
         first, *others = self.gather(values)
         for number, other in enumerate(others, 1):
             for name, value in first.items():
@@ -108,7 +108,7 @@ class Ranks:
 
 class StopSignal:
     """
-    SIGINT and SIGTERM as a request to finish the step, save and exit.
+    SIGINT and SIGTERM as a request to finish the step or stop the evaluation, save and exit.
 
     `requested` tells whether one has arrived. A second SIGINT exits at once, except under torchrun,
     which repeats the terminal's signal to its ranks.
@@ -122,7 +122,7 @@ class StopSignal:
     def receive(self, signum: int, frame: object) -> None:
         if self.requested and signum == signal.SIGINT and not self.ranks.distributed:
             os._exit(130)
-        message = b"\nstopping after this step; Ctrl-C again exits at once, without saving\n"
+        message = b"\nstopping and saving; Ctrl-C again exits at once, without saving\n"
         if self.ranks.distributed:
             message = b"\nstopping at the next log line, then saving\n"
         if not self.requested and self.ranks.master:

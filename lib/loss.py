@@ -113,9 +113,9 @@ def sampled_cross_entropy(x: torch.Tensor, head: torch.Tensor, targets: torch.Te
     with a softmax over n_tokens of the V tokens.
 
     All targets are in it, and others by priority sampling (https://arxiv.org/abs/cs/0509026) with
-    weights (V). A token sampled with probability p counts 1 / p times, so that the expected sum
-    over the vocabulary is exact. Its logarithm is not: with 3,072 of 50,257 tokens the loss is
-    about 0.006 too low, and the gradient of the head is 19% off in one draw, 6% in the mean of 24.
+    weights (V). A token sampled with probability p counts 1 / p times, so that the sum over the
+    vocabulary is unbiased. Its logarithm is not: with 3,072 of 50,257 tokens the loss is about
+    0.006 too low. The gradient of the head is 19% off in one sample, 6% in the mean of 24.
     """
     priority = weights / torch.rand_like(weights)  # (V,)
     priority = priority.index_fill(0, targets.clamp(min=0), math.inf)
@@ -147,9 +147,9 @@ def evaluate(model: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
 def evaluate_splits(model: GPT, splits: dict[str, Iterable], autocast, ranks: Ranks,
                     stop: StopSignal) -> dict[str, float]:
     """
-    Return the loss of each split in nats per token, given this rank's share of its batches.
+    Return the loss of each split in nats per token, or {} if any rank is told to stop.
 
-    Stops between batches and returns {} if any rank is told to stop.
+    splits: this rank's batches of each split. A stop takes effect after the current batch.
     """
     losses = {}
     for split, batches in splits.items():

@@ -67,8 +67,9 @@ def measure_dtype(model: torch.nn.Module) -> str:
             model(idx, idx)[1].backward()
         model.zero_grad(set_to_none=True)
 
-    float32 = median_seconds(lambda: forward_and_backward("float32"), repeats=3)
-    bfloat16 = median_seconds(lambda: forward_and_backward("bfloat16"), repeats=3)
+    # the fastest of many calls, as other programs may slow down some of them
+    float32 = best_seconds(lambda: forward_and_backward("float32"), at_least=0.2)
+    bfloat16 = best_seconds(lambda: forward_and_backward("bfloat16"), at_least=0.2)
     # the margin keeps float32 where the difference is noise
     return "bfloat16" if 1.2 * bfloat16 < float32 else "float32"
 
@@ -132,7 +133,7 @@ def synchronize(device: str) -> None:
 
 
 def seconds_of(f: Callable[[], object], device: str = "cpu") -> float:
-    """Return the time of one call."""
+    """Return the seconds that one call takes."""
     synchronize(device)
     start = time.perf_counter()
     f()
@@ -147,7 +148,7 @@ def median_seconds(f: Callable[[], object], repeats: int = 5, device: str = "cpu
 
 
 def best_seconds(f: Callable[[], object], at_least: float = 0.5, device: str = "cpu") -> float:
-    """Return the shortest time of a call over calls that together take at_least seconds."""
+    """Repeat a call for at_least seconds. Return the time of the fastest call in seconds."""
     times = [seconds_of(f, device)]
     while sum(times[1:]) < at_least:  # the first call also loads and allocates
         times.append(seconds_of(f, device))
@@ -159,7 +160,7 @@ def peak_flops(device: str, dtype: str) -> tuple[float, str]:
     Return the FLOP/s that the device can reach in dtype and the source of the figure.
 
     The source is a datasheet or, for unknown chips and in float32, the fastest of repeated matrix
-    products. Other programs can slow them all down, so a run may exceed a measured peak.
+    products. On a busy machine the measured peak can be too low.
     """
     if device.startswith("cuda") and dtype != "float32":
         name = torch.cuda.get_device_name()

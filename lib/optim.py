@@ -88,8 +88,8 @@ def orthogonalize(g: torch.Tensor) -> torch.Tensor:
     """
     Return about U V^T of the singular value decompositions U S V^T of matrices (n, r, c).
 
-    Five Newton-Schulz steps bring the singular values between 0.68 and 1.2, with products only. One
-    that is 1,000 times smaller than the largest only reaches 0.21.
+    Five Newton-Schulz steps, which use only matrix products, bring most singular values to between
+    0.68 and 1.2. One that is 1,000 times smaller than the largest reaches only 0.21.
     """
     a, b, c = 3.4445, -4.7750, 2.0315  # from that source, to raise small values fast
     x = g.bfloat16() if g.is_cuda else g  # few CPUs are fast in bfloat16

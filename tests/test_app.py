@@ -365,7 +365,7 @@ def test_a_full_queue_says_so(server, runs):
     (dict(prompt="x" * 501), "500 characters"), (dict(stop="x" * 501), "500 characters"),
     (dict(prompt="Qwertyuiop"), "does not have the words"), (dict(prompt="\ud800"), "surrogates"),
     (dict(prompt="Qwertyuiop"), "of the prompt; a prompt that works: &quot;"),
-    (dict(run="deep/letters", no_repeat_ngram=1, prompt="a"), "no_repeat_ngram=1 leaves no token"),
+    (dict(run="deep/letters", no_repeat_ngram=1, prompt="a"), "no_repeat_ngram=1 excludes"),
     (dict(max_new_tokens=1_000_001), "at least 1 and at most 1000000"),
     (dict(max_new_tokens=0), "at least 1 and at most 1000000"),
     (dict(max_new_tokens=1.5), "takes int"), (dict(max_new_tokens=True), "takes int"),

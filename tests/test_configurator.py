@@ -101,6 +101,8 @@ def test_later_settings_win_and_nanogpt_configs_work(tmp_path, fables_data):
         (["--compile=1"], "compile takes bool"),
         (["--seed"], "write --seed=VALUE"),
         (["--max_iters", "3"], "write --max_iters=3"),
+        (["--max_iters", "--seed=3"], "write --max_iters=VALUE"),
+        (["--compile", "False"], "write --compile=False"),
         (["config/nothing.py"], "no such config file"),
         (["config/nano.py"], "did you mean config/train_nano.py?"),
         (["n_layer=2"], "did you mean --n_layer=2?"),

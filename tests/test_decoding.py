@@ -93,7 +93,7 @@ def test_a_row_without_an_allowed_token_ends(how):
     assert sampler(logits, ids, pad)[0] == 3 and sampler(logits, ids, pad)[1] in (1, 3)
     sampler = Sampling(no_repeat_ngram=1, **how)
     assert sampler(logits[1:], ids[1:], pad[1:]) in (1, 3)
-    with pytest.raises(ValueError, match="no_repeat_ngram=1 leaves no token to continue with"):
+    with pytest.raises(ValueError, match="no_repeat_ngram=1 excludes every token"):
         sampler(logits, ids, pad)
 
 
@@ -106,7 +106,7 @@ def test_a_text_without_an_allowed_token_ends():
     for beams in (1, 3, 9):
         best = beam_search(model, idx, 20, beams, 1.0, Sampling(no_repeat_ngram=1), stop_token=4)
         assert sorted(best[0, 2:].tolist()) == [0, 2, 3, 4] and best[0, -1] == 4
-        with pytest.raises(ValueError, match="no_repeat_ngram=1 leaves no token"):
+        with pytest.raises(ValueError, match="no_repeat_ngram=1 excludes every token"):
             beam_search(model, idx, 20, beams, 1.0, Sampling(no_repeat_ngram=1))
         best = beam_search(model, idx, 3, beams, 1.0, Sampling(no_repeat_ngram=1))
         assert sorted(best[0].tolist()) == [0, 1, 2, 3, 4]

@@ -11,7 +11,7 @@ import torch
 from helpers import one_line_error, run, tiny, train
 from lib.decoding import Sampling
 from lib.tokenizer import EOT, ListTokenizer, gpt2_tokenizer
-from sample import describe_unknown, generate_text, stream_text
+from sample import check_prompt, generate_text, stream_text
 
 
 def reciter(tokenizer, texts: list[str]):
@@ -102,7 +102,7 @@ def test_an_error_after_some_text_begins_a_line(tmp_path):
     nanogpt_run(tmp_path, "abcd")
     args = [f"--out_dir={tmp_path}", "--num_samples=1", "--start=a", "--no_repeat_ngram=1"]
     done = run("sample.py", *args)
-    assert "no_repeat_ngram=1 leaves no token to continue with" in one_line_error(done)
+    assert "no_repeat_ngram=1 excludes every token" in one_line_error(done)
     assert sorted(done.stdout) == sorted("abcd\n") and done.stdout.endswith("\n")
 
 
@@ -131,7 +131,7 @@ def test_a_prompt_that_works_has_only_known_words(ids, works):
     columns = torch.tensor([*ids, 0])[:, None]
     model = SimpleNamespace(device="cpu", stream=lambda *args, **how: columns)
     with pytest.raises(ValueError) as error:
-        describe_unknown(model, tokenizer, "zebra")
+        check_prompt(model, tokenizer, "zebra")
     assert str(error.value).endswith(f'the prompt; a prompt that works: "{works}"')
 
 

@@ -259,7 +259,7 @@ def test_a_resume_on_other_data_is_refused(tmp_path, fables_data, with_meta):
         (data / "meta.json").write_text(json.dumps(meta))
     before = (out / "last.pt").read_bytes()
     error = one_line_error(run("train.py", *how, "--init_from=resume"))
-    assert "another train split" in error and f"--init_from={out}" in error
+    assert "the train split of" in error and f"--init_from={out}" in error
     assert (out / "last.pt").read_bytes() == before
     train(data, tmp_path / "new", f"--init_from={out}", "--max_iters=1")  # as it says
 
@@ -499,6 +499,23 @@ def test_mfu_counts_the_length_of_the_rows_and_is_at_most_1(tmp_path, fables_dat
         expected = record["tokens_per_second"] * flops / tokens / 1e15
         assert record["mfu"] == pytest.approx(expected, rel=1e-6)
     assert mfu[1][0]["mfu"] == 1.0 and all(record["mfu"] <= 1 for record in mfu[1])
+
+
+def test_speed_after_a_resume_is_of_the_steps_since(tmp_path, fables_data):
+    """The first log line after a resume may be of fewer steps than log_interval."""
+    train(fables_data, tmp_path / "out", "--max_iters=3")
+    train(fables_data, tmp_path / "out", "--init_from=resume", "--log_interval=4")
+    records = [json.loads(line) for line in open(tmp_path / "out/log.jsonl")]
+    ms, speed = next((r["ms"], r["tokens_per_second"]) for r in records if r["step"] == 4)
+    assert ms / 1000 * speed == pytest.approx(2 * 4 * 32)
+
+
+def test_a_split_of_one_token_is_one_line(tmp_path, fables_data):
+    shutil.copytree(fables_data, tmp_path / "data")
+    (tmp_path / "data/meta.json").unlink()
+    (tmp_path / "data/val.bin").write_bytes(b"\0\0")
+    done = run("train.py", f"--dataset={tmp_path}/data", f"--out_dir={tmp_path}/out", *TINY)
+    assert "nothing to predict" in one_line_error(done)
 
 
 def test_redirected_output_has_no_progress_bar(tmp_path, fables_data):

@@ -24,7 +24,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 from lib.configurator import at_least, configure, one_of, user_errors
-from lib.corpus import finish_dataset, no_leftovers, write_split
+from lib.corpus import finish_dataset, remove_temporary_files, write_split
 from lib.tokenizer import EOT, KINDS, train_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -486,7 +486,7 @@ def prepare(folder: Path, train_stories: int, val_stories: int, seed: int, kind:
     texts = {split: [text for text, _ in stories[split]] for split in sizes}
     specials = None if kind == "word" else (EOT,)
     made = train_tokenizer(kind, texts["train"] + texts["val"], vocab_size, specials)
-    with no_leftovers(folder):
+    with remove_temporary_files(folder):
         splits = {split: write_split(folder, split, texts[split], made, n)
                   for split, n in sizes.items()}
         if made.unk >= 0:  # without capitals and rare words the entropy is another

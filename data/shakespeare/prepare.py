@@ -42,7 +42,8 @@ def download() -> str:
     return raw.decode("utf-8")
 
 
-def read(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """Return the text of a UTF-8 file. Raise ValueError if it is empty."""
     with open_text(path) as file:
         text = file.read()
     if not text.strip():
@@ -51,7 +52,7 @@ def read(path: Path) -> str:
 
 
 def prepare(folder: Path, source: str, kind: str, vocab_size: int) -> None:
-    text = read(Path(source)) if source else download()
+    text = read_text(Path(source)) if source else download()
     border = int(len(text) * 0.9)
     parts = {"train": text[:border], "val": text[border:]}
     if kind == "char":  # nanoGPT's ids: the characters of the whole text, and no other tokens

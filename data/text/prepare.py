@@ -6,12 +6,12 @@ Your own text, or a dataset of the Hugging Face hub.
     python data/text/prepare.py --source=chat.jsonl --column=message.content
     python data/text/prepare.py --source=roneneldan/TinyStories --tokenizer=bpe --vocab_size=4096
 
-Reads text files (with <|endoftext|> between documents): .txt, .md and those without a suffix. Of
-.jsonl, .json, .csv and .parquet it reads one column. Writes train.bin and val.bin to this folder;
-with --out_dir=data/NAME, to a dataset of its own.
+Reads text files (.txt, .md or no suffix), with <|endoftext|> between documents, and one column of
+.jsonl, .json, .csv and .parquet files. Writes train.bin and val.bin to this folder, or with
+--out_dir=data/NAME to that one.
 
-In a folder, files named train and val (or valid, validation) are the splits. Of other text, every
-20th document is for validation, or the last twentieth of the text if it has fewer documents.
+In a folder, files named train and val (or valid, validation) are the splits. Otherwise every 20th
+document is held out for validation. With fewer than 20, the end of the text is held out.
 """
 import os
 import shlex
@@ -27,7 +27,7 @@ from lib.tokenizer import KINDS, train_tokenizer
 
 # -----------------------------------------------------------------------------
 source = ""  # a file, a folder or the name of a dataset on the hub
-column = "text"  # of files with several columns; in files, a.b is field b of column a
+column = "text"  # the column to read; in local files also a nested field: message.content
 encoding = "utf-8"  # of text, JSON and CSV files, such as windows-1252 or utf-16
 subset = ""  # of a hub dataset with several subsets
 tokenizer = "gpt2"  # or bpe, char or word, learned from the text
@@ -46,7 +46,7 @@ def documents(split: str) -> Iterator[str]:
 
 
 def next_command(folder: Path) -> str:
-    """Return a command that trains a small model on a book in at most ten minutes on a laptop."""
+    """Return a command that trains a small model on the dataset."""
     args = ["config/train_nano.py", "config/tuned.py", "--max_minutes=10"]
     if tokenizer in ("char", "word"):
         args = [f"config/train_{tokenizer}_nano.py"]

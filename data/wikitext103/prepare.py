@@ -8,9 +8,8 @@ Writes train.bin (119M GPT-2 tokens), val.bin and test.bin to this folder. The t
 with spaces around punctuation.
 
 meta.json counts words as the papers do, each line end as one: 217,646 in the validation split and
-245,569 in the test split. Only this count follows the papers. The raw files spell out the rare
-words that the papers replaced by <unk>, which are harder to predict, so that the perplexity per
-word that eval.py prints compares only roughly with published ones.
+245,569 in the test split. The papers replace rare words by <unk>; the raw files spell them out,
+which is harder to predict. Compare the perplexity per word of eval.py with theirs only roughly.
 """
 import re
 import sys
@@ -24,8 +23,8 @@ from lib.configurator import at_least, configure, one_of, user_errors
 from lib.corpus import (
     finish_dataset,
     hub_rows,
-    no_leftovers,
     read_rows,
+    remove_temporary_files,
     split_of,
     text_files,
     write_split,
@@ -41,8 +40,8 @@ out_dir = ""  # where to write (empty: this folder)
 
 TITLE = re.compile(r" = [^=].* = ")
 SUFFIXES = (".raw", ".tokens", ".txt", ".parquet")
-NOTE = ("word_perplexity uses the papers' word count, but the raw text, in which rare words are "
-        "spelled out instead of <unk>.")  # eval.py prints it
+NOTE = ("word_perplexity divides by the papers' word count, but the raw text spells out the rare "
+        "words that they replace by <unk>.")  # printed by eval.py
 
 
 def read_file(path: Path) -> Iterator[object]:
@@ -78,12 +77,13 @@ def articles(lines: Iterable[str]) -> Iterator[str]:
     """
     Yield articles, each starting with the line of its title.
 
-    A title has empty lines around it. Formulas such as ` = 1 rad / s and k = ` stand within text.
+    A title has empty lines around it. Similar lines within text, such as the formula
+    ` = 1 rad / s and k = `, do not.
     """
     article = []
-    for line, after in pairwise(chain(lines, [""])):
-        alone = not any(article[-1:]) and not after
-        if alone and TITLE.fullmatch(line) and any(article):
+    for line, following in pairwise(chain(lines, [""])):
+        previous = article[-1] if article else ""
+        if TITLE.fullmatch(line) and not previous and not following and any(article):
             yield "\n".join(article).strip("\n")
             article = []
         article.append(line)
@@ -94,7 +94,7 @@ def articles(lines: Iterable[str]) -> Iterator[str]:
 def prepare(folder: Path, subset: str, source: str, kind: str, vocab_size: int) -> None:
     made = train_tokenizer(kind, articles(lines_of("train", source, subset)), vocab_size)
     splits = {}
-    with no_leftovers(folder):
+    with remove_temporary_files(folder):
         for split in ("train", "val", "test"):
             counts = write_split(folder, split, articles(lines_of(split, source, subset)), made)
             words = sum(len(line.split()) + 1 for line in lines_of(split, source, subset))
