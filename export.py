@@ -241,6 +241,10 @@ def model_card(checkpoint: dict, model: GPT, kind: str, name: str) -> str:
     if checkpoint["step"]:
         dataset = Path(checkpoint["config"]["dataset"]).name
         text += f" Trained on {dataset} for {checkpoint['step']:,} steps."
+    if kind in ("char", "pieces") and UNK not in checkpoint["meta"]["tokenizer"]["vocab"]:
+        text += " A prompt with text outside this vocabulary raises an error."
+    text += (f" {EOT} in a prompt is read as text, except by programs that ignore "
+             "tokenizer_config.json.")
     measured = measured_table(checkpoint["step"])
     remote = ", trust_remote_code=True" if kind == "word" else ""
     return f"""---
