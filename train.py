@@ -273,7 +273,7 @@ say(f"{dataset}: {len(streams['train']):,} training and {len(streams['val']):,} 
 with ranks.user_errors():
     if log.write:
         if not checkpoint:  # the run that this one replaces must not be resumed by mistake
-            for name in ("last.pt", "prev.pt", "stop.pt", "best.pt"):
+            for name in (*ckpt.RESUMABLE, "best.pt"):
                 (Path(out_dir) / name).unlink(missing_ok=True)
             write_atomically(log.path, "")
         log.send = open_logger(logger, out_dir, config, state.step)

@@ -3,6 +3,7 @@ Prepare datasets: text in, .bin files of token ids and meta.json out.
 
 Text comes from local files and folders or from the Hugging Face hub. dataset.py reads the result.
 """
+import codecs
 import contextlib
 import csv
 import functools
@@ -118,7 +119,7 @@ def read_documents(path: Path, column: str = "text", encoding: str = "utf-8") ->
 @contextlib.contextmanager
 def open_text(path: Path, encoding: str = "utf-8") -> Iterator[IO[str]]:
     """Open a text file to read. If it is not UTF-8, the error suggests a likely encoding."""
-    is_utf8 = encoding.lower().replace("-", "") == "utf8"
+    is_utf8 = codecs.lookup(encoding).name == "utf-8"
     try:
         with open(path, encoding="utf-8-sig" if is_utf8 else encoding) as file:
             if "\0" in file.read(4096):
