@@ -1,5 +1,6 @@
-# Each target only calls commands that the README shows.
+# Each target only calls commands that the documentation shows.
 PYTHON ?= python3
+INSTALL = .venv/bin/python -m pip install --quiet --constraint constraints.txt
 
 .PHONY: demo test test-slow lint venv
 
@@ -9,24 +10,24 @@ demo: venv
 	.venv/bin/python eval.py --out_dir=out-fables
 	.venv/bin/python sample.py --out_dir=out-fables
 
-test: .venv/test-requirements
+test: .venv/dev
 	.venv/bin/python -m pytest
 
-lint: .venv/test-requirements
+lint: .venv/dev
 	.venv/bin/python -m ruff check .
 
 # Also what needs llama.cpp, which pip compiles in ten minutes on two cores.
-test-slow: .venv/test-requirements
-	.venv/bin/python -m pip install --quiet --requirement requirements-slow.txt
+test-slow: .venv/dev
+	$(INSTALL) llama-cpp-python
 	.venv/bin/python -m pytest -m slow
 
-venv: .venv/requirements
+venv: .venv/installed
 
-.venv/requirements: requirements.txt
+.venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet --requirement requirements.txt
+	$(INSTALL) --editable .
 	touch $@
 
-.venv/test-requirements: requirements-dev.txt .venv/requirements
-	.venv/bin/python -m pip install --quiet --requirement requirements-dev.txt
+.venv/dev: .venv/installed
+	$(INSTALL) --editable ".[dev]"
 	touch $@

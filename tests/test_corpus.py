@@ -597,7 +597,7 @@ def test_shakespeare_is_split_as_nanogpt_does(tmp_path):
     ("fineweb", ["--shards=-1"]),
     ("text", []),
     ("text", ["--source=pyproject.toml"]),
-    ("text", ["--source=requirements.txt", "--tokenizer=x"]),
+    ("text", ["--source=constraints.txt", "--tokenizer=x"]),
 ])
 def test_what_cannot_be_prepared_is_one_line(tmp_path, name, args):
     done = prepare(name, *args, f"--out_dir={tmp_path}/out")
