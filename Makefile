@@ -2,7 +2,7 @@
 PYTHON ?= python3
 INSTALL = .venv/bin/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-slow lint venv
+.PHONY: demo figures test test-slow lint venv
 
 demo: venv
 	.venv/bin/python data/fables/prepare.py
@@ -20,6 +20,10 @@ lint: .venv/dev
 test-slow: .venv/dev
 	$(INSTALL) llama-cpp-python
 	.venv/bin/python -m pytest -m slow
+
+# Measure the demo and take its pictures for README.md and docs/; docs/figures.py has more.
+figures: .venv/dev
+	.venv/bin/python docs/figures.py
 
 venv: .venv/installed
 

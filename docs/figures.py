@@ -1,0 +1,248 @@
+"""
+Measure what README.md and docs/ show, and write it there.
+
+    python docs/figures.py  # the demo and the page: about seven minutes
+    python docs/figures.py --parts=shakespeare --nanogpt=PATH/nanoGPT --text=input.txt
+    python docs/figures.py --parts=tinystories --nanogpt=PATH/nanoGPT --text=FOLDER
+    python docs/figures.py --parts=  # only write figures.json into the pages
+
+A figure is a number after an invisible <!--name--> in a page; docs/figures.json has its value. The
+story in README.md is between <!--story--> and <!--end-->. Nothing else may run on the machine.
+
+    demo         train, evaluate and sample the fables; the curve, the recording, the story
+    page         the screenshot of app.py with the demo's model; needs Chromium and playwright
+    shakespeare  the time to nanoGPT's loss on Shakespeare, seven minutes
+    tinystories  the time to nanoGPT's loss on TinyStories, and training speed, half an hour
+    sampling     tokens per second beside nanoGPT, ten minutes
+"""
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+import time
+from html import escape
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from lib.configurator import configure, one_of, user_errors
+from lib.corpus import load_meta
+from lib.files import write_atomically
+
+# -----------------------------------------------------------------------------
+parts = "demo,page"  # what to measure, with commas (empty: nothing)
+nanogpt = ""  # a clone of nanoGPT
+text = ""  # a local copy of the text of shakespeare or tinystories (empty: download it)
+folder = "out-figures"  # a copy of the scripts, in which everything runs
+# -----------------------------------------------------------------------------
+
+DEMO = ("data/fables/prepare.py", "train.py config/train_fables.py", "eval.py --out_dir=out-fables",
+        "sample.py --out_dir=out-fables")
+PARTS = ("demo", "page", "shakespeare", "tinystories", "sampling")
+
+
+def run(command: str, show: str = "") -> list[tuple[float, str]]:
+    """
+    Run a script in the folder; return its output lines and the seconds at which each came.
+
+    The first line is the command, or `show`. Raises ValueError if the command fails.
+    """
+    print(f"$ python {command}", flush=True)
+    start, lines = time.time(), [(0.0, f"$ {show or 'python ' + command}")]
+    process = subprocess.Popen([sys.executable, "-u", *command.split()], cwd=folder, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    for line in process.stdout:
+        lines.append((time.time() - start, line.rstrip("\n")))
+    if process.wait():
+        raise ValueError(f"python {command} failed: {lines[-1][1]}")
+    return lines
+
+
+def bench(options: str) -> dict:
+    """Return the JSON object that bench.py prints last."""
+    return json.loads(run(f"bench.py {options}")[-1][1])
+
+
+def peer() -> Path:
+    """Return the path of nanoGPT's model.py."""
+    path = Path(nanogpt, "model.py").resolve()
+    if not nanogpt or not path.exists():
+        raise ValueError("this part needs --nanogpt=FOLDER, a clone of nanoGPT")
+    return path
+
+
+def copy_scripts() -> None:
+    """Copy the files that git tracks into the folder."""
+    tracked = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True)
+    for name in tracked.splitlines():
+        if (ROOT / name).exists():
+            target = Path(folder, name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, target)
+
+
+# -----------------------------------------------------------------------------
+# Parts
+
+def demo() -> dict[str, str]:
+    """Run the demo; write the curve, the recording and the story; return the figures."""
+    shutil.rmtree(Path(folder, "out-fables"), ignore_errors=True)
+    outputs = [run(command) for command in DEMO]
+    metrics = json.loads(Path(folder, "out-fables/metrics_summary.json").read_text())
+    minutes = outputs[1][-1][0] / 60
+    shutil.copy(Path(folder, "out-fables/loss.png"), ROOT / "assets/fables_loss.png")
+    write_atomically(ROOT / "assets/demo.svg", animate(outputs))
+    story = "\n".join(line for _, line in outputs[3][1:]).split("-" * 80)[0]
+    write_story(story[story.index("Once") if "Once" in story else 0:])
+    return {"fables_minutes": f"{minutes:.1f}", "fables_loss": f"{metrics['loss']:.4f}",
+            "fables_floor": f"{metrics['floor']:.4f}",
+            "fables_above_floor": f"{metrics['loss'] / metrics['floor'] - 1:.1%}",
+            "fables_valid": f"{metrics['valid_share']:.0%}"}
+
+
+def page() -> dict[str, str]:
+    """Write a picture of the page while it shows a sample of the demo's model."""
+    from playwright.sync_api import sync_playwright
+
+    server = subprocess.Popen([sys.executable, "-u", "app.py", "--port=7871"], cwd=folder,
+                              text=True, stdout=subprocess.PIPE)
+    try:
+        while "http" not in server.stdout.readline():
+            if server.poll() is not None:
+                raise ValueError("app.py failed")
+        with sync_playwright() as playwright:
+            browser = playwright.chromium.launch(
+                executable_path=shutil.which("chromium") or shutil.which("google-chrome"),
+                args=["--no-sandbox"])
+            view = browser.new_page(viewport={"width": 1120, "height": 800})
+            view.goto("http://127.0.0.1:7871")
+            view.locator(".facts caption").first.wait_for()
+            view.get_by_label("seed").fill("7")
+            view.get_by_role("button", name="Generate").click()
+            view.locator("#status", has_text="seed 7").wait_for()
+            view.wait_for_timeout(500)
+            view.screenshot(path=ROOT / "assets/app.png")
+            browser.close()
+    finally:
+        server.terminate()
+    return {}
+
+
+def shakespeare() -> dict[str, str]:
+    """Measure the seconds to nanoGPT's loss on Shakespeare's characters, three seeds each."""
+    run("data/shakespeare_char/prepare.py" + f" --source={Path(text).resolve()}" * bool(text))
+    result = bench("--mode=loss config/train_shakespeare_char_qwen3.py --seeds=3 "
+                   f"--against={peer()} --their_config=config/train_shakespeare_char_cpu.py")
+    return {"shakespeare_seconds": f"{result['ours']['final_seconds'][0]:.1f}",
+            "shakespeare_nanogpt_seconds": f"{result['theirs']['final_seconds'][0]:.1f}"}
+
+
+def tinystories() -> dict[str, str]:
+    """Measure the seconds to nanoGPT's loss on TinyStories; its own follow from its speed."""
+    run("data/tinystories/prepare.py" + f" --source={Path(text).resolve()}" * bool(text))
+    speed = bench(f"--batch_size=16 --rounds=3 --steps=2 --dropout=0 --against={peer()}")
+    result = bench("--mode=loss config/train_small_qwen3.py --target_loss=2.857 --seeds=2")
+    loss = result["ours"]["final_loss"][0]
+    val = load_meta(Path(folder, "data/tinystories"))["splits"]["val"]
+    bits = loss / math.log(2) * val["tokens"] / val["bytes"]
+    seconds = 800 * 16 * 128 / speed["their_tokens_per_second"]  # its 800 steps
+    return {"tinystories_seconds": f"{result['ours']['final_seconds'][0]:,.0f}",
+            "tinystories_nanogpt_seconds": f"{seconds:,.0f}",
+            "tinystories_loss": f"{loss:.3f}", "tinystories_bits": f"{bits:.3f}",
+            "train_speed": f"{speed['tokens_per_second']:,.0f}",
+            "train_speed_nanogpt": f"{speed['their_tokens_per_second']:,.0f}"}
+
+
+def sampling() -> dict[str, str]:
+    """Measure how many times as fast as nanoGPT's sampling 1 and 64 samples at a time are."""
+    result = bench(f"--mode=generate --rounds=3 --against={peer()}")
+    one, many = result["batch_1"], result["batch_64"]
+    return {"sample_speedup_min": f"{one['ratio']:.1f}",
+            "sample_speedup_max": f"{many['ratio']:.1f}",
+            "sample_int8_speedup_max": f"{many['int8_ratio']:.1f}"}
+
+
+# -----------------------------------------------------------------------------
+# Pages
+
+def animate(outputs: list[list[tuple[float, str]]], rows: int = 24, longest_pause: float = 0.6,
+            at_end: float = 6.0) -> str:
+    """
+    Return an SVG that shows the lines of some commands as a terminal does.
+
+    Pauses are shortened to at most longest_pause seconds. Lines rise from the bottom; the last
+    screen stays for at_end seconds.
+    """
+    clock, times, lines = 0.5, [], []
+    for output in outputs:
+        before = 0.0
+        for seconds, line in output:
+            clock += min(longest_pause, max(0.08, seconds - before))
+            before = seconds
+            for part in textwrap.wrap(line, 100, subsequent_indent="    ") or [""]:
+                times.append(clock)
+                lines.append(part)
+        clock += 1.2
+    total, height = clock + at_end, 18
+    frames = [f"0%{{transform:translateY({rows * height}px)}}"]
+    for n, at in enumerate(times, 1):
+        frames.append(f"{100 * at / total:.2f}%{{transform:translateY({(rows - n) * height}px)}}")
+    texts = [f'<text y="{(n + 1) * height}"{" class=c" if line.startswith("$ ") else ""}>'
+             f"{escape(line)}</text>".replace("class=c", 'class="c"')
+             for n, line in enumerate(lines) if line]
+    width, box = 860, rows * height
+    return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {box + 28}" role="img"
+ aria-label="A terminal: the fables are prepared, a model is trained, measured and sampled">
+<style>
+text{{font:14px ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace;fill:#c9d1d9;
+white-space:pre}}
+.c{{fill:#7ee787}}
+#lines{{transform:translateY({(rows - len(lines)) * height}px);
+animation:scroll {total:.1f}s step-end infinite}}
+@keyframes scroll{{{"".join(frames)}}}
+@media (prefers-reduced-motion:reduce){{#lines{{animation:none}}}}
+</style>
+<rect width="{width}" height="{box + 28}" rx="8" fill="#0d1117"/>
+<svg x="12" y="10" width="{width - 24}" height="{box + 6}"><g id="lines">
+{chr(10).join(texts)}
+</g></svg>
+</svg>
+"""
+
+
+def write_story(story: str) -> None:
+    """Put a sample into README.md as a quotation."""
+    quoted = "\n".join(f"> {line}".rstrip() for paragraph in story.strip().splitlines()
+                       for line in textwrap.wrap(paragraph, 96) or [""])
+    readme = ROOT / "README.md"
+    new = re.sub(r"(?s)<!--story-->.*?<!--end-->", f"<!--story-->\n{quoted}\n<!--end-->",
+                 readme.read_text(encoding="utf-8"))
+    write_atomically(readme, new)
+
+
+def write_figures(figures: dict[str, str]) -> None:
+    """Write the figures to figures.json and after their marks in the pages."""
+    write_atomically(ROOT / "docs/figures.json", json.dumps(figures, indent=1) + "\n")
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        old = path.read_text(encoding="utf-8")
+        new = re.sub(r"<!--(\w+)-->\d+([.,]\d+)*%?",
+                     lambda mark: f"<!--{mark[1]}-->{figures[mark[1]]}", old)
+        if new != old:
+            write_atomically(path, new)
+
+
+if __name__ == "__main__":
+    configure(globals())
+    with user_errors():
+        chosen = [part for part in parts.split(",") if part]
+        for part in chosen:
+            one_of(*PARTS)("parts", part)
+        figures = json.loads((ROOT / "docs/figures.json").read_text())
+        copy_scripts()
+        for part in chosen:
+            figures |= globals()[part]()
+            write_figures(figures)
+        write_figures(figures)
