@@ -13,6 +13,7 @@ story in README.md is between <!--story--> and <!--end-->. Nothing else may run 
     page         the screenshot of app.py with the demo's model; needs Chromium and playwright
     shakespeare  the time to nanoGPT's loss on Shakespeare, seven minutes
     tinystories  the time to nanoGPT's loss on TinyStories, and training speed, half an hour
+    ten_minutes  the loss after ten minutes on TinyStories
     sampling     tokens per second beside nanoGPT, ten minutes
 """
 import json
@@ -35,13 +36,13 @@ from lib.files import write_atomically
 # -----------------------------------------------------------------------------
 parts = "demo,page"  # what to measure, with commas (empty: nothing)
 nanogpt = ""  # a clone of nanoGPT
-text = ""  # a local copy of the text of shakespeare or tinystories (empty: download it)
+text = ""  # a local copy of Shakespeare or TinyStories (empty: download it)
 folder = "out-figures"  # a copy of the scripts, in which everything runs
 # -----------------------------------------------------------------------------
 
 DEMO = ("data/fables/prepare.py", "train.py config/train_fables.py", "eval.py --out_dir=out-fables",
         "sample.py --out_dir=out-fables")
-PARTS = ("demo", "page", "shakespeare", "tinystories", "sampling")
+PARTS = ("demo", "page", "shakespeare", "tinystories", "ten_minutes", "sampling")
 
 
 def run(command: str, show: str = "") -> list[tuple[float, str]]:
@@ -95,8 +96,10 @@ def demo() -> dict[str, str]:
     minutes = outputs[1][-1][0] / 60
     shutil.copy(Path(folder, "out-fables/loss.png"), ROOT / "assets/fables_loss.png")
     write_atomically(ROOT / "assets/demo.svg", animate(outputs))
-    story = "\n".join(line for _, line in outputs[3][1:]).split("-" * 80)[0]
-    write_story(story[story.index("Once") if "Once" in story else 0:])
+    samples = "\n".join(line for _, line in outputs[3][2:])  # without the command and the model
+    write_block("story", quotation(samples.split("-" * 80)[0]))
+    last_lines = [line for _, line in outputs[1]][-5:]
+    write_block("output", "\n".join(["```", *last_lines, "```"]))
     return {"fables_minutes": f"{minutes:.1f}", "fables_loss": f"{metrics['loss']:.4f}",
             "fables_floor": f"{metrics['floor']:.4f}",
             "fables_above_floor": f"{metrics['loss'] / metrics['floor'] - 1:.1%}",
@@ -156,6 +159,16 @@ def tinystories() -> dict[str, str]:
             "train_speed_nanogpt": f"{speed['their_tokens_per_second']:,.0f}"}
 
 
+def ten_minutes() -> dict[str, str]:
+    """Measure the loss after ten minutes on TinyStories with the command that README.md shows."""
+    run("data/tinystories/prepare.py" + f" --source={Path(text).resolve()}" * bool(text))
+    run("train.py config/train_nano.py config/tuned.py --max_minutes=10 --overwrite=True")
+    run("eval.py --out_dir=out-nano")
+    metrics = json.loads(Path(folder, "out-nano/metrics_summary.json").read_text())
+    return {"ten_minutes_loss": f"{metrics['loss']:.3f}",
+            "ten_minutes_bits": f"{metrics['bits_per_byte']:.3f}"}
+
+
 def sampling() -> dict[str, str]:
     """Measure how many times as fast as nanoGPT's sampling 1 and 64 samples at a time are."""
     result = bench(f"--mode=generate --rounds=3 --against={peer()}")
@@ -168,7 +181,7 @@ def sampling() -> dict[str, str]:
 # -----------------------------------------------------------------------------
 # Pages
 
-def animate(outputs: list[list[tuple[float, str]]], rows: int = 24, longest_pause: float = 0.6,
+def animate(outputs: list[list[tuple[float, str]]], rows: int = 24, longest_pause: float = 0.3,
             at_end: float = 6.0) -> str:
     """
     Return an SVG that shows the lines of some commands as a terminal does.
@@ -213,18 +226,22 @@ animation:scroll {total:.1f}s step-end infinite}}
 """
 
 
-def write_story(story: str) -> None:
-    """Put a sample into README.md as a quotation."""
-    quoted = "\n".join(f"> {line}".rstrip() for paragraph in story.strip().splitlines()
-                       for line in textwrap.wrap(paragraph, 96) or [""])
+def write_block(name: str, block: str) -> None:
+    """Put a block between <!--name--> and <!--end--> in README.md."""
     readme = ROOT / "README.md"
-    new = re.sub(r"(?s)<!--story-->.*?<!--end-->", f"<!--story-->\n{quoted}\n<!--end-->",
-                 readme.read_text(encoding="utf-8"))
-    write_atomically(readme, new)
+    old = readme.read_text(encoding="utf-8")
+    start = old.index(f"<!--{name}-->") + len(f"<!--{name}-->")
+    write_atomically(readme, old[:start] + f"\n{block}\n" + old[old.index("<!--end-->", start):])
+
+
+def quotation(story: str) -> str:
+    """Return a sample as a quotation of Markdown."""
+    return "\n".join(f"> {line}".rstrip() for paragraph in story.strip().splitlines()
+                     for line in textwrap.wrap(paragraph, 97) or [""])
 
 
 def write_figures(figures: dict[str, str]) -> None:
-    """Write the figures to figures.json and after their marks in the pages."""
+    """Write the figures to figures.json, after their marks, and into config/train_fables.py."""
     write_atomically(ROOT / "docs/figures.json", json.dumps(figures, indent=1) + "\n")
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         old = path.read_text(encoding="utf-8")
@@ -232,6 +249,14 @@ def write_figures(figures: dict[str, str]) -> None:
                      lambda mark: f"<!--{mark[1]}-->{figures[mark[1]]}", old)
         if new != old:
             write_atomically(path, new)
+    config = ROOT / "config/train_fables.py"
+    result = ("The demo: 0.28M parameters on the fables. Reaches {fables_loss} nats per token, "
+              "{fables_above_floor} above the floor of {fables_floor}, with {fables_valid} of 200 "
+              "sampled fables valid, in {fables_minutes} minutes on two cores of an AMD EPYC.")
+    comment = textwrap.fill(result.format(**figures), 100, initial_indent="# ",
+                            subsequent_indent="# ")
+    settings = config.read_text().partition("\nout_dir")
+    write_atomically(config, comment + "".join(settings[1:]))
 
 
 if __name__ == "__main__":
