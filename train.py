@@ -148,8 +148,7 @@ def save(name: str, model: GPT, state: ckpt.RunState, meta: dict, optimizers: li
 # -----------------------------------------------------------------------------
 # Ranks
 ranks = Ranks.from_environment()
-# a redirected log can be read while it grows; it may not have all characters of a sample
-sys.stdout.reconfigure(line_buffering=True, errors="replace")
+sys.stdout.reconfigure(line_buffering=True)  # a redirected log can be read while it grows
 say = print if ranks.master else lambda text: None
 with user_errors():
     device = machine.resolve_device(device)

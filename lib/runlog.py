@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import statistics
+import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
@@ -57,7 +58,8 @@ def eval_line(step: int, last_step: float, losses: dict[str, float], note: str =
 
 def sample_lines(step: int, last_step: float, text: str) -> str:
     """Return one or two lines with the start of a sample, aligned with the line of a step."""
-    indent = len(first_column("step", step, last_step))
+    indent, encoding = len(first_column("step", step, last_step)), sys.stdout.encoding or "utf-8"
+    text = text.encode(encoding, "replace").decode(encoding)  # a terminal may not have them all
     text = one_line("".join(c if c.isprintable() else " " for c in text)) or "(empty)"
     lines = textwrap.wrap(text, WIDTH - indent - 3, max_lines=2, placeholder=" ...")
     return "\n".join(f"{name:<{indent}} | {line}" for name, line in zip(("sample", ""), lines))

@@ -123,14 +123,15 @@ def start_program(command: list[str], **how) -> subprocess.Popen:
 
 
 def outcome(out_dir: Path) -> tuple:
-    """All that a run leaves behind, but for what depends on the clock."""
+    """All that a run leaves behind, but for what depends on the clock and on its parts."""
     kept = []
     for name in ("last.pt", "best.pt", *(numbered(step) for step in range(6, 41, 6))):
         checkpoint = read_checkpoint(out_dir / name)
         checkpoint.pop("seconds", None)
         kept.append(
             checkpoint
-            | {"config": {k: v for k, v in checkpoint["config"].items() if k != "out_dir"}}
+            | {"config": {k: v for k, v in checkpoint["config"].items()
+                          if k not in ("out_dir", "max_iters")}}
         )
     return kept, read_log(out_dir)
 
