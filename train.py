@@ -9,24 +9,21 @@ import contextlib
 import functools
 import math
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from lib import checkpoint as ckpt
-from lib import machine, optim
+from lib import machine, optim, runlog
 from lib.configurator import at_least, configure, one_of, user_errors
 from lib.corpus import load_meta
 from lib.dataset import TokenStream, TrainBatches, eval_batches, eval_spans, prefetch
 from lib.distributed import Ranks, StopSignal
 from lib.files import lock_run, write_atomically
 from lib.loss import check_softmax_tokens, evaluate_splits, make_loss
-from lib.runlog import RunLog, draw_losses, is_spike, open_logger
 from model import GPT, GPTConfig
 
 # -----------------------------------------------------------------------------
@@ -38,8 +35,10 @@ log_interval = 10  # steps between log lines
 eval_iters = 20  # batches to evaluate per split (0: the whole val split, as many of train)
 eval_only = False  # evaluate once, write nothing, exit
 patience = 0  # stop after this many evaluations without a lower validation loss (0: never)
+sample_every_eval = True  # print a short sample of the model after each evaluation
 always_save_checkpoint = True  # save last.pt at every evaluation, not only at the best one
-init_from = "scratch"  # 'scratch', 'resume', 'auto' (resume if possible), a folder, 'gpt2', ...
+keep_every = 0  # steps between checkpoints that stay: step_001000.pt, without optimizer (0: off)
+init_from = "scratch"  # or 'resume', 'auto' (resume if possible), a run, a .pt file, 'gpt2', ...
 overwrite = False  # let 'scratch' replace the run in out_dir
 max_bad_steps = 10  # return to the last evaluation after this many bad gradients in a row
 logger = ""  # also log to 'wandb', 'tensorboard' or 'trackio'
@@ -86,14 +85,14 @@ softmax_tokens = 0  # tokens in the training softmax (0: all); logs slightly low
 loss_chunk = -1  # compute the logits of this many tokens at a time (0: all; -1: 256 if faster)
 config, given = configure(
     globals(), announce=True, eval_interval=at_least(1), log_interval=at_least(1),
-    eval_iters=at_least(0), patience=at_least(0), max_bad_steps=at_least(1), seed=at_least(0),
-    logger=one_of("", "wandb", "tensorboard", "trackio"), batching=one_of("windows", "by_length"),
-    gradient_accumulation_steps=at_least(1), batch_size=at_least(1), max_iters=at_least(0),
-    max_epochs=at_least(0), max_minutes=at_least(0), optimizer=one_of("adamw", "muon"),
-    learning_rate=at_least(0), min_lr=at_least(0), weight_decay=at_least(0),
-    beta1=at_least(0, below=1), beta2=at_least(0, below=1), grad_clip=at_least(0),
-    schedule=one_of(*optim.SCHEDULES), warmup_iters=at_least(0), lr_decay_iters=at_least(0),
-    loss_chunk=at_least(-1))
+    eval_iters=at_least(0), patience=at_least(0), keep_every=at_least(0), max_bad_steps=at_least(1),
+    seed=at_least(0), logger=one_of("", "wandb", "tensorboard", "trackio"),
+    batching=one_of("windows", "by_length"), gradient_accumulation_steps=at_least(1),
+    batch_size=at_least(1), max_iters=at_least(0), max_epochs=at_least(0), max_minutes=at_least(0),
+    optimizer=one_of("adamw", "muon"), learning_rate=at_least(0), min_lr=at_least(0),
+    weight_decay=at_least(0), beta1=at_least(0, below=1), beta2=at_least(0, below=1),
+    grad_clip=at_least(0), schedule=one_of(*optim.SCHEDULES), warmup_iters=at_least(0),
+    lr_decay_iters=at_least(0), loss_chunk=at_least(-1))
 
 
 # -----------------------------------------------------------------------------
@@ -150,7 +149,7 @@ def save(name: str, model: GPT, state: ckpt.RunState, meta: dict, optimizers: li
 # Ranks
 ranks = Ranks.from_environment()
 sys.stdout.reconfigure(line_buffering=True)  # a redirected log can be read while it grows
-say = tqdm.write if ranks.master else lambda text: None
+say = print if ranks.master else lambda text: None
 with user_errors():
     device = machine.resolve_device(device)
     dtype = machine.resolve_dtype(dtype, device)
@@ -238,7 +237,7 @@ scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
 
 # -----------------------------------------------------------------------------
 # Resume
-log = RunLog(out_dir, write=ranks.master and not eval_only)
+log = runlog.RunLog(out_dir, write=ranks.master and not eval_only)
 state = ckpt.RunState.start(device)
 if checkpoint:
     with ranks.user_errors():
@@ -247,7 +246,7 @@ if checkpoint:
     say(ckpt.describe_resume(checkpoint, config, current_lr(state, last_step)))
 
 # -----------------------------------------------------------------------------
-# Loop
+# Compile
 micro_steps = gradient_accumulation_steps // ranks.world_size
 model = raw_model
 if compile:
@@ -258,32 +257,40 @@ form = "eager" if model is raw_model else "compiled"
 if ranks.distributed:
     device_ids = [ranks.local_rank] if device_type == "cuda" else None
     model = DistributedDataParallel(model, device_ids=device_ids)
+
+# -----------------------------------------------------------------------------
+# Report
 peak, peak_source = machine.peak_flops(device, dtype)
 flops_per_token = functools.cache(functools.partial(  # of the length of a row
     raw_model.flops_per_token, head_tokens=min(softmax_tokens, vocab_size)))
-n_params = raw_model.num_params()
-say(f"{n_params:,} parameters ({raw_model.num_params(non_embedding=True):,} without embeddings), "
-    f"{gradient_accumulation_steps} x {batch_size} x {block_size} = "
-    f"{batches.rows_per_step * block_size:,} tokens a step on {ranks.world_size} rank(s)")
-if batching == "by_length":
-    say(f"padding: {batches.padding():.1%} of a batch; {batches.padding(sort=False):.1%} if "
-        "documents were in random order")
-say(f"{dataset}: {len(streams['train']):,} training and {len(streams['val']):,} validation tokens; "
-    f"{device}, {dtype}, {form}; MFU against {peak / 1e12:.3g} TFLOP/s ({peak_source})")
+n_params, n_inner = raw_model.num_params(), raw_model.num_params(non_embedding=True)
+say(runlog.named_lines(
+    model=f"{n_params:,} parameters ({n_inner:,} without embeddings)",
+    data=f"{dataset}: {len(streams['train']):,} training tokens, {len(streams['val']):,} "
+         "validation tokens",
+    batch=f"{gradient_accumulation_steps} x {batch_size} x {block_size} = "
+          f"{batches.rows_per_step * block_size:,} tokens per step"
+          + f", on {ranks.world_size} ranks" * (ranks.world_size > 1),
+    padding=f"{batches.padding():.1%} of a batch ({batches.padding(sort=False):.1%} if documents "
+            "were in random order)" if batching == "by_length" else "",
+    device=f"{device}, {dtype}, {form}",
+    mfu=f"relative to {peak / 1e12:.3g} TFLOP/s ({peak_source})"))
+sample = None
+if sample_every_eval and ranks.master:
+    sample = runlog.make_sampler(raw_model, meta, seed, say)
 with ranks.user_errors():
     if log.write:
         if not checkpoint:  # the run that this one replaces must not be resumed by mistake
-            for name in (*ckpt.RESUMABLE, "best.pt"):
-                (Path(out_dir) / name).unlink(missing_ok=True)
+            ckpt.remove_run(out_dir)
             write_atomically(log.path, "")
-        log.send = open_logger(logger, out_dir, config, state.step)
+        log.send = runlog.open_logger(logger, out_dir, config, state.step)
 
+# -----------------------------------------------------------------------------
+# Loop
 raw_model.train()
 prefetched = prefetch(micro_batches(batches, state.step, ranks), device)
-bar = tqdm(total=last_step if last_step < math.inf else None, initial=state.step, smoothing=0,
-           dynamic_ncols=True, disable=not (ranks.master and sys.stderr.isatty()))
-started, timed_from, timed_tokens, timed_flops = time.time() - state.seconds, time.time(), 0, 0
-recent, stopping, first_step, timed_step = log.recent_losses(), False, state.step, state.step
+timer = runlog.StepTimer(state.step, state.seconds)
+recent, stopping, first_step = log.recent_losses(), False, state.step
 while True:
     out_of_time = max_minutes > 0 and state.seconds >= 60 * max_minutes
     at_end = state.step >= last_step or out_of_time or eval_only
@@ -294,31 +301,32 @@ while True:
 
     # evaluate and save
     due = state.step % eval_interval == 0 or at_end
-    if due and (state.step != state.evaluated_at or eval_only):
-        paused_at = time.time()
-        # on the uncompiled model: batches of other shapes would be compiled again
-        my_batches = {split: prefetch(eval_batches(
-            stream, block_size, batch_size, batching, meta["eot"], max_batches, ranks.rank,
-            ranks.world_size), device) for split, stream in streams.items()}
-        losses = evaluate_splits(raw_model, my_batches, autocast, ranks, stop)
-        if not losses:  # a resume repeats this evaluation
-            stopping = True
-            continue
-        say(f"step {state.step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
-        state.evaluated_at = state.step
-        improved = losses["val"] < state.best_val_loss
-        state.best_val_loss = losses["val"] if improved else state.best_val_loss
-        state.stale = 0 if improved else state.stale + 1
-        log.add(state.step, train_loss=losses["train"], val_loss=losses["val"])
-        if log.write:
-            if improved:
-                save("best.pt", raw_model, state, meta)
-            keep = improved or always_save_checkpoint or state.step == 0
-            if keep and math.isfinite(losses["val"]):
-                save("last.pt", raw_model, state, meta, optimizers, scaler)
-            draw_losses(log, f"{dataset}: {n_params:,} parameters",
-                        meta.get("floor") if batching == "by_length" else None, log_x)
-        timed_from += time.time() - paused_at  # the speed excludes evaluations
+    with timer.pause():
+        if due and (state.step != state.evaluated_at or eval_only):
+            # on the uncompiled model: batches of other shapes would be compiled again
+            my_batches = {split: prefetch(eval_batches(
+                stream, block_size, batch_size, batching, meta["eot"], max_batches, ranks.rank,
+                ranks.world_size), device) for split, stream in streams.items()}
+            losses = evaluate_splits(raw_model, my_batches, autocast, ranks, stop)
+            if not losses:  # a resume repeats this evaluation
+                stopping = True
+                continue
+            improved = state.count_evaluation(losses["val"])
+            best = "new best" if improved else f"best {state.best_val_loss:.4f}"
+            say(runlog.eval_line(state.step, last_step, losses, "" if eval_only else best))
+            if sample:
+                say(runlog.sample_lines(state.step, last_step, sample(state.step)))
+            log.add(state.step, train_loss=losses["train"], val_loss=losses["val"])
+            if log.write:
+                if improved:
+                    save("best.pt", raw_model, state, meta)
+                keep = improved or always_save_checkpoint or state.step == 0
+                if keep and math.isfinite(losses["val"]):
+                    save("last.pt", raw_model, state, meta, optimizers, scaler)
+                runlog.draw_losses(log, f"{dataset}: {n_params:,} parameters",
+                                   meta.get("floor") if batching == "by_length" else None, log_x)
+        if log.write and keep_every and state.step and state.step % keep_every == 0:
+            save(ckpt.numbered(state.step), raw_model, state, meta)
     if at_end or (patience and state.stale >= patience):
         break
 
@@ -337,11 +345,9 @@ while True:
         wait = ranks.distributed and i < micro_steps - 1  # ranks exchange gradients at the end
         with model.no_sync() if wait else contextlib.nullcontext():
             loss += forward_backward(model, x, y, weight, autocast, scaler, micro_steps)
-        timed_tokens += x.numel()
-        timed_flops += x.numel() * flops_per_token(x.size(1))
+        timer.count(x.numel(), x.numel() * flops_per_token(x.size(1)))
     grad_norm, bad = optim.step(raw_model, optimizers, scaler, grad_clip)
     state.count_step(grad_norm, bad)
-    bar.update()
     stopping = stop.requested and not ranks.distributed  # ranks agree on it at the next log line
     if state.step % log_interval > 0:
         continue
@@ -349,29 +355,21 @@ while True:
     # log: the only place where the loop waits for the device
     loss, grad_norm, grad_norm_max, bad_in_a_row, bad_steps = torch.stack(
         [loss, grad_norm, state.grad_norm_max, state.bad_in_a_row, state.bad_steps]).tolist()
-    seconds = time.time() - started
+    seconds = timer.seconds
     if ranks.distributed:  # the mean loss, the first rank's clock, and whether any was told to stop
         loss, seconds, stopping = ranks.sum([loss, seconds * ranks.master, stop.requested], device)
         loss, stopping = loss / ranks.world_size, stopping > 0
     state.seconds = seconds
-    spike = is_spike(loss, recent)
+    spike = runlog.is_spike(loss, recent)
     recent = (recent + [loss] * math.isfinite(loss))[-20:]
-    interval = time.time() - timed_from
-    speed = timed_tokens * ranks.world_size / interval
-    ms = 1000 * interval / (state.step - timed_step)
-    peak = max(peak, timed_flops / interval)  # a measured peak can be too low
-    mfu = timed_flops / interval / peak
-    say(f"step {state.step}: loss {loss:.4f}, lr {lr:.2e}, norm {grad_norm:.2f}, "
-        f"{ms:.0f} ms, {speed:,.0f} tok/s, mfu {mfu:.1%}"
-        + ", spike" * spike)
+    ms, speed, flops = timer.speed(state.step)
+    speed, peak = speed * ranks.world_size, max(peak, flops)  # a measured peak can be too low
+    mfu = flops / peak
+    left = timer.seconds_left(state.step, last_step, eval_interval, 60 * max_minutes)
+    say(runlog.step_line(state.step, last_step, loss, lr, grad_norm, speed, mfu, left, spike))
     log.add(state.step, loss=loss, lr=lr, grad_norm=grad_norm, grad_norm_max=grad_norm_max,
-            bad_steps=int(bad_steps), spike=spike, ms=ms,
-            tokens_per_second=speed, mfu=mfu)
+            bad_steps=int(bad_steps), spike=spike, ms=ms, tokens_per_second=speed, mfu=mfu)
     state.grad_norm_max = torch.zeros((), device=device)
-    timed_from, timed_step, timed_tokens, timed_flops = time.time(), state.step, 0, 0
-    if max_minutes:
-        steps_in_time = int(state.step * 60 * max_minutes / state.seconds)
-        bar.total = min(last_step, max(state.step, steps_in_time))
 
     # after many bad steps in a row, go back to the last checkpoint and halve the learning rate
     if bad_in_a_row >= max_bad_steps:
@@ -388,13 +386,12 @@ while True:
             log.keep_until(state.step)
             if log.write:
                 (Path(out_dir) / "stop.pt").unlink(missing_ok=True)  # its steps are undone
-        state.lr_scale, recent, timed_step = lr_scale, log.recent_losses(), state.step
+        state.lr_scale, recent = lr_scale, log.recent_losses()
         prefetched = prefetch(micro_batches(batches, state.step, ranks), device)
-        bar.n = state.step
         say(f"{bad_in_a_row:.0f} steps in a row had a non-finite gradient: returned to step "
             f"{state.step}, continuing with {lr_scale:g} times the learning rate")
+    timer.restart(state.step)
 
-bar.close()
 why = f", no lower validation loss in {patience} evaluations" if state.step < last_step else ""
 why = ", time limit reached" if out_of_time and why else why
 if stopping and not eval_only:
@@ -405,8 +402,10 @@ elif checkpoint and state.step == first_step and not eval_only:
     say(f"nothing to train: the run in {out_dir} is at step {state.step}{why}; to continue it, "
         "increase the limit, for example --max_iters")
 elif not eval_only:
-    say(f"done: step {state.step}{why}, {(time.time() - started) / 60:.1f} minutes, "
-        f"{machine.peak_memory(device) / 1e9:.1f} GB peak memory; best validation loss "
-        f"{state.best_val_loss:.4f} in {out_dir}/best.pt, curve in {out_dir}/loss.png; next: "
-        f"python sample.py --out_dir={out_dir}")
+    say(runlog.named_lines(
+        done=f"step {state.step}{why}, {runlog.duration(timer.seconds)}, "
+             f"{machine.peak_memory(device) / 1e9:.1f} GB peak memory",
+        best=f"validation loss {state.best_val_loss:.4f}, {out_dir}/best.pt",
+        curve=f"{out_dir}/loss.png",
+        next=f"python eval.py --out_dir={out_dir}\npython sample.py --out_dir={out_dir}"))
 ranks.stop()

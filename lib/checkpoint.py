@@ -4,6 +4,7 @@ Checkpoints in out_dir.
     last.pt, prev.pt    saved by the last two evaluations, to resume or to return to
     stop.pt             saved when a signal stops a run between two evaluations, to resume
     best.pt             the lowest validation loss
+    step_001000.pt      every keep_every steps; the model only, as in best.pt
 
 A file holds tensors and plain types only and is loaded with weights_only=True. It is renamed
 into place once complete. Keys:
@@ -11,7 +12,7 @@ into place once complete. Keys:
     model, model_args   state dict of the uncompiled model, fields of its GPTConfig
     config, meta        the settings; meta.json of the dataset, so that sampling needs no data
     step, best_val_loss, version
-    optimizer, scaler   not in best.pt, as are the other fields of RunState
+    optimizer, scaler   to resume; not in best.pt and step_001000.pt, like the rest of RunState
 """
 import math
 import os
@@ -59,6 +60,14 @@ class RunState:
         self.bad_steps = self.bad_steps + bad
         self.grad_norm_max = torch.fmax(self.grad_norm_max, grad_norm)
 
+    def count_evaluation(self, val_loss: float) -> bool:
+        """Count an evaluation. Return whether its validation loss is the lowest so far."""
+        improved = val_loss < self.best_val_loss
+        self.best_val_loss = val_loss if improved else self.best_val_loss
+        self.stale = 0 if improved else self.stale + 1
+        self.evaluated_at = self.step
+        return improved
+
     def to_dict(self) -> dict[str, float]:
         return {name: value.item() if isinstance(value, torch.Tensor) else value
                 for name, value in vars(self).items()}
@@ -96,6 +105,18 @@ def save_checkpoint(out_dir: str | Path, name: str, checkpoint: dict) -> None:
     os.replace(temporary, path)
     if name == "last.pt":
         path.with_name("stop.pt").unlink(missing_ok=True)
+
+
+def numbered(step: int) -> str:
+    """Return the file name of a checkpoint that keep_every keeps."""
+    return f"step_{step:06}.pt"
+
+
+def remove_run(out_dir: str | Path) -> None:
+    """Remove the checkpoints of the run in out_dir, those to resume from first."""
+    kept = (path.name for path in Path(out_dir).glob("step_*.pt") if path.stem[5:].isdigit())
+    for name in (*RESUMABLE, "best.pt", *kept):
+        (Path(out_dir) / name).unlink(missing_ok=True)
 
 
 def read_checkpoint(path: Path) -> dict:
@@ -161,16 +182,22 @@ def load_checkpoint(name: str | Path) -> dict:
     """
     Return the best checkpoint of a model, without what only training needs, and its `path`.
 
-    name: the folder of a run (best.pt, else last.pt, stop.pt or nanoGPT's ckpt.pt), a Hugging Face
-    folder, or one of OpenAI's models.
+    name: the folder of a run (best.pt, else last.pt, stop.pt or nanoGPT's ckpt.pt), one of its .pt
+    files, a Hugging Face folder, or one of OpenAI's models.
     """
     if name in OPENAI and not Path(name).exists():
         name = download_openai(name)
-    for file in ("best.pt", "last.pt", "stop.pt", "ckpt.pt"):
-        if (path := Path(name) / file).exists():
+    is_file = Path(name).suffix == ".pt" and not Path(name).is_dir()
+    names = ("best.pt", "last.pt", "stop.pt", "ckpt.pt")
+    for path in [Path(name)] if is_file else [Path(name) / file for file in names]:
+        if path.exists():
             checkpoint = read_checkpoint(path)
             kept = (*REQUIRED, "best_val_loss")
             return {key: checkpoint[key] for key in kept if key in checkpoint} | {"path": str(path)}
+    if is_file:
+        others = ", ".join(sorted(path.name for path in Path(name).parent.glob("*.pt")))
+        raise ValueError(f"there is no file {name}: {Path(name).parent} has "
+                         f"{others or 'no checkpoints'}")
     if (Path(name) / "config.json").exists():
         checkpoint = read_hugging_face(Path(name)) | {"version": VERSION, "path": str(name)}
         check_checkpoint(checkpoint, Path(name) / "meta.json")
@@ -191,9 +218,10 @@ def should_resume(out_dir: str, init_from: str, overwrite: bool) -> bool:
 
     Raises ValueError if 'resume' finds no checkpoint, or if an existing run would be overwritten.
     """
-    if init_from not in ("scratch", "resume", "auto", *OPENAI) and not Path(init_from).is_dir():
-        raise ValueError(f"init_from must be scratch, resume, auto, the folder of a model, or "
-                         f"{', '.join(OPENAI)}; got {init_from!r}")
+    if (init_from not in ("scratch", "resume", "auto", *OPENAI) and not Path(init_from).is_dir()
+            and Path(init_from).suffix != ".pt"):
+        raise ValueError(f"init_from must be scratch, resume, auto, the folder or .pt file of a "
+                         f"model, or {', '.join(OPENAI)}; got {init_from!r}")
     exists = any(Path(out_dir).glob("*.pt"))
     resumable = any((Path(out_dir) / name).exists() for name in RESUMABLE)
     if init_from == "resume" and not exists:

@@ -1,15 +1,164 @@
 """
-The record of a run: log.jsonl, the curve in loss.png, and logging services.
+The record of a run: the lines that it prints, log.jsonl, loss.png, and logging services.
 """
 import atexit
 import contextlib
 import json
 import math
 import statistics
-from collections.abc import Callable
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
+
+from lib.configurator import one_line
+from lib.decoding import Sampling
 from lib.files import replace_atomically, write_atomically
+from lib.tokenizer import get_tokenizer
+from model import GPT
+
+# -----------------------------------------------------------------------------
+# Printed lines, of at most WIDTH characters
+
+WIDTH = 100
+
+
+def named_lines(**texts: str) -> str:
+    """Return lines of names and texts, the texts below each other. Leave out empty texts."""
+    return "\n".join(f"{name:<8} " + text.replace("\n", "\n" + " " * 9)
+                     for name, text in texts.items() if text)
+
+
+def first_column(name: str, step: int, last_step: float) -> str:
+    """Return the start of a line: `step  250/2000`, or without a limit `step    250`."""
+    if last_step == math.inf:
+        return f"{name} {step:>6}"
+    return f"{name} {step:>{len(str(last_step))}}/{last_step}"
+
+
+def step_line(step: int, last_step: float, loss: float, lr: float, grad_norm: float, speed: float,
+              mfu: float, seconds_left: float, spike: bool) -> str:
+    """Return the log line of a step. speed: tokens per second. A spike replaces the time left."""
+    left = f"{duration(seconds_left):>7} left" if seconds_left < math.inf else ""
+    columns = [first_column("step", step, last_step), f"loss {loss:.4f}", f"lr {lr:.1e}",
+               f"norm {grad_norm:.2f}", f"{speed:>7,.0f} tok/s", f"mfu {mfu:5.1%}",
+               "spike" if spike else left]
+    return " | ".join(column for column in columns if column)
+
+
+def eval_line(step: int, last_step: float, losses: dict[str, float], note: str = "") -> str:
+    """Return the line of an evaluation. losses: of train and val."""
+    columns = [first_column("eval", step, last_step), f"train {losses['train']:.4f}",
+               f"val {losses['val']:.4f}", note]
+    return " | ".join(column for column in columns if column)
+
+
+def sample_lines(step: int, last_step: float, text: str) -> str:
+    """Return one or two lines with the start of a sample, aligned with the line of a step."""
+    indent, encoding = len(first_column("step", step, last_step)), sys.stdout.encoding or "utf-8"
+    text = text.encode(encoding, "replace").decode(encoding)  # a terminal may not have them all
+    text = one_line("".join(c if c.isprintable() else " " for c in text)) or "(empty)"
+    lines = textwrap.wrap(text, WIDTH - indent - 3, max_lines=2, placeholder=" ...")
+    return "\n".join(f"{name:<{indent}} | {line}" for name, line in zip(("sample", ""), lines))
+
+
+def duration(seconds: float) -> str:
+    """Return a time in its two largest units, such as `1h 05m`."""
+    seconds = int(seconds)
+    for unit, name, part, of_part in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"),
+                                      (60, "m", 1, "s")):
+        if seconds >= unit:
+            return f"{seconds // unit}{name} {seconds % unit // part:02}{of_part}"
+    return f"{seconds}s"
+
+
+def make_sampler(model: GPT, meta: dict, seed: int,
+                 report: Callable[[str], None]) -> Callable[[int], str] | None:
+    """
+    Return a function of a step that returns a short sample of the model.
+
+    It has its own random generator, so that training does not change. Without a tokenizer that
+    works here, report one line and return None.
+    """
+    try:
+        tokenizer = get_tokenizer(meta)
+        eot = tokenizer.eot  # else start with a newline, a space or token 0, as sample.py does
+        first = eot if eot >= 0 else tokenizer.ids.get("\n", tokenizer.ids.get(" ", 0))
+        tokenizer.decode([first])
+    except Exception as error:  # whatever it is, training works without samples
+        return report(f"no samples of the model: {one_line(error, 200)}")
+
+    def sample(step: int) -> str:
+        sampler = Sampling(0.8, generator=torch.Generator(model.device).manual_seed(seed + step))
+        prompt = torch.tensor([[first]], device=model.device)
+        model.eval()
+        try:
+            ids = model.generate(prompt, 40, sampler=sampler, stop_token=eot)[0, 1:].tolist()
+            return tokenizer.decode([i for i in ids if i != eot])
+        except Exception as error:
+            return f"(none: {one_line(error, 100)})"
+        finally:
+            model.train()
+
+    return sample
+
+
+class StepTimer:
+    """
+    Measures the speed of training and predicts the time left.
+
+    step: where the run starts or resumes. seconds: the time that it took until then.
+    """
+
+    def __init__(self, step: int, seconds: float):
+        self.began = time.time() - seconds
+        self.steps, self.training, self.paused = 0, 0.0, 0.0  # since the start or the resume
+        self.restart(step)
+
+    @property
+    def seconds(self) -> float:
+        """The time of the whole run."""
+        return time.time() - self.began
+
+    def restart(self, step: int) -> None:
+        """Start to measure the speed from a step on."""
+        self.since, self.first_step, self.tokens, self.flops = time.time(), step, 0, 0
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Exclude what happens inside, such as an evaluation, from the speed."""
+        start = time.time()
+        yield
+        pause = time.time() - start
+        self.since, self.paused = self.since + pause, self.paused + pause
+
+    def count(self, tokens: int, flops: int) -> None:
+        self.tokens, self.flops = self.tokens + tokens, self.flops + flops
+
+    def speed(self, step: int) -> tuple[float, float, float]:
+        """Return milliseconds per step, tokens and FLOPs per second since restart()."""
+        seconds, steps = time.time() - self.since, step - self.first_step
+        self.training, self.steps = self.training + seconds, self.steps + steps
+        return 1000 * seconds / steps, self.tokens / seconds, self.flops / seconds
+
+    def seconds_left(self, step: int, last_step: float, eval_interval: int,
+                     limit: float) -> float:
+        """
+        Return the time until last_step or until the run took `limit` seconds (0: no limit).
+
+        Call it after speed(). Infinity if there is neither.
+        """
+        # the first evaluation counts for a whole interval, not for the few steps made so far
+        per_step = self.training / self.steps + self.paused / (self.steps + eval_interval)
+        left = (last_step - step) * per_step
+        return max(0.0, min(left, limit - self.seconds)) if limit else left
+
+
+# -----------------------------------------------------------------------------
+# Files and services
 
 
 class RunLog:

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -168,6 +169,12 @@ def read_log(out_dir: Path) -> list[dict]:
         {k: v for k, v in json.loads(line).items() if k not in timings}
         for line in open(out_dir / "log.jsonl")
     ]
+
+
+def step_of(line: str) -> int:
+    """The step of a log line that train.py prints, or -1 for another line."""
+    match = re.match(r"step +(\d+)/", line)
+    return int(match[1]) if match else -1
 
 
 def prepare(name: str, *args: str, **env: str) -> subprocess.CompletedProcess:

@@ -10,7 +10,9 @@ from lib.checkpoint import (
     build_model,
     find_resumable,
     load_checkpoint,
+    numbered,
     read_checkpoint,
+    remove_run,
     restore,
     save_checkpoint,
 )
@@ -53,6 +55,32 @@ def test_a_wrong_folder_lists_the_runs(tmp_path, trained, monkeypatch):
         shutil.copytree(trained, tmp_path / name)
     with pytest.raises(ValueError, match="there are runs in out-a, out-b"):
         load_checkpoint("out")
+
+
+def test_one_file_of_a_run_can_be_loaded(tmp_path, trained):
+    """By its path, also if the folder has a better one; a missing one names those that exist."""
+    loaded = load_checkpoint(trained / "prev.pt")
+    assert loaded["step"] == 3 and loaded["path"] == str(trained / "prev.pt")
+    assert "optimizer" not in loaded
+    assert_same(loaded["model"], read_checkpoint(trained / "prev.pt")["model"])
+    with pytest.raises(ValueError, match=r"no file .*step_000009.pt: .* has best.pt, last.pt, "):
+        load_checkpoint(trained / "step_000009.pt")
+    with pytest.raises(ValueError, match="has no checkpoints"):
+        load_checkpoint(tmp_path / "last.pt")
+    (tmp_path / "last.pt").write_bytes(b"hello")
+    with pytest.raises(ValueError, match="last.pt is damaged or not a checkpoint"):
+        load_checkpoint(tmp_path / "last.pt")
+    shutil.copytree(trained, tmp_path / "run.pt")  # a folder with such a name
+    assert load_checkpoint(tmp_path / "run.pt")["path"] == str(tmp_path / "run.pt/best.pt")
+
+
+def test_remove_run_leaves_other_files(tmp_path):
+    for name in ("last.pt", "stop.pt", "prev.pt", "best.pt", "step_000010.pt", "step_1000000.pt",
+                 "step_mine.pt", "ckpt.pt", "log.jsonl"):
+        (tmp_path / name).touch()
+    remove_run(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"step_mine.pt", "ckpt.pt", "log.jsonl"}
+    assert numbered(10) == "step_000010.pt" and numbered(1_000_000) == "step_1000000.pt"
 
 
 def test_checkpoints_hold_what_they_should(trained, fables_data):

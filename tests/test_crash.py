@@ -39,13 +39,15 @@ from helpers import (
     run,
     run_ranks,
     start,
+    step_of,
     train,
     train_on_ranks,
 )
-from lib.checkpoint import find_resumable, read_checkpoint
+from lib.checkpoint import find_resumable, numbered, read_checkpoint
 from lib.configurator import settings_of
 
-LONGER = ["--max_iters=40", "--lr_decay_iters=40", "--eval_interval=4", "--init_from=auto"]
+LONGER = ["--max_iters=40", "--lr_decay_iters=40", "--eval_interval=4", "--init_from=auto",
+          "--keep_every=6"]
 
 # runs a script, kills it at the n-th call of a file operation, in torch.save after half the bytes
 KILL_AT = """
@@ -121,14 +123,15 @@ def start_program(command: list[str], **how) -> subprocess.Popen:
 
 
 def outcome(out_dir: Path) -> tuple:
-    """All that a run leaves behind, but for what depends on the clock."""
+    """All that a run leaves behind, but for what depends on the clock and on its parts."""
     kept = []
-    for name in ("last.pt", "best.pt"):
+    for name in ("last.pt", "best.pt", *(numbered(step) for step in range(6, 41, 6))):
         checkpoint = read_checkpoint(out_dir / name)
         checkpoint.pop("seconds", None)
         kept.append(
             checkpoint
-            | {"config": {k: v for k, v in checkpoint["config"].items() if k != "out_dir"}}
+            | {"config": {k: v for k, v in checkpoint["config"].items()
+                          if k not in ("out_dir", "max_iters")}}
         )
     return kept, read_log(out_dir)
 
@@ -143,7 +146,7 @@ def train_through_kills(data: Path, out_dir: Path, kills: int, rng: random.Rando
     while True:
         process = start(*command(data, out_dir))
         for line in process.stdout:  # imports are not worth killing: wait until it trains
-            if line.startswith(("resuming", "step 0")):
+            if line.startswith(("resuming", "eval  0/")):
                 break
         if len(hit) < kills:
             time.sleep(rng.uniform(0, 1.0))
@@ -173,7 +176,7 @@ def train_through_stops(data: Path, out_dir: Path, stops: int, rng: random.Rando
         process = start(*command(data, out_dir, *args))
         until = rng.randint(1, 12) if hit < stops else -1
         for line in process.stdout:
-            until -= line.startswith("step") and ": loss" in line
+            until -= step_of(line) >= 0
             if until == 0:
                 process.send_signal(signal.SIGTERM)
                 break
@@ -231,7 +234,7 @@ def test_a_kill_inside_a_write_changes_nothing(
 def test_a_polite_signal_finishes_the_step_and_saves(tmp_path, fables_data, undisturbed, number):
     process = start(*command(fables_data, tmp_path / "out"))
     for line in process.stdout:
-        if line.startswith("step 7:"):
+        if step_of(line) == 7:
             process.send_signal(number)
             break
     output = process.stdout.read()
@@ -276,7 +279,7 @@ def test_a_second_interrupt_leaves_at_once(tmp_path, fables_data):
         )
     )
     for line in process.stdout:
-        if line.startswith("step 2:"):
+        if step_of(line) == 2:
             process.send_signal(
                 signal.SIGSTOP
             )  # so that both signals are there before the step is over
@@ -303,6 +306,19 @@ def test_no_space_left_keeps_the_newest_good_checkpoint(tmp_path, fables_data, u
     assert_same_outcome(undisturbed, tmp_path / "out")
 
 
+def test_no_space_left_for_a_numbered_checkpoint_keeps_the_others(tmp_path, fables_data):
+    out, how = tmp_path / "out", ["--eval_interval=40", "--keep_every=2", "--log_interval=10"]
+    train(fables_data, out, *LONGER, *how, "--max_iters=4")
+    before = {path.name: path.read_bytes() for path in out.glob("*.pt")}
+    process = start(*command(fables_data, out, *how))
+    size = len(before["step_000004.pt"]) // 2
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, size))
+    output = process.communicate()[0]
+    assert process.returncode == 2 and "Traceback" not in output, output
+    assert "step_000004.pt could not be written (File too large)" in output
+    assert {path.name: path.read_bytes() for path in out.glob("*.pt*")} == before
+
+
 @pytest.mark.parametrize("kind", ["truncated", "zeroed", "flipped", "missing"])
 def test_a_damaged_checkpoint_costs_one_interval_and_nothing_else(
     tmp_path, fables_data, undisturbed, kind
@@ -323,7 +339,7 @@ def test_a_damaged_checkpoint_costs_one_interval_and_nothing_else(
 def test_two_processes_never_share_a_run(tmp_path, fables_data):
     first = start(*command(fables_data, tmp_path / "out", "--max_iters=100000"))
     for line in first.stdout:
-        if line.startswith("step 3:"):
+        if step_of(line) == 3:
             break
     second = run(*command(fables_data, tmp_path / "out"))
     first.kill()
@@ -359,7 +375,7 @@ def train_through_rank_kills(data: Path, out_dir: Path, kills: int, rng: random.
     process = start(*command(data, out_dir, ranks=2))
     hit = 0
     for line in process.stdout:
-        if line.startswith(("resuming", "step 0")) and hit < kills:
+        if line.startswith(("resuming", "eval  0/")) and hit < kills:
             time.sleep(rng.uniform(0, 0.5))
             pids = workers_of(process)
             if len(pids) == 2:

@@ -4,6 +4,8 @@ import contextlib
 import hashlib
 import json
 import math
+import pickle
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -18,14 +20,18 @@ from helpers import (
     one_line_error,
     read_log,
     run,
+    tiny,
     train,
     train_on_ranks,
 )
+from lib import runlog
 from lib.checkpoint import load_model, read_checkpoint
 from lib.configurator import read_config_file
 from lib.corpus import load_meta
 from lib.dataset import TokenStream, TrainBatches, eval_batches
 from lib.loss import evaluate
+from lib.runlog import StepTimer, duration, make_sampler, sample_lines, step_line
+from lib.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
 
 
@@ -155,7 +161,7 @@ def test_loss_falls_on_a_known_corpus(tmp_path, fables_data):
     assert [r["step"] for r in evaluations] == [0, 30, 60]
     assert evaluations[2]["val_loss"] < evaluations[1]["val_loss"] < evaluations[0]["val_loss"] - 1
     assert (tmp_path / "out/loss.png").read_bytes().startswith(b"\x89PNG")
-    assert "best validation loss" in done.stdout and "tok/s, mfu" in done.stdout
+    assert f"best     validation loss {evaluations[2]['val_loss']:.4f}, " in done.stdout
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -175,7 +181,7 @@ def test_compiled_equals_eager(tmp_path, fables_data, trained):
         pytest.skip("no C++ compiler")
     done = train(fables_data, tmp_path / "out", "--compile=True", "--dropout=0", "--loss_chunk=48")
     train(fables_data, tmp_path / "eager", "--dropout=0")
-    assert "compiled;" in done.stdout
+    assert ", compiled\n" in done.stdout
     assert read_log(tmp_path / "out")[-1] == pytest.approx(
         read_log(tmp_path / "eager")[-1], rel=1e-4
     )
@@ -189,7 +195,7 @@ def test_without_a_compiler_training_goes_on(tmp_path, fables_data, trained):
         CXX="no-such-compiler",
         TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "c"),
     )
-    assert done.stdout.count("torch.compile does not work here") == 1 and "eager;" in done.stdout
+    assert done.stdout.count("torch.compile does not work here") == 1 and ", eager\n" in done.stdout
     assert read_log(tmp_path / "out") == read_log(trained)
 
 
@@ -216,7 +222,7 @@ def test_existing_runs_are_safe(tmp_path, fables_data, trained):
     ):
         done = again(*how)
         assert done.returncode == 0
-        assert ("val loss" in done.stdout) == ("--eval_only=True" in how)
+        assert ("| val " in done.stdout) == ("--eval_only=True" in how)
     wrong = again("--init_from=resume", "--n_layer=3")
     assert wrong.returncode == 2 and "n_layer=2" in wrong.stderr
     assert contents() == before
@@ -328,7 +334,7 @@ def test_epochs_are_passes_over_the_data(tmp_path, fables_data, batching):
         assert steps == math.ceil(1.5 * math.ceil(len(stream.document_spans(0, 32)) / 32)) > 10
     else:
         assert steps == math.ceil(1.5 * ((len(stream) - 32) // 32) / 32) > 10
-    assert ("padding: " in done.stdout) == (batching == "by_length")
+    assert ("\npadding  " in done.stdout) == (batching == "by_length")
 
 
 def test_training_goes_on_from_another_model(openai_folder, gpt2_data, tmp_path):
@@ -453,7 +459,7 @@ def test_every_config_trains(name, tmp_path, fables_data, gpt2_data, openai_fold
     assert done.returncode == 0, done.stderr
     losses = [record["val_loss"] for record in read_log(tmp_path / "out") if "val_loss" in record]
     assert read_checkpoint(tmp_path / "out/best.pt")["step"] > 0 and min(losses) < losses[0]
-    assert "done: step 20" in done.stdout or said.get("patience")
+    assert "done     step 20" in done.stdout or said.get("patience")
 
 
 # -----------------------------------------------------------------------------
@@ -518,9 +524,198 @@ def test_a_split_of_one_token_is_one_line(tmp_path, fables_data):
     assert "nothing to predict" in one_line_error(done)
 
 
-def test_redirected_output_has_no_progress_bar(tmp_path, fables_data):
-    done = train(fables_data, tmp_path / "out")
-    assert done.stderr == "" and "left" not in done.stdout
+def test_printed_lines_are_aligned_and_say_what_the_log_says(tmp_path, fables_data):
+    done = train(fables_data, tmp_path / "out", "--max_iters=12")
+    lines = done.stdout.splitlines()
+    assert done.stderr == "" and max(len(line) for line in lines if " | " in line) <= 100
+    records = [json.loads(line) for line in open(tmp_path / "out/log.jsonl")]
+    steps = [line for line in lines if line.startswith("step")]
+    assert [[i for i, c in enumerate(line) if c == "|"] for line in steps] == [
+        [11, 25, 38, 50, 66, 78]] * 12
+    for line, record in zip(steps, (r for r in records if "loss" in r), strict=True):
+        assert line.startswith(
+            f"step {record['step']:>2}/12 | loss {record['loss']:.4f} | lr {record['lr']:.1e} | "
+            f"norm {record['grad_norm']:.2f} | {record['tokens_per_second']:>7,.0f} tok/s | "
+            f"mfu {record['mfu']:5.1%} | ")
+    assert all(re.search(r"\| +\d+s left$", line) for line in steps)
+    assert steps[-1].endswith("|      0s left")
+    evals = [line for line in lines if line.startswith("eval")]
+    best = math.inf
+    for line, record in zip(evals, (r for r in records if "val_loss" in r), strict=True):
+        note = "new best" if record["val_loss"] < best else f"best {best:.4f}"
+        assert line == (f"eval {record['step']:>2}/12 | train {record['train_loss']:.4f} | "
+                        f"val {record['val_loss']:.4f} | {note}")
+        best = min(best, record["val_loss"])
+    assert re.fullmatch(r"done     step 12, \d+s, \d+\.\d GB peak memory", lines[-5])
+    assert lines[-4:] == [
+        f"best     validation loss {best:.4f}, {tmp_path}/out/best.pt",
+        f"curve    {tmp_path}/out/loss.png",
+        f"next     python eval.py --out_dir={tmp_path}/out",
+        f"         python sample.py --out_dir={tmp_path}/out"]
+
+
+def test_the_widest_lines_fit_100_columns():
+    widest = step_line(100_000, 600_000, 1.5, 1e-3, 0.25, 234_567, 0.412, 99_999, False)
+    assert len(widest) <= 100 and widest.endswith("1d 03h left")
+    without_limit = step_line(5, math.inf, 1.5, 1e-3, 0.25, 999, 0.5, math.inf, False)
+    assert without_limit == ("step      5 | loss 1.5000 | lr 1.0e-03 | norm 0.25 |     999 tok/s"
+                             " | mfu 50.0%")
+    assert step_line(5, 9, 1.5, 1e-3, 0.25, 999, 0.5, 7, True).endswith("| mfu 50.0% | spike")
+    assert sample_lines(5, 2000, "One\n\n  two\t\x1b[31mthree\n") == (
+        "sample         | One two [31mthree")
+    assert sample_lines(5, 9, " \n") == "sample   | (empty)"
+    for text in ("a word " * 50, "x" * 500):
+        first, second = sample_lines(5, 2000, text).splitlines()
+        assert 80 < len(first) <= 100 and len(second) <= 100 and second.endswith("...")
+        assert first.index("|") == second.index("|") == step_line(
+            5, 2000, 1.5, 1e-3, 0.25, 999, 0.5, 7, False).index("|")
+
+
+@pytest.mark.parametrize("seconds, text", [
+    (0.9, "0s"), (59.9, "59s"), (60, "1m 00s"), (3599, "59m 59s"), (3600, "1h 00m"),
+    (86399, "23h 59m"), (90_000, "1d 01h")])
+def test_durations(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_time_left_is_that_of_the_steps_and_evaluations_since_the_resume(monkeypatch):
+    """Steps of 2 seconds; an evaluation of 30 seconds every 100 steps. Resumed at step 500."""
+    clock = [1000.0]
+    monkeypatch.setattr(runlog.time, "time", lambda: clock[0])
+    timer = StepTimer(500, seconds=7000.0)
+    for step in range(500, 700):
+        with timer.pause():
+            clock[0] += 30.0 if step % 100 == 0 else 0.0
+        timer.count(64, 10)
+        clock[0] += 2.0
+        if (step + 1) % 10 == 0:
+            assert timer.speed(step + 1) == pytest.approx((2000, 32, 5))
+            left = timer.seconds_left(step + 1, 1000, 100, 0)
+            true = (1000 - step - 1) * (2.0 + 30 / 100)
+            assert 0.9 * true < left < 1.01 * true
+            timer.restart(step + 1)
+    assert timer.seconds == 7000 + 400 + 60
+    assert timer.seconds_left(700, 1000, 100, 7500) == 40  # the nearer limit
+    assert timer.seconds_left(700, math.inf, 100, 7400) == 0
+    assert timer.seconds_left(700, math.inf, 100, 0) == math.inf
+    timer.restart(640)  # bad steps led back
+    clock[0] += 20
+    assert timer.speed(650)[0] == 2000
+
+
+# -----------------------------------------------------------------------------
+# Samples
+
+
+def samples_of(output: str) -> list[str]:
+    """Each evaluation's step with the lines of its sample."""
+    return re.findall(r"^(eval +\d+/\d+) \|.*\n(sample +\|.*\n(?: +\|.*\n)?)", output, re.M)
+
+
+def test_samples_change_nothing(tmp_path, fables_data):
+    """The run is the same to the last bit without them, and a resumed run prints the same ones."""
+    how = ["--max_iters=9", "--always_save_checkpoint=True"]
+    whole = train(fables_data, tmp_path / "whole", *how)
+    none = train(fables_data, tmp_path / "none", *how, "--sample_every_eval=False")
+    parts = [train(fables_data, tmp_path / "parts", *how, f"--max_iters={n}", "--init_from=auto")
+             for n in (3, 9)]
+    assert read_log(tmp_path / "whole") == read_log(tmp_path / "none") == read_log(
+        tmp_path / "parts")
+    a, b, c = (read_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "none", "parts"))
+    for checkpoint in (a, b, c):
+        del checkpoint["config"], checkpoint["seconds"]
+    assert_same(a, b)
+    assert_same(a, c)
+    assert "sample " not in none.stdout and len(samples_of(whole.stdout)) == 4
+    resumed = samples_of(parts[0].stdout.replace("/3 ", "/9 ")) + samples_of(parts[1].stdout)
+    assert resumed == samples_of(whole.stdout)
+
+
+def test_a_sample_is_text_of_the_model(fables_data):
+    """With probability 1 for one token, and from what follows the end of a text."""
+    meta = load_meta(fables_data)
+    tokenizer = get_tokenizer(meta)
+    model = tiny(vocab_size=meta["vocab_size"])
+    seen = []
+    model.lm_head.forward = lambda x: torch.zeros(1, 1, meta["vocab_size"]).index_fill(
+        2, torch.tensor([seen.append(model.training) or 20]), 1000.0)[:, 0]
+    model.train()
+    state = torch.get_rng_state()
+    assert make_sampler(model, meta, 1, print)(0) == tokenizer.decode([20] * 40)
+    assert torch.get_rng_state().equal(state)
+    assert model.training and seen == [False] * 40
+    sample = make_sampler(tiny(vocab_size=meta["vocab_size"]), meta, 1, print)
+    assert sample(0) == sample(0) != sample(1)
+
+
+def test_a_tokenizer_that_does_not_work_ends_no_run(tmp_path, fables_data):
+    shutil.copytree(fables_data, tmp_path / "data")
+    meta = json.loads((tmp_path / "data/meta.json").read_text())
+    meta["tokenizer"]["vocab"] = list(range(meta["vocab_size"]))
+    (tmp_path / "data/meta.json").write_text(json.dumps(meta))
+    done = train(tmp_path / "data", tmp_path / "out")
+    assert done.stdout.count("no samples of the model: the ") == 1 and not samples_of(done.stdout)
+    # ids that the tokenizer does not have
+    said = []
+    sample = make_sampler(tiny(), {"tokenizer": {"kind": "char", "vocab": ["a"]}}, 1, said.append)
+    assert sample(0).startswith("(none: ") and not said
+
+
+@pytest.mark.parametrize("characters", [True, False])
+def test_samples_of_data_that_nanogpt_prepared(tmp_path, gpt2_data, characters):
+    data = tmp_path / "data"
+    data.mkdir()
+    if characters:  # no end of text, and characters that the terminal does not have
+        text = torch.randint(4, (2000,), dtype=torch.uint16, generator=torch.Generator())
+        for split in ("train", "val"):
+            text.numpy().tofile(data / f"{split}.bin")
+        (data / "meta.pkl").write_bytes(pickle.dumps({"itos": dict(enumerate("\n\u4e2d\u00e9z"))}))
+    else:
+        for split in ("train", "val"):
+            shutil.copy(gpt2_data / f"{split}.bin", data)
+    done = run("-c", "import sys, runpy, os; sys.path.insert(0, os.getcwd())\n"
+               "sys.stdout.reconfigure(encoding='ascii'); sys.argv = sys.argv[1:]\n"
+               "runpy.run_path(sys.argv[0], run_name='__main__')",
+               "train.py", f"--dataset={data}", f"--out_dir={tmp_path}/out", *TINY)
+    assert done.returncode == 0 and len(samples_of(done.stdout)) == 3, done.stderr
+    if characters:
+        assert re.search(r"^sample +\| [?z ]+$", done.stdout, re.M)
+
+
+# -----------------------------------------------------------------------------
+# Numbered checkpoints
+
+
+def test_numbered_checkpoints(tmp_path, fables_data, trained):
+    """Every second step, the same ones after a resume; sample.py and init_from take them."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    how = ["--keep_every=2", "--sample_every_eval=False"]
+    train(fables_data, whole, *how)
+    for n in (1, 2, 5, 6):
+        train(fables_data, parts, *how, f"--max_iters={n}", "--init_from=auto")
+    names = ["step_000002.pt", "step_000004.pt", "step_000006.pt"]
+    best = read_checkpoint(whole / "best.pt")
+    for i, name in enumerate(names):
+        a, b = read_checkpoint(whole / name), read_checkpoint(parts / name)
+        assert a.keys() == best.keys() and a["step"] == 2 * (i + 1)
+        assert_same(a["model"], b["model"])
+    for folder in (whole, parts):
+        assert sorted(path.name for path in folder.glob("step*")) == names
+    assert_same(a["model"], read_checkpoint(whole / "last.pt")["model"])
+    train(fables_data, tmp_path / "hand", "--max_iters=4")
+    four = read_checkpoint(tmp_path / "hand/last.pt")["model"]
+    assert_same(read_checkpoint(whole / names[1])["model"], four)
+    train(fables_data, tmp_path / "tuned", f"--init_from={whole / names[1]}", "--max_iters=0")
+    assert_same(read_checkpoint(tmp_path / "tuned/last.pt")["model"], four)
+    done = run("sample.py", f"--out_dir={whole / names[1]}", "--num_samples=1")
+    assert done.returncode == 0, done.stderr
+    # a run that replaces this one has only its own
+    train(fables_data, whole, "--keep_every=5", "--overwrite=True")
+    assert sorted(path.name for path in whole.glob("step*")) == ["step_000005.pt"]
+    assert not list(trained.glob("step*"))
+    error = one_line_error(run("train.py", f"--dataset={fables_data}", *TINY,
+                               f"--out_dir={tmp_path}/new", f"--init_from={whole / names[1]}"))
+    assert f"there is no file {whole / names[1]}: {whole} has best.pt, last.pt, prev.pt" in error
 
 
 # -----------------------------------------------------------------------------
@@ -619,7 +814,7 @@ def test_a_nan_validation_loss_does_not_replace_the_last_checkpoint(tmp_path, fa
     script = LOSS_TIMES.replace("torch.is_grad_enabled()", "(not torch.is_grad_enabled())")
     done = run("-c", script, "nan", "5", "8", "train.py", f"--dataset={fables_data}",
                f"--out_dir={tmp_path}/out", *TINY)  # the second of three evaluations
-    assert done.returncode == 0 and "step 3: train loss nan, val loss nan" in done.stdout
+    assert done.returncode == 0 and "eval 3/6 | train nan | val nan | best " in done.stdout
     steps = {path.name: read_checkpoint(path)["step"] for path in (tmp_path / "out").glob("*.pt")}
     assert steps == {"last.pt": 6, "prev.pt": 0, "best.pt": 6}
 
@@ -630,7 +825,7 @@ def test_spikes_are_in_the_log(tmp_path, fables_data):
     )
     assert done.returncode == 0, done.stderr
     assert [r["step"] for r in read_log(tmp_path / "out") if r.get("spike")] == [16]
-    assert "step 16: " in done.stdout and done.stdout.count(", spike") == 1
+    assert "\nstep 16/20 | " in done.stdout and done.stdout.count(" | spike\n") == 1
 
 
 def test_patience_ends_a_run_that_no_longer_learns(tmp_path, fables_data):
