@@ -1,13 +1,13 @@
 """
-A web page to try the models that you trained.
+Serve a web page to try your trained models.
 
     pip install gradio
     python app.py
     python app.py --folder=runs --port=8080
 
-It lists every run and every Hugging Face folder below `folder`, streams what a model generates, and
-shows which next tokens it predicts. No other files can be read through it, and it contacts no other
-server.
+The page lists the runs and Hugging Face folders in `folder` and up to two levels below, streams
+samples, and shows the most probable next tokens. No other files can be read through it, and it
+contacts no other server.
 
 As a Hugging Face Space it needs these scripts, lib/, the folder of a run, a requirements.txt with
 torch, numpy and tiktoken, and a README.md that begins with
@@ -51,11 +51,14 @@ from lib.tokenizer import get_tokenizer
 from model import GPT
 
 # -----------------------------------------------------------------------------
+# models
 folder = "."  # offer the runs in it and up to two folders below it
-host = "127.0.0.1"  # this machine only; 0.0.0.0: the network (default: GRADIO_SERVER_NAME, if set)
-port = 7860  # 0: any free one (default: GRADIO_SERVER_PORT, if set)
 device = "auto"  # offered beside the CPU: cuda, else mps, else nothing; or 'cpu', 'cuda:1', ...
 quantize = ""  # 'int8': the int8 switch of the page is on at first
+# server
+host = "127.0.0.1"  # this machine only; 0.0.0.0: the network (default: GRADIO_SERVER_NAME, if set)
+port = 7860  # 0: any free one (default: GRADIO_SERVER_PORT, if set)
+# limits
 max_tokens = 500  # largest max_new_tokens that a request may have
 max_prompt = 10_000  # most characters in a prompt
 at_once = 2  # samples generated at the same time; others wait
@@ -462,7 +465,7 @@ def serve() -> None:
     app = gr.mount_gradio_app(fastapi.FastAPI(), page, "/", footer_links=[], run_history=False,
                               enable_monitoring=False, show_error=False, ssr_mode=False,
                               mcp_server=False, pwa=False, css=CSS, theme=theme)
-    print(f"http://{host}:{listener.getsockname()[1]} (Ctrl-C ends it)", flush=True)
+    print(f"http://{host}:{listener.getsockname()[1]} (press Ctrl-C to stop)", flush=True)
     config = uvicorn.Config(gate(app, page), log_level="critical", timeout_graceful_shutdown=1)
     uvicorn.Server(config).run([listener])
 

@@ -1,5 +1,5 @@
 """
-Measure speed: of training, of the batches alone, of generation, or the time to a loss.
+Measure the speed of training, of the batches alone or of generation, or the time to a loss.
 
     python bench.py config/train_fables.py
     python bench.py --against=/path/to/nanoGPT/model.py
@@ -8,9 +8,9 @@ Measure speed: of training, of the batches alone, of generation, or the time to 
     python bench.py --mode=generate --against=hf
     python bench.py --mode=generate --run=out --against=out-q8_0.gguf --texts=1
 
-`--against` measures another program in turns with this one: the faster of its eager and compiled
-forms, in nanoGPT's own data type (bfloat16 on CUDA, float32 elsewhere). Training is measured on
-random tokens. The last line of output is a JSON object; its ratios are ours over theirs.
+Training is measured on random tokens. `--against` measures another program in turns with this one:
+eager and compiled, in nanoGPT's own data type (bfloat16 on CUDA, float32 elsewhere). Its faster
+form counts. The last line of output is a JSON object; its ratios are ours over theirs.
 """
 import importlib.util
 import json
@@ -25,11 +25,10 @@ from types import ModuleType, SimpleNamespace
 
 import torch
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from lib import configurator, machine, optim
 from lib.checkpoint import load_model, model_from_weights
-from lib.configurator import at_least, configure, one_of, user_errors
+from lib.configurator import at_least, configure, one_of, print_table, progress, user_errors
 from lib.corpus import load_meta
 from lib.dataset import TokenStream, TrainBatches, eval_batches, prefetch
 from lib.decoding import Sampling
@@ -38,45 +37,47 @@ from lib.quantize import prepare_for_inference, quantize_int8
 from model import GPT, GPTConfig
 
 # -----------------------------------------------------------------------------
-# Settings
+# what to measure
 mode = "train"  # 'train': tokens per second; 'data': of the batches alone; 'generate'; 'loss'
 against = ""  # a nanoGPT-style model.py; 'hf': transformers' GPT2LMHeadModel; FILE.gguf: llama.cpp
 rounds = 5  # train, data, generate: timed rounds; figures are medians over them
 steps = 5  # train, data: steps per round
-their_config = ""  # loss: config file of the other program (empty: our settings)
-target_loss = 0.0  # loss: nats per token on the whole validation split (0: the other's last loss)
-seeds = 1  # loss: runs of each program
-max_new_tokens = 64  # generate: after a prompt of a quarter of block_size, with top_k 40
-texts = "1,8,64"  # generate: numbers of texts at a time
-run = ""  # generate: the model, a run or a Hugging Face folder (empty: a new one)
+# time to a loss
+target_loss = 0.0  # nats per token on the whole validation split (0: the other's last loss)
+their_config = ""  # config file of the other program (empty: our settings)
+seeds = 1  # runs of each program
+max_iters = 20000  # steps of a run
+eval_interval = 250  # steps between evaluations, whose time does not count
+# generation
+run = ""  # the model, a run or a Hugging Face folder (empty: a new one)
+max_new_tokens = 64  # after a prompt of a quarter of block_size, with top_k 40
+texts = "1,8,64"  # numbers of texts at a time
 # data
-dataset = "tinystories"  # data, loss
-batching = "windows"  # or 'by_length'
-gradient_accumulation_steps = 2  # loss
+dataset = "tinystories"  # data, loss: a folder in data/, or a path
+batching = "windows"  # or 'by_length': one document per row
+gradient_accumulation_steps = 2  # loss: micro-batches per step
 batch_size = 32  # rows of a micro-batch
 block_size = 128  # context in tokens
 vocab_size = 0  # train, generate (0: that of the prepared dataset, else GPT-2's 50,257)
 # model
-arch = "gpt2"
-n_layer = 6
-n_head = 6
-n_kv_head = 0
-n_embd = 384
-dropout = 0.1
-bias = True
-tied = True
+arch = "gpt2"  # or 'qwen3'
+n_layer = 6  # number of blocks
+n_head = 6  # attention heads per block
+n_kv_head = 0  # qwen3: heads of keys and values (0: n_head)
+n_embd = 384  # width
+dropout = 0.1  # share of activations that are set to zero
+bias = True  # gpt2: biases in Linear and LayerNorm
+tied = True  # the head shares the weights of the token embedding; gpt2: always
 # optimizer
-optimizer = "adamw"
-learning_rate = 1e-3
-max_iters = 20000  # loss: steps
-weight_decay = 0.1
-beta1 = 0.9
-beta2 = 0.99
-grad_clip = 1.0
-schedule = "cosine"
-warmup_iters = 200
-min_lr = 1e-4
-eval_interval = 250  # loss: steps between evaluations, whose time does not count
+optimizer = "adamw"  # or 'muon'
+learning_rate = 1e-3  # highest learning rate
+weight_decay = 0.1  # of matrices and embeddings
+beta1 = 0.9  # decay of the mean of the gradients
+beta2 = 0.99  # decay of the mean of their squares
+grad_clip = 1.0  # largest gradient norm (0: off)
+schedule = "cosine"  # decay to min_lr; or 'linear', or 'trapezoid'
+warmup_iters = 200  # steps of linear warmup
+min_lr = 1e-4  # learning rate at the end
 # system
 device = "auto"  # cuda, else mps, else cpu; or 'cpu', 'cuda:1', ...
 dtype = "auto"  # fastest safe type on the device; or 'float32', 'bfloat16', 'float16'
@@ -84,7 +85,7 @@ compile = True  # torch.compile, where it works
 remat = False  # as in train.py, for this program only
 softmax_tokens = 0  # as in train.py, for this program only
 loss_chunk = -1  # as in train.py, for this program only
-seed = 1337
+seed = 1337  # for weights, data and dropout
 if "--mode=plan" in sys.argv:
     configurator.fail("plans have a script of their own: python plan.py, with the same settings")
 config, _ = configure(
@@ -259,6 +260,10 @@ def timed(f: Callable[..., object], *args) -> float:
     return time.perf_counter() - start
 
 
+def count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'s' * (n != 1)}"
+
+
 def mean_and_deviation(values: list[float]) -> tuple[float, float]:
     return statistics.mean(values), statistics.stdev(values) if values[1:] else 0.0
 
@@ -274,9 +279,10 @@ def bench_train(c: SimpleNamespace, peer) -> dict:
         sides += [peer_side(peer, c, seed) for _ in range(1 + compile)]
     for side in sides:
         if compile and (side.ours or side is sides[1]):
+            print(f"compiling {side.name} ...", flush=True)
             side.compile(*batch)
         side.step([batch], 1e-4, grad_clip)
-    for _ in tqdm(range(rounds), desc="rounds", disable=None, dynamic_ncols=True):
+    for _ in progress(range(rounds), f"measuring {count(rounds, 'round')}"):
         for side in sides:  # in turns, so that a busy or throttled machine slows all
             machine.keep_freed_memory(side.ours)  # as its own script does
             side.seconds.append(sum(timed(side.step, [batch], 1e-4, grad_clip)
@@ -286,20 +292,21 @@ def bench_train(c: SimpleNamespace, peer) -> dict:
     flops = mine.raw_model.flops_per_token(head_tokens=min(softmax_tokens, c.vocab_size))
     peak = max(peak, speeds[0] * flops)  # a measured peak can be too low
     mfu, n_params = speeds[0] * flops / peak, mine.raw_model.num_params()
-    print(f"{n_params:,} parameters, batch {batch_size} x {block_size}, {device}, "
-          f"torch {torch.__version__}; medians of {rounds} rounds of {steps} steps")
     spreads = [max(side.seconds) / min(side.seconds) - 1 for side in sides]
     forms = ["eager" if side.model is side.raw_model else "compiled" for side in sides]
-    for side, speed, spread, form in zip(sides, speeds, spreads, forms):
-        print(f"{speed:12,.0f} tok/s (spread {spread:.0%}), {side.compute_dtype}, {form}, "
-              f"{side.name}")
-    print(f"{mfu:12.1%} MFU of this model, against {peak / 1e12:.3g} TFLOP/s ({peak_source})")
+    print(f"\n{n_params:,} parameters, {batch_size} x {block_size} tokens per step, {device}, "
+          f"torch {torch.__version__}\n"
+          f"{count(rounds, 'round')} of {count(steps, 'step')}; the median counts\n")
+    print_table([["", "tokens/s", "spread"]] + [
+        [f"{side.name} ({form}, {side.compute_dtype})", f"{speed:,.0f}", f"{spread:.0%}"]
+        for side, form, speed, spread in zip(sides, forms, speeds, spreads)])
+    print(f"\nMFU of this model: {mfu:.1%} of {peak / 1e12:.3g} TFLOP/s ({peak_source})")
     result = dict(parameters=n_params, dtype=mine.compute_dtype, compiled=forms[0] == "compiled",
                   tokens_per_second=speeds[0], spread=spreads[0], mfu=mfu)
     if peer:
         theirs = max(speeds[1:])
         result |= dict(against=against, their_tokens_per_second=theirs, ratio=speeds[0] / theirs)
-        print(f"{result['ratio']:12.2f} times as fast")
+        print(f"{result['ratio']:.2f} times as fast as {against}")
     return result
 
 
@@ -316,8 +323,12 @@ def bench_data(meta: dict, streams: dict[str, TokenStream]) -> dict:
         speeds.append(n_tokens / (time.perf_counter() - start))
         padding.append(sum(int((y < 0).sum()) for y in targets) / n_tokens)
     speed, share = statistics.median(speeds[1:]), statistics.mean(padding)
-    print(f"{speed:12,.0f} tok/s of batches of {batch_size} {batching} from {dataset}, {share:.1%} "
-          f"of them padding; spread {max(speeds[1:]) / min(speeds[1:]) - 1:.0%}")
+    spread = max(speeds[1:]) / min(speeds[1:]) - 1
+    kind = "windows" if batching == "windows" else "documents"
+    print(f"\n{dataset}: batches of {batch_size} {kind} of up to {block_size} tokens\n"
+          f"{count(rounds, 'round')} of {count(steps, 'step')}; the median counts\n")
+    print_table([["", "tokens/s", "spread", "padding"],
+                 ["batches", f"{speed:,.0f}", f"{spread:.0%}", f"{share:.1%}"]])
     return dict(dataset=dataset, batching=batching, tokens_per_second=speed, padding=share)
 
 
@@ -332,7 +343,7 @@ def train_once(side: Side, c: SimpleNamespace, run_seed: int, meta: dict,
     machine.keep_freed_memory(side.ours)  # as its own script does
     if c.compile:
         side.compile(*(t.to(device) for t in batches.batch(0)))
-    for step in tqdm(range(1, c.max_iters + 1), desc=side.name, disable=None, dynamic_ncols=True):
+    for step in progress(range(1, c.max_iters + 1), f"training {side.name}, seed {run_seed}"):
         lr = optim.scheduled_lr(step - 1, c.schedule, c.learning_rate, c.min_lr, c.warmup_iters,
                                 c.max_iters)
         micro_batches = [next(stream) for _ in range(accumulation)]
@@ -361,6 +372,7 @@ def bench_loss(c: SimpleNamespace, peer, theirs: SimpleNamespace, meta: dict,
     reference = against if peer else "this model"
     target = target_loss or statistics.mean(points[-1][2] for points in runs[reference])
     result, seconds_to_target = dict(dataset=dataset, seeds=seeds, target_loss=target), {}
+    table = [["", "loss", "seconds", "tokens", "seeds"]]
     for name, points_of_runs in runs.items():
         ends = [points[-1] for points in points_of_runs]
         reached = [[point for point in points if point[2] <= target] for points in points_of_runs]
@@ -369,21 +381,25 @@ def bench_loss(c: SimpleNamespace, peer, theirs: SimpleNamespace, meta: dict,
         row = dict(final_loss=mean_and_deviation([loss for _, _, loss in ends]),
                    final_seconds=mean_and_deviation([seconds for seconds, _, _ in ends]),
                    reached=len(hits))
-        print(f"{name}: loss {row['final_loss'][0]:.4f} +- {row['final_loss'][1]:.4f} after "
-              f"{row['final_seconds'][0]:.1f} +- {row['final_seconds'][1]:.1f} s, "
-              f"{ends[0][1]:,} tokens")
+        table.append([name, "{:.4f} +- {:.4f}".format(*row["final_loss"]),
+                      "{:,.1f} +- {:.1f}".format(*row["final_seconds"]), f"{ends[0][1]:,}",
+                      str(seeds)])
+        to_target = [f"  to {target:.4f}", "", "not reached", "", "0"]
         if hits:
             row |= dict(seconds=mean_and_deviation([seconds for seconds, _, _ in hits]),
                         tokens=mean_and_deviation([n for _, n, _ in hits]))
-            print(f"    {target:.4f} reached by {len(hits)} of {seeds} after "
-                  f"{row['seconds'][0]:.1f} +- {row['seconds'][1]:.1f} s, "
-                  f"{row['tokens'][0]:,.0f} +- {row['tokens'][1]:,.0f} tokens")
+            to_target[2:] = ["{:,.1f} +- {:.1f}".format(*row["seconds"]),
+                             "{:,.0f} +- {:,.0f}".format(*row["tokens"]), str(len(hits))]
             seconds_to_target[name] = row["seconds"][0]
+        table += [to_target] * bool(peer or target_loss)
         result["theirs" if name == against else "ours"] = row
+    print(f"\nvalidation loss of {dataset} in nats per token, mean and standard deviation of "
+          f"{count(seeds, 'seed')}\n")
+    print_table(table)
     if len(seconds_to_target) == 2:
         ratio = seconds_to_target["this model"] / seconds_to_target[against]
         result |= dict(against=against, ratio=ratio)
-        print(f"{ratio:12.3f} of their time")
+        print(f"\nthis model needs {ratio:.3f} of the time of {against}")
     return result
 
 
@@ -406,15 +422,13 @@ def bench_generate(c: SimpleNamespace, peer, trained: GPT | None) -> dict:
     weight_bytes = [4 * n_params, n_params]  # about, of the two forms
     numbers = torch.randn(64 << 20, device=device)  # 256 MB, more than a cache holds
     bandwidth = 4 * numbers.numel() / machine.median_seconds(numbers.sum, device=device)
-    print(f"{n_params:,} parameters, {prompt} + {max_new_tokens} tokens, {device}, torch "
-          f"{torch.__version__}; medians of {rounds} rounds; memory is read at "
-          f"{bandwidth / 1e9:.1f} GB/s")
     result = dict(parameters=n_params, bandwidth=bandwidth)
+    table = [["", "texts", "first token", "tokens/s", "weights read", "speed-up"]]
     for B in [int(number) for number in texts.split(",")]:
         idx = torch.randint(c.vocab_size, (B, prompt), device=device)
         first, whole = [[] for _ in sides], [[] for _ in sides]
         # the first round warms up
-        for _ in tqdm(range(rounds + 1), desc=f"{B} texts", disable=None, dynamic_ncols=True):
+        for _ in progress(range(rounds + 1), f"generating {count(B, 'text')}"):
             for i, side in enumerate(sides):
                 machine.keep_freed_memory(side.ours)  # as its own script does
                 first[i].append(timed(side.generate, idx, 1))
@@ -428,12 +442,19 @@ def bench_generate(c: SimpleNamespace, peer, trained: GPT | None) -> dict:
         if peer:
             row |= dict(ratio=speeds[0] / speeds[2], int8_ratio=speeds[1] / speeds[2])
         for i, side in enumerate(sides):
-            line = f"{B:3} texts: first {1000 * to_first[i]:7.1f} ms, {speeds[i]:9,.1f} tokens/s"
+            cells = [side.name, str(B), f"{1000 * to_first[i]:,.1f} ms", f"{speeds[i]:,.1f}"]
             if side.ours:
-                line += f", weights read at {weight_bytes[i] * speeds[i] / B / 1e9:5.1f} GB/s"
-                line += f", {speeds[i] / speeds[2]:6.2f} times as fast" if peer else ""
-            print(f"{line}  {side.name}")
+                cells.append(f"{weight_bytes[i] * speeds[i] / B / 1e9:.1f} GB/s")
+                cells += [f"{speeds[i] / speeds[2]:.2f}x"] if peer else []
+            table.append(cells)
         result[f"batch_{B}"] = row
+    print(f"\n{n_params:,} parameters, {device}, torch {torch.__version__}; the memory can be read "
+          f"at {bandwidth / 1e9:.1f} GB/s\n"
+          f"{max_new_tokens} tokens after a prompt of {prompt}; {count(rounds, 'round')}; "
+          "the median counts\n")
+    if not peer:
+        table[0].pop()
+    print_table(table)
     return result
 
 
@@ -479,4 +500,5 @@ elif mode == "loss":
     result = bench_loss(settings, peer, theirs, meta, streams)
 else:
     result = bench_generate(settings, peer, trained)
+print()
 print(json.dumps({"mode": mode, "device": device, "torch": torch.__version__} | result))

@@ -3,26 +3,27 @@ Measure a trained model over a whole split and write out_dir/metrics_summary.jso
 
     python eval.py
     python eval.py --out_dir=out-fables
-    python eval.py --stride=64 --batching=windows  # sliding window: more context, more work
-    python eval.py --continuations=100  # ROUGE, BLEU and diversity of generated texts
-    python eval.py --compare=out,out-int8  # side by side; reuses results that are up to date
+    python eval.py --out_dir=out/step_001000.pt     # writes step_001000_metrics_summary.json
+    python eval.py --stride=64 --batching=windows   # sliding window: more context, more work
+    python eval.py --continuations=100              # ROUGE, BLEU and diversity of generated texts
+    python eval.py --compare=out,out-int8           # side by side; reuses up-to-date results
 """
 import contextlib
-import functools
 import importlib.util
 import json
 import math
+import textwrap
 import time
 from collections.abc import Iterable
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from lib import machine
 from lib.checkpoint import load_model
-from lib.configurator import at_least, configure, one_of, user_errors
+from lib.configurator import at_least, configure, one_of, print_table, progress, user_errors
 from lib.convert import OPENAI
 from lib.corpus import load_meta
 from lib.dataset import TokenStream, eval_batches, prefetch
@@ -32,22 +33,26 @@ from lib.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
 
 # -----------------------------------------------------------------------------
-out_dir = "out"  # a run (its best.pt, else last.pt), a Hugging Face folder, or gpt2 ... gpt2-xl
+# model and data
+out_dir = "out"  # a run (its best.pt, else last.pt), a .pt file, a Hugging Face folder, or gpt2 ...
 compare = ""  # measure several runs, out,out-int8,..., and print one table
+quantize = ""  # 'int8': quantize the weights first
 dataset = ""  # a folder in data/, or a path; '': the one that the model was trained on
 split = "val"  # or 'train', or any other split of the dataset
+# loss
 batching = ""  # 'windows', or 'by_length': one document per row; '': as in training
 stride = 0  # tokens from one window to the next; each token counts once (0: no overlap)
 eval_iters = 0  # leading batches to measure (0: the whole split)
 batch_size = 32  # rows of a batch
+# samples
 valid_samples = 200  # fables only: stories to sample at temperature 1 and to parse
 continuations = 0  # texts of the split to continue and to compare with the originals (0: none)
-prompt_tokens = 32  # of each such text that the model is given
-max_new_tokens = 64  # of each such text that follow and are compared
-temperature = 0.8  # of the continuations; 0: always the most probable token
+prompt_tokens = 32  # continuations: tokens of a text that the model is given
+max_new_tokens = 64  # continuations: tokens after these that are compared
+temperature = 0.8  # continuations: 0 is always the most probable token
 top_k = 0  # continuations: sample from the k most probable tokens only (0: all)
-seed = 1337  # of stories and continuations
-quantize = ""  # 'int8': quantize the weights first
+seed = 1337  # of fables and continuations
+# system
 device = "auto"  # cuda, else mps, else cpu; or 'cpu', 'cuda:1', ...
 dtype = "auto"  # fastest safe type on the device; or 'float32', 'bfloat16', 'float16'
 if __name__ == "__main__":
@@ -58,10 +63,42 @@ if __name__ == "__main__":
               quantize=one_of("int8", ""))
 
 
-# a progress bar as wide as the terminal; none if output is redirected
-progress = functools.partial(tqdm, disable=None, dynamic_ncols=True)
-CONTINUATION_METRICS = ("continuations", "rouge1", "rouge2", "rougeL", "bleu", "distinct_1",
-                        "distinct_2", "repetition")
+# what is printed of metrics_summary.json: name, format and unit by group
+PRINTED = {
+    "quality": {
+        "loss": ("loss", "{:.4f}", "nats per token"),
+        "floor": ("floor", "{:.4f}", "nats per token"),
+        "above_floor": ("above the floor", "{:.1%}", ""),
+        "bits_per_byte": ("bits per byte", "{:.4f}", ""),
+        "perplexity": ("perplexity", "{:,.2f}", ""),
+        "word_perplexity": ("perplexity per word", "{:,.2f}", ""),
+        "accuracy": ("accuracy", "{:.1%}", ""),
+        "accuracy_top5": ("top-5 accuracy", "{:.1%}", ""),
+        "unknown_share": ("unknown tokens", "{:.2%}", ""),
+        "valid_share": ("valid fables", "{:.1%}", "of the samples"),
+    },
+    "continuations": {
+        "continuations": ("texts", "{:,}", ""),
+        "rouge1": ("ROUGE-1", "{:.4f}", ""),
+        "rouge2": ("ROUGE-2", "{:.4f}", ""),
+        "rougeL": ("ROUGE-L", "{:.4f}", ""),
+        "bleu": ("BLEU", "{:.2f}", "of 100"),
+        "distinct_1": ("distinct words", "{:.1%}", ""),
+        "distinct_2": ("distinct word pairs", "{:.1%}", ""),
+        "repetition": ("repeated 4-grams", "{:.1%}", ""),
+    },
+    "size": {
+        "parameters": ("parameters", "{:,}", ""),
+        "size_float32_bytes": ("in float32", "{:,.1f}", "MB"),
+        "size_bfloat16_bytes": ("in bfloat16", "{:,.1f}", "MB"),
+        "size_int8_bytes": ("in int8", "{:,.1f}", "MB"),
+    },
+    "speed and memory": {
+        "tokens_per_second": ("evaluation", "{:,.0f}", "tokens/s"),
+        "generation_tokens_per_second": ("generation", "{:,.1f}", "tokens/s"),
+        "peak_memory_bytes": ("peak memory", "{:,.0f}", "MB"),
+    },
+}
 
 
 # -----------------------------------------------------------------------------
@@ -123,7 +160,7 @@ def share_of_valid_fables(model: GPT, tokenizer, n: int) -> float:
 
     torch.manual_seed(seed)
     valid, eot, T = 0, tokenizer.eot, model.config.block_size
-    for i in progress(range(0, n, 50), desc="sampling fables"):
+    for i in progress(range(0, n, 50), f"sampling {n} fables"):
         idx = torch.full((min(50, n - i), 1), eot, device=model.device)  # (B, 1)
         for row in model.generate(idx, T - 1, sampler=Sampling(), stop_token=eot).tolist():
             end = row.index(eot, 1) if eot in row[1:] else len(row)
@@ -189,7 +226,7 @@ def continue_texts(model: GPT, tokenizer, texts: np.ndarray) -> list[dict[str, s
     generator = torch.Generator(model.device).manual_seed(seed)
     sampler = Sampling(temperature, top_k, generator=generator)
     pairs = []
-    for batch in progress(torch.from_numpy(texts).split(batch_size), desc="continuing prompts"):
+    for batch in progress(torch.from_numpy(texts).split(batch_size), "continuing texts"):
         prompts = batch[:, :-max_new_tokens].to(model.device)  # (B, T)
         new = model.generate(prompts, max_new_tokens, sampler=sampler, stop_token=tokenizer.eot)
         parts = prompts, batch[:, -max_new_tokens:], new[:, prompts.size(1):]
@@ -264,6 +301,18 @@ def open_dataset(path: str, model: GPT, checkpoint: dict) -> tuple[Path, dict, T
     return folder, meta, stream
 
 
+def results_file(path: str, checkpoint: Path, name: str) -> Path:
+    """
+    Return the file for results of the model `path`, which was loaded from a checkpoint.
+
+    It is in the folder of the run. If path names a checkpoint file, so does the name of the file,
+    so that the results of the run stay: step_001000_metrics_summary.json.
+    """
+    if Path(path).is_file():
+        return checkpoint.with_name(f"{checkpoint.stem}_{name}")
+    return (checkpoint if checkpoint.is_dir() else checkpoint.parent) / name
+
+
 def reusable(path: Path, sources: list[Path],
              conditions: dict[str, object]) -> dict[str, object] | None:
     """Return the summary in path if it is newer than its sources and has these conditions."""
@@ -277,7 +326,7 @@ def reusable(path: Path, sources: list[Path],
 
 def measure(path: str) -> dict[str, object]:
     """
-    Measure one run, write its metrics_summary.json and return it.
+    Measure a model, write its metrics_summary.json and return it.
 
     With `compare`, an existing summary that is up to date is returned instead. A metric that was
     not measured or is not finite is None. Raises ValueError for bad input.
@@ -296,17 +345,17 @@ def measure(path: str) -> dict[str, object]:
                       split=split, batching=how, stride=stride or None, quantize=quantize or None,
                       eval_iters=eval_iters or None)
     where = Path(checkpoint["path"])  # a checkpoint file or a Hugging Face folder
-    out = where if where.is_dir() else where.parent
+    file = results_file(path, where, "metrics_summary.json")
     sources = ([*where.glob("*.safetensors")] or [where]) + [*folder.glob("meta.*")]
     if compare and not continuations:  # the summary does not say how texts were continued
-        old = reusable(out / "metrics_summary.json", sources, conditions)
+        old = reusable(file, sources, conditions)
         if old and not (is_fables and old.get("valid_share") is None):
-            print(f"using {out}/metrics_summary.json of step {old['step']}")
+            print(f"using {file} of step {old['step']}")
             return old
     autocast = machine.autocast(device, machine.resolve_dtype_for(model, dtype, device))
 
     start = time.perf_counter()
-    batches = progress(prefetch(batches, device), desc=f"{folder.name} {split}", unit=" batches")
+    batches = progress(prefetch(batches, device), f"measuring {path}", unit=" batches")
     sums = score(model, batches, autocast)
     seconds = time.perf_counter() - start
 
@@ -328,57 +377,74 @@ def measure(path: str) -> dict[str, object]:
         # of the process: of several runs it would be that of the largest so far
         "peak_memory_bytes": None if compare else machine.peak_memory(device),
         "generation_tokens_per_second": generation_speed(model),
-        **dict.fromkeys(CONTINUATION_METRICS),
+        **dict.fromkeys(PRINTED["continuations"]),
         "note": meta.get("note"),
     }
     pairs = continue_texts(model, tokenizer, texts) if continuations else []
     summary |= compare_texts(pairs) if pairs else {}
     summary = {key: None if isinstance(value, float) and not math.isfinite(value) else value
                for key, value in summary.items()}
-    write_results(out, summary, pairs)
+    if pairs:
+        lines = (json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
+        write_atomically(results_file(path, where, "continuations.jsonl"), "".join(lines))
+    write_atomically(file, json.dumps(summary, indent=1) + "\n")
     return summary
 
 
-def write_results(folder: Path, summary: dict[str, object], pairs: list[dict[str, str]]) -> None:
-    """Write metrics_summary.json and, if texts were continued, continuations.jsonl."""
-    if pairs:
-        lines = (json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
-        write_atomically(folder / "continuations.jsonl", "".join(lines))
-    write_atomically(folder / "metrics_summary.json", json.dumps(summary, indent=1) + "\n")
+def format_metric(summary: dict[str, object], key: str, form: str) -> str:
+    """Return a metric as it is printed, bytes as MB; '' if it was not measured."""
+    value = summary.get(key)
+    if key == "above_floor" and summary.get("floor") and summary["loss"] is not None:
+        value = summary["loss"] / summary["floor"] - 1
+    if value is None:
+        return ""
+    return form.format(value / 1e6 if key.endswith("_bytes") else value)
 
 
-def format_value(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:,.4f}"
-    return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def print_summary(summary: dict[str, object]) -> None:
-    for key, value in summary.items():
-        if value is not None and key != "note":
-            print(f"{key:>28}: {format_value(value)}")
-    if summary["floor"] and summary["loss"] is not None:
-        over = summary["loss"] / summary["floor"] - 1
-        print(f"The loss is {over:.1%} above the floor, which is the exact entropy of this text.")
+def print_summary(path: str, summary: dict[str, object]) -> None:
+    """Print the summary of a model: what was measured, and the metrics in groups."""
+    windows = f"windows every {summary['stride']} tokens" if summary["stride"] else "windows"
+    how = windows if summary["batching"] == "windows" else "one document per row"
+    first = f" of the first {summary['eval_iters']} batches" if summary["eval_iters"] else ""
+    int8 = ", in int8" if summary["quantize"] else ""
+    file = results_file(path, Path(summary["checkpoint"]), "metrics_summary.json")
+    print(f"\nmodel    {summary['checkpoint']}, step {summary['step']:,}{int8}\n"
+          f"data     {summary['dataset']}, {summary['split']} split, {summary['tokens']:,} tokens"
+          f"{first}, {how}\n"
+          f"results  {file}")
+    for group, metrics in PRINTED.items():
+        found = [(name, text, unit) for key, (name, form, unit) in metrics.items()
+                 if (text := format_metric(summary, key, form))]
+        if found:
+            print(f"\n{group}")
+        for name, text, unit in found:
+            print(f"  {name:<19}  {text} {unit}".rstrip())
+    if summary["floor"]:
+        print("\nThe floor is the exact entropy of this text: no model can have a lower loss.")
     if summary["note"]:
         print(summary["note"])
 
 
-def print_table(runs: dict[str, dict[str, object]]) -> None:
+def print_comparison(runs: dict[str, dict[str, object]]) -> None:
     """Print the summaries of several runs: a row for each metric, a column for each run."""
-    rows = [["", *runs]]
-    for key in next(iter(runs.values())):
-        values = [summary.get(key) for summary in runs.values()]
-        if key not in ("checkpoint", "folder", "note") and any(x is not None for x in values):
-            rows.append([key, *map(format_value, values)])
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for name, *cells in rows:
-        print(f"{name:<{widths[0]}}",
-              *(f"{cell:>{width}}" for cell, width in zip(cells, widths[1:])), sep="  ")
+    names = [Path(path).name for path in runs]
+    names = names if len(set(names)) == len(names) else list(runs)
+    heads = zip_longest(*(textwrap.wrap(name, 16) for name in names), fillvalue="")
+    rows = [["", *head] for head in heads]
+    told = {key: (key, "{:,}" if key in ("step", "tokens") else "{}", "")
+            for key in ("step", "dataset", "batching", "tokens")}
+    for group, metrics in {"measured": told, **PRINTED}.items():
+        found = []
+        for key, (name, form, unit) in metrics.items():
+            cells = [format_metric(summary, key, form) for summary in runs.values()]
+            if any(cells):
+                found.append([f"  {name}" + f" ({unit})" * bool(unit), *cells])
+        rows += [[""], [group], *found] if found else []
+    print_table(rows)
     keys = [key for key in ("dataset", "batching")
             if len({summary[key] for summary in runs.values()}) > 1]
     if keys:
-        print(f"The runs differ in {' and '.join(keys)}, so their losses may not be comparable; "
+        print(f"\nThe runs differ in {' and '.join(keys)}: their losses may not be comparable, but "
               "bits per byte of the same text are.")
 
 
@@ -387,7 +453,7 @@ if __name__ == "__main__":
     with user_errors():
         Sampling(temperature, top_k)  # checks them
         for path in paths:
-            if compare and not Path(path).is_dir() and path not in OPENAI:
+            if compare and not Path(path).exists() and path not in OPENAI:
                 raise ValueError(f"there is no run {path} to compare")
         if continuations and not all(map(importlib.util.find_spec, ("rouge_score", "sacrebleu"))):
             raise ValueError("continuations need two more packages: pip install rouge-score "
@@ -395,6 +461,6 @@ if __name__ == "__main__":
         device = machine.resolve_device(device)
         runs = {path: measure(path) for path in paths}
     if compare:
-        print_table(runs)
+        print_comparison(runs)
     else:
-        print_summary(runs[out_dir])
+        print_summary(out_dir, runs[out_dir])

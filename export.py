@@ -1,9 +1,10 @@
 """
 Write a trained model in a format that other programs read.
 
-    python export.py --out_dir=out --format=hf    # out-hf: a folder for transformers and its hub
+    python export.py --out_dir=out --format=hf    # out-hf: a folder for transformers and the hub
     python export.py --out_dir=out --format=gguf  # out-float16.gguf: a file for llama.cpp
     python export.py --out_dir=out --format=int8  # out-int8: a run with a quarter of the size
+    python export.py --out_dir=out/step_001000.pt --format=hf  # out/step_001000-hf
 
 The tokenizer is exported with the model. sample.py, eval.py and app.py read out-hf and out-int8.
 """
@@ -30,7 +31,7 @@ from lib.tokenizer import EOT, LETTER_OF_BYTE, PIECE, UNK, BytePairTokenizer, ge
 from model import GPT
 
 # -----------------------------------------------------------------------------
-out_dir = "out"  # a run (its best.pt, else last.pt), a Hugging Face folder, or gpt2 ... gpt2-xl
+out_dir = "out"  # a run (its best.pt, else last.pt), a .pt file, a Hugging Face folder, or gpt2 ...
 format = "int8"  # or 'hf', 'gguf'
 dtype = "auto"  # hf: float32 (auto), float16, bfloat16; gguf: float16 (auto), float32, q8_0
 to = ""  # folder or .gguf file to write; '': named after out_dir
@@ -274,7 +275,9 @@ def measured_table(step: int) -> str:
     """Return the metrics that eval.py measured at this step as a table, or ''."""
     summary = {}
     with contextlib.suppress(OSError, ValueError):
-        path = Path(out_dir, "metrics_summary.json")
+        path = Path(out_dir)  # as eval.py names it
+        name = f"{path.stem}_metrics_summary.json" if path.is_file() else "metrics_summary.json"
+        path = path.with_name(name) if path.is_file() else path / name
         summary = json.loads(path.read_text(encoding="utf-8"))
     rows = [f"| {key} | {summary[key]:.4f} |" for key in METRICS
             if isinstance(summary.get(key), float)]
@@ -450,7 +453,7 @@ def resolve_weight_dtype() -> str:
 
 def resolve_path(dtype: str) -> Path:
     """Return the folder or file to write. Raise ValueError if that would destroy something."""
-    name = out_dir.rstrip("/")
+    name = out_dir.rstrip("/").removesuffix(".pt")
     path = Path(to or (f"{name}-{dtype}.gguf" if format == "gguf" else f"{name}-{format}"))
     if (path.is_file() or path.is_dir() and any(path.iterdir())) and not overwrite:
         raise ValueError(f"{path} exists already: --overwrite=True replaces it, --to=OTHER writes "
@@ -470,9 +473,13 @@ if __name__ == "__main__":
         checkpoint = load_checkpoint(out_dir)
         export = {"hf": export_hf, "gguf": export_gguf, "int8": export_int8}[format]
         files = export(checkpoint, path, weight_dtype)
-        print(f"{files[0]}: {files[0].stat().st_size / 1e6:,.1f} MB")
+        size = sum(file.stat().st_size for file in files) / 1e6
+        print(f"wrote {path} ({weight_dtype}, {size:,.1f} MB) from {checkpoint['path']}, step "
+              f"{checkpoint['step']:,}")
         if format == "gguf":
-            print(f"With llama.cpp's parse_special, {EOT} in a prompt is read as the special "
-                  "token; sample.py reads it as text.")
+            print(f"note: with llama.cpp's parse_special, {EOT} in a prompt is read as the special "
+                  "token; sample.py reads it as text")
+        else:
+            print(f"next: python sample.py --out_dir={path}")
         if push:
             print(upload(files, push))

@@ -5,7 +5,8 @@ Predict the memory, the time and the best batch size of a training run, from for
     python plan.py config/train_small.py --device_memory=16GB --gpu=T4
     python plan.py config/train_large.py --gpu="RTX 4090" --mfu=0.4 --tokens=1e9
 
-No weights are allocated and no data is read. The last line of output is a JSON object.
+No weights are allocated, and of the dataset only meta.json is read. The last line of output is a
+JSON object.
 """
 import json
 import math
@@ -15,42 +16,42 @@ from pathlib import Path
 import torch
 
 from lib import machine
-from lib.configurator import at_least, configure, one_of, user_errors
+from lib.configurator import at_least, configure, one_of, print_table, user_errors
 from lib.corpus import load_meta
 from lib.loss import check_softmax_tokens
 from model import GPT, GPTConfig
 
 # -----------------------------------------------------------------------------
-# Settings
+# what to plan
 device_memory = ""  # what training must fit into: 4GB, 24 GB, 512MB, or bytes (empty: unknown)
 gpu = ""  # T4, A100, RTX 3060, ... (empty: this machine)
 mfu = 0.3  # share of the GPU's peak that training reaches; `python bench.py` measures it
 tokens = 0  # tokens to train on (0: those of max_iters steps or max_epochs)
 # data
-dataset = "tinystories"  # where it is prepared, it tells vocab_size and the size of an epoch
-gradient_accumulation_steps = 2
+dataset = "tinystories"  # where it is prepared, it gives vocab_size and the size of an epoch
+gradient_accumulation_steps = 2  # micro-batches per step
 batch_size = 32  # rows of a micro-batch
 block_size = 128  # context in tokens
 vocab_size = 0  # 0: that of the dataset, where it is prepared, else GPT-2's 50,257
 # model
-arch = "gpt2"
-n_layer = 6
-n_head = 6
-n_kv_head = 0
-n_embd = 384
-dropout = 0.1
-bias = True
-tied = True
+arch = "gpt2"  # or 'qwen3'
+n_layer = 6  # number of blocks
+n_head = 6  # attention heads per block
+n_kv_head = 0  # qwen3: heads of keys and values (0: n_head)
+n_embd = 384  # width
+dropout = 0.1  # share of activations that are set to zero
+bias = True  # gpt2: biases in Linear and LayerNorm
+tied = True  # the head shares the weights of the token embedding; gpt2: always
 # optimizer
-optimizer = "adamw"
-max_iters = 20000
+optimizer = "adamw"  # or 'muon'
+max_iters = 20000  # steps; the default does not apply if max_epochs is set
 max_epochs = 0.0  # passes over the training data (0: no limit)
 # system
 device = "auto"  # cuda, else mps, else cpu; or 'cpu', 'cuda:1', ...
 dtype = "auto"  # fastest safe type on the device; or 'float32', 'bfloat16', 'float16'
-remat = False  # as in train.py
-softmax_tokens = 0  # as in train.py
-loss_chunk = -1  # as in train.py
+remat = False  # recompute activations in the backward pass
+softmax_tokens = 0  # tokens in the training softmax (0: all)
+loss_chunk = -1  # compute the logits of this many tokens at a time (0: all; -1: 256 if faster)
 config, given = configure(
     globals(), skip_settings_of="train.py", announce=True, mfu=at_least(0, at_most=1),
     tokens=at_least(0),
@@ -194,6 +195,23 @@ def plan_batch(model: GPT, compute_dtype: str, kind: str,
     return 0, memory_with_runtime(model, 1, rows, compute_dtype, kind)
 
 
+def print_memory(memory: dict[str, int], kind: str) -> None:
+    """Print the result of memory_with_runtime()."""
+    print(f"memory with micro-batches of {batch_size} rows")
+    names = {name: name for name in ("weights", "gradients", "optimizer", "activations", "logits")}
+    names |= {"peak": "memory", "with runtime and gaps": "with_runtime"}
+    print_table([[f"  {name}", f"{memory[key] / 1e9:.3f} GB"] for name, key in names.items()])
+    print(f"  (runtime of the device: {RUNTIME / 1e9:.1f} GB, gaps between tensors: "
+          f"{GAPS[kind]:.0%} of the peak)")
+
+
+def duration(seconds: float) -> str:
+    for unit, name in ((86400, "days"), (3600, "hours")):
+        if seconds > 2 * unit:
+            return f"{seconds / unit:,.1f} {name}"
+    return f"{seconds / 60:.1f} minutes"
+
+
 def main() -> None:
     with user_errors():
         if not mfu:
@@ -218,36 +236,32 @@ def main() -> None:
     rows = batch_size * gradient_accumulation_steps
     memory = memory_with_runtime(model, batch_size, gradient_accumulation_steps, compute_dtype,
                                  kind)
-    print(f"{n_params:,} parameters, {n_params_in_blocks:,} without embeddings: {arch}, {n_layer} "
-          f"layers of width {n_embd}, vocab_size {V:,}")
-    print(f"{batch_size} rows of {block_size} tokens on {chip or here}, matrix products in "
-          f"{compute_dtype}, not compiled, take")
-    for name in ("weights", "gradients", "optimizer", "activations", "logits"):
-        print(f"{memory[name] / 1e9:12.3f} GB {name}")
-    print(f"{memory['memory'] / 1e9:12.3f} GB at the worst moment, when not all of these are at "
-          "their largest")
-    print(f"{memory['with_runtime'] / 1e9:12.3f} GB with the device's runtime ({RUNTIME / 1e9:.1f} "
-          f"GB) and the gaps between tensors ({GAPS[kind]:.0%})")
+    print(f"model   {n_params:,} parameters ({n_params_in_blocks:,} without embeddings)\n"
+          f"        {arch}, {n_layer} layers, {n_embd} wide, vocabulary of {V:,}\n"
+          f"batch   {gradient_accumulation_steps} x {batch_size} x {block_size} = "
+          f"{rows * block_size:,} tokens per step\n"
+          f"device  {chip or here}, matrix products in {compute_dtype}, not compiled\n")
+    print_memory(memory, kind)
 
     fits, best = None, batch_size
     if limit:
         fits = memory["with_runtime"] <= limit
-        print(f"that {'fits' if fits else 'does not fit'} into {limit / 1e9:g} GB")
         best, memory_of_best = plan_batch(model, compute_dtype, kind, limit)
+        print(f"\n{'fits' if fits else 'does not fit'} into {limit / 1e9:g} GB")
         if best:
-            print(f"take --batch_size={best} --gradient_accumulation_steps={rows // best}: the "
-                  f"largest micro-batches that fit, {memory_of_best['with_runtime'] / 1e9:.3f} GB, "
-                  f"with {rows * block_size:,} tokens a step as before")
+            print(f"  largest micro-batch that fits: --batch_size={best} "
+                  f"--gradient_accumulation_steps={rows // best}, "
+                  f"{memory_of_best['with_runtime'] / 1e9:.3f} GB")
         else:
             chunk = machine.resolve_loss_chunk(loss_chunk, kind, V)
             ways = ["--loss_chunk=256"] * (not chunk) + ["--remat=True"] * (not remat)
-            print(f"a single row takes {memory_of_best['with_runtime'] / 1e9:.3f} GB: try "
-                  f"{', '.join([*ways, 'a smaller --block_size'])} or a smaller model")
+            print(f"  a single row takes {memory_of_best['with_runtime'] / 1e9:.3f} GB\n"
+                  f"  try {', '.join([*ways, 'a smaller --block_size'])} or a smaller model")
 
     epoch = meta["splits"].get("train", {}).get("tokens", 0) if meta else 0
     if max_epochs and not tokens and not epoch:
-        print(f"how long {max_epochs:g} epochs take depends on the dataset {dataset}, which is not "
-              "prepared: give --tokens")
+        print(f"\nnote: the dataset {dataset} is not prepared, so the size of an epoch is unknown;\n"
+              f"the time is that of {max_iters:,} steps unless you give --tokens")
     trained = tokens
     if not trained:  # the nearest of the limits that are set
         limits = [max_iters * rows * block_size] * ("max_iters" in given or not max_epochs * epoch)
@@ -257,9 +271,9 @@ def main() -> None:
     if not chip:
         peak, source = machine.peak_flops(here, compute_dtype)
     seconds = flops / (mfu * peak)
-    duration = f"{seconds / 3600:,.1f} hours" if seconds > 7200 else f"{seconds / 60:.1f} minutes"
-    print(f"{trained:,} tokens, {math.ceil(trained / (rows * block_size)):,} steps: {flops:.3g} "
-          f"FLOPs, {duration} at {mfu:.0%} of {peak / 1e12:.3g} TFLOP/s ({source})")
+    print(f"\ntime: {duration(seconds)}\n"
+          f"  {math.ceil(trained / (rows * block_size)):,} steps, {trained:,} tokens, {flops:.3g} "
+          f"FLOPs\n  at {mfu:.0%} of {peak / 1e12:.3g} TFLOP/s ({source})\n")
     print(json.dumps(dict(
         mode="plan", device=chip or here, torch=torch.__version__, parameters=n_params,
         parameters_non_embedding=n_params_in_blocks,

@@ -3,6 +3,7 @@ Continue a text with a trained model.
 
     python sample.py --start="Once upon a time"
     python sample.py --out_dir=out-fables --num_samples=5
+    python sample.py --out_dir=out/step_001000.pt
     python sample.py --interactive=True
     python sample.py --start="Once upon a" --next_token=5
 
@@ -13,6 +14,7 @@ In a program:
 """
 import functools
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -30,24 +32,29 @@ from lib.tokenizer import BytePairTokenizer, get_tokenizer
 from model import GPT
 
 # -----------------------------------------------------------------------------
-out_dir = "out"  # a run (its best.pt, else last.pt), a Hugging Face folder, or gpt2 ... gpt2-xl
+# model
+out_dir = "out"  # a run (its best.pt, else last.pt), a .pt file, a Hugging Face folder, or gpt2 ...
+quantize = ""  # 'int8': a quarter of the size, about twice as fast on a CPU
+device = "auto"  # cuda, else mps, else cpu; or 'cpu', 'cuda:1', ...
+# prompt
 start = ""  # the prompt; FILE:path: read a text file; '-': standard input; '': a new document
 interactive = False  # read one prompt after another from the terminal
 next_token = 0  # only print this many of the most probable next tokens (0: generate)
+# length
 num_samples = 3  # in interactive mode the default is 1
 max_new_tokens = 300  # of a sample; it ends earlier at the end of its document
 stop = ""  # a text that ends a sample and is not printed; several: first||second
+# sampling
 temperature = 0.8  # 1: the model's own distribution; below: safer; 0: the most probable token
 top_k = 0  # sample from the k most probable tokens only (0: all)
 top_p = 1.0  # sample from the fewest tokens that together have this probability
 min_p = 0.0  # sample from tokens with at least this share of the highest probability
 repetition_penalty = 1.0  # above 1: tokens that are already in the text become less probable
 no_repeat_ngram = 0  # no sequence of this many tokens appears twice (0: off)
+seed = 1337  # another seed gives other samples
+# beam search
 num_beams = 0  # search for the most probable text with this many beams (0: sample)
-length_penalty = 1.0  # of the beam search: above 0 favors long texts, below 0 short ones
-seed = 1337
-quantize = ""  # 'int8': a quarter of the size, about twice as fast on a CPU
-device = "auto"  # cuda, else mps, else cpu; or 'cpu', 'cuda:1', ...
+length_penalty = 1.0  # above 0 favors long texts, below 0 short ones
 if __name__ == "__main__":
     _, given = configure(
         globals(), skip_settings_of="train.py", num_samples=at_least(1), next_token=at_least(0),
@@ -65,11 +72,11 @@ class Continuation(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1)
-def load(out_dir: str, device: str, quantize: str = "") -> tuple[GPT, object]:
-    """Return the model and the tokenizer of a run."""
+def load(out_dir: str, device: str, quantize: str = "") -> tuple[GPT, object, dict]:
+    """Return the model and the tokenizer of a run, and the rest of its checkpoint."""
     model, checkpoint = load_model(out_dir, resolve_device(device), quantize)
     keep_freed_memory()  # not before: it would also keep what loading took
-    return model, get_tokenizer(checkpoint["meta"])
+    return model, get_tokenizer(checkpoint["meta"]), checkpoint
 
 
 def generate_text(prompt: str = "", max_length: int = 100, temperature: float = 0.8,
@@ -87,7 +94,7 @@ def generate_text(prompt: str = "", max_length: int = 100, temperature: float = 
         names = [key for key in generate_text.__annotations__ if key != "return"]
         hint = did_you_mean(name, names) or f"; it has {', '.join(names)}"
         raise TypeError(f"generate_text has no argument {name!r}{hint}")
-    model, tokenizer = load(out_dir, device, quantize)
+    model, tokenizer, _ = load(out_dir, device, quantize)
     warn_of_unknown(model, tokenizer, prompt)
     generator = torch.Generator(model.device)
     generator.seed() if seed is None else generator.manual_seed(seed)
@@ -222,6 +229,20 @@ def read_prompt(start: str) -> str:
         raise ValueError(f"the prompt is not UTF-8 text: {error}") from None
 
 
+def describe(model: GPT, checkpoint: dict) -> str:
+    """Return a line with the file, step, size, dataset and, where known, loss of a model."""
+    path, step = Path(checkpoint["path"]), checkpoint["step"]
+    dataset = Path(checkpoint["config"]["dataset"]).name
+    in_int8 = model.lm_head.weight.dtype == torch.int8
+    loss = checkpoint.get("best_val_loss", math.inf)
+    has_loss = path.name == "best.pt" and not in_int8 and math.isfinite(loss)
+    parts = [str(path) if path.is_file() else out_dir, f"step {step:,}" if step else "",
+             f"{model.num_params():,} parameters" + " in int8" * in_int8,
+             f"trained on {dataset}" if dataset else "",
+             f"validation loss {loss:.4f}" if has_loss else ""]
+    return "model: " + ", ".join(filter(None, parts))
+
+
 def print_samples(model: GPT, tokenizer, prompt: str, sampler: Sampling) -> None:
     """Generate all samples at once; print each as it grows once those before it have ended."""
     began, tokens, running, row, printed = time.time(), 0, num_samples, 0, 0
@@ -242,7 +263,8 @@ def print_samples(model: GPT, tokenizer, prompt: str, sampler: Sampling) -> None
         print()
         raise
     if not interactive:
-        print(f"{tokens / (time.time() - began):,.0f} tokens/s", file=sys.stderr)
+        speed = tokens / (time.time() - began)
+        print(f"{tokens:,} tokens, {speed:,.0f} tokens/s", file=sys.stderr)
 
 
 def print_most_probable(model: GPT, tokenizer, prompt: str, sampler: Sampling) -> None:
@@ -275,8 +297,8 @@ def respond(model: GPT, tokenizer, prompt: str, sampler: Sampling) -> None:
 def respond_to_all(model: GPT, tokenizer, sampler: Sampling) -> None:
     """Ask for prompts until standard input ends. Ctrl-C ends a sample, or at the prompt all."""
     sys.stdin.reconfigure(errors="replace")
-    print("Type a prompt and press Enter. Ctrl-C stops a sample. To leave, press Ctrl-C at the "
-          "prompt, or Ctrl-D (on Windows Ctrl-Z and Enter).")
+    print("Type a prompt and press Enter. Ctrl-C stops a sample.\n"
+          "To leave, press Ctrl-C at the prompt, or Ctrl-D (on Windows Ctrl-Z and Enter).")
     while True:
         try:
             prompt = input("prompt> ")
@@ -295,7 +317,8 @@ if __name__ == "__main__":
     with user_errors():
         sampler = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, no_repeat_ngram)
         prompt = read_prompt(start)
-        model, tokenizer = load(out_dir, device, quantize)
+        model, tokenizer, checkpoint = load(out_dir, device, quantize)
+    print(describe(model, checkpoint), file=sys.stderr, flush=True)
     sampler.generator = torch.Generator(model.device).manual_seed(seed)
     if interactive:
         respond_to_all(model, tokenizer, sampler)

@@ -1,26 +1,33 @@
 """
-Settings as plain globals.
+Settings as plain globals, and what the scripts print: errors, progress, tables.
 
-A script lists them at its top, each with its reason in a comment, and then calls
+A script lists its settings at its top, each with its reason in a comment, and then calls
 
     config, given = configure(globals(), batch_size=at_least(1), optimizer=one_of("adamw", "muon"))
 
 which applies `python X.py [config/file.py ...] [--key=value ...]` from left to right; the last
 value wins, and --key alone sets a bool to True. A config file is Python. It runs in a namespace of
-its own, and every public name that it leaves there must be a setting of the script. `--help` prints
-the settings with their defaults and comments, which are read from the script's source.
+its own, and every public name that it leaves there must be a setting of the script.
+
+`--help` prints the docstring and the settings with their defaults and comments, which are read from
+the script's source. A comment line such as `# data` above a setting starts a group.
 """
 import ast
 import contextlib
 import difflib
 import math
 import os
+import shutil
 import sys
+import textwrap
 import time
 import traceback
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
+
+from tqdm import tqdm
 
 RENAMED = {"softmax_words": "softmax_tokens"}  # old names of settings
 # options of nanoGPT's scripts that do not exist here, with a hint; ignored in config files
@@ -41,6 +48,9 @@ NANOGPT_DEFAULTS = dict(
     max_iters=600000, weight_decay=0.1, beta1=0.9, beta2=0.95, grad_clip=1.0, decay_lr=True,
     warmup_iters=2000, lr_decay_iters=600000, min_lr=6e-5)
 
+
+# -----------------------------------------------------------------------------
+# Messages
 
 def one_line(message: object, length: int | None = None) -> str:
     """Return a message, such as an exception, on one line of at most `length` characters."""
@@ -65,6 +75,26 @@ def user_errors():
         fail(error)
 
 
+def progress(items: Iterable | None, doing: str, **options) -> tqdm:
+    """Show a progress bar in a terminal. In a redirected log, print one line with what is done."""
+    if not sys.stderr.isatty():
+        print(f"{doing} ...", flush=True)
+    # None: only in a terminal
+    return tqdm(items, desc=doing, disable=None, dynamic_ncols=True, **options)
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Print rows in aligned columns, the first one to the left. Rows may end early."""
+    widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
+    for row in rows:
+        cells = [f"{cell:>{width}}" if i else f"{cell:<{width}}"
+                 for i, (cell, width) in enumerate(zip(row, widths))]
+        print("  ".join(cells).rstrip())
+
+
+# -----------------------------------------------------------------------------
+# Settings
+
 def at_least(low: float, below: float = math.inf, at_most: float = math.inf) -> Callable:
     """Return a rule for configure(): low <= value, value < below and value <= at_most."""
     text = f"at least {low}"
@@ -88,20 +118,42 @@ def one_of(*choices: str) -> Callable:
     return check
 
 
+def assignments(source: str) -> Iterator[tuple[str, ast.Assign]]:
+    """Yield the settings in the source of a script, its globals above configure()."""
+    for node in ast.parse(source).body:
+        if isinstance(node, (ast.Assign, ast.Expr, ast.If)) and "configure(" in ast.unparse(node):
+            return
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            if (name := node.targets[0].id).islower():
+                yield name, node
+
+
 def settings_of(script: str | Path) -> dict[str, str]:
-    """Return the names and comments of a script's settings, its globals above configure()."""
+    """Return the names and comments of a script's settings."""
     source = Path(script).read_text(encoding="utf-8")
     lines = source.splitlines()
     found = {}
-    for node in ast.parse(source).body:
-        if isinstance(node, (ast.Assign, ast.Expr, ast.If)) and "configure(" in ast.unparse(node):
-            break
-        if not (isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)):
-            continue
-        if (name := node.targets[0].id).islower():
-            comment = lines[node.end_lineno - 1].encode()[node.end_col_offset:].decode()
-            found[name] = comment.strip().lstrip("# ")
+    for name, node in assignments(source):
+        comment = lines[node.end_lineno - 1].encode()[node.end_col_offset:].decode()
+        found[name] = comment.strip().lstrip("# ")
     return found
+
+
+def groups_of(script: str | Path) -> dict[str, list[str]]:
+    """
+    Return the names of a script's settings by group.
+
+    A comment line above a setting is the name of a group unless it ends in a period.
+    """
+    source = Path(script).read_text(encoding="utf-8")
+    lines = source.splitlines()
+    groups, group = {}, "settings"
+    for name, node in assignments(source):
+        above = lines[node.lineno - 2]
+        if above.startswith("# ") and not above.startswith("# --") and above[-1] != ".":
+            group = above[2:]
+        groups.setdefault(group, []).append(name)
+    return groups
 
 
 def coerce(name: str, value: object, default: object) -> object:
@@ -166,12 +218,18 @@ def nanogpt_defaults(values: dict, settings: dict, given: set[str]) -> dict[str,
     return missing
 
 
-def print_help(script: str, doc: str, comments: dict[str, str], settings: dict) -> None:
-    usage = f"usage: python {Path(script).name} [config/file.py ...] [--key=value ...]"
-    print(f"{doc.strip()}\n\n{usage}\n")
-    width = max(len(f"--{name}={value}") for name, value in settings.items())
-    for name, value in settings.items():
-        print(f"  {f'--{name}={value}':<{width}}  {comments[name]}".rstrip())
+def print_help(script: str, doc: str, settings: dict) -> None:
+    """Print the docstring of a script and its settings in groups, 100 columns wide or less."""
+    print(f"{doc.strip()}\n\nusage: python {sys.argv[0]} [config/file.py ...] [--key=value ...]")
+    comments = settings_of(script)
+    columns = min(100, shutil.get_terminal_size((100, 24)).columns)
+    indent = 6 + max(len(f"{name}={value}") for name, value in settings.items())
+    for group, names in groups_of(script).items():
+        print(f"\n{group}")
+        for name in names:
+            option = f"  --{name}={settings[name]}".ljust(indent)
+            lines = textwrap.wrap(comments[name], max(30, columns - indent), break_on_hyphens=False)
+            print((option + f"\n{' ' * indent}".join(lines)).rstrip())
 
 
 def configure(namespace: dict[str, object], skip_settings_of: str = "", announce: bool = False,
@@ -187,8 +245,7 @@ def configure(namespace: dict[str, object], skip_settings_of: str = "", announce
     defaults. rules: for some settings, at_least() or one_of().
     """
     script = str(namespace["__file__"])
-    comments = settings_of(script)
-    defaults = {name: namespace[name] for name in comments}
+    defaults = {name: namespace[name] for name in settings_of(script)}
     settings, given, old_names = dict(defaults), set(), set()
     rank0 = os.environ.get("RANK", "0") == "0"
     ignored = set(NANOGPT_ONLY)
@@ -197,7 +254,7 @@ def configure(namespace: dict[str, object], skip_settings_of: str = "", announce
         ignored |= others | {old for old, new in RENAMED.items() if new in others}
     if "--help" in sys.argv[1:] or "-h" in sys.argv[1:]:
         with contextlib.suppress(BrokenPipeError):  # a reader such as head may have seen enough
-            print_help(script, str(namespace.get("__doc__") or ""), comments, settings)
+            print_help(script, str(namespace.get("__doc__") or ""), settings)
             sys.stdout.flush()
         os._exit(0)
 
@@ -251,6 +308,8 @@ def configure(namespace: dict[str, object], skip_settings_of: str = "", announce
             rule(name, settings[name])
     changed = [f"{name}={value}" for name, value in settings.items() if value != defaults[name]]
     if announce and changed and rank0:
-        print(f"settings: {', '.join(changed)}")
+        print(textwrap.fill(", ".join(changed), 100, initial_indent="settings: ",
+                            subsequent_indent=" " * 10, break_long_words=False,
+                            break_on_hyphens=False))
     namespace.update(settings)
     return settings, given

@@ -20,12 +20,18 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from tqdm import tqdm
 
-from lib.configurator import one_line
+from lib.configurator import one_line, progress
 from lib.dataset import split_files
 from lib.files import open_synced
-from lib.tokenizer import EOT, KINDS, leading, meta_of, read_nanogpt_characters
+from lib.tokenizer import (
+    EOT,
+    KINDS,
+    leading,
+    meta_of,
+    read_nanogpt_characters,
+    train_tokenizer,
+)
 
 FORMAT_VERSION = 1  # of meta.json
 PART = 16_000_000  # characters that are tokenized at a time
@@ -266,6 +272,14 @@ def hub_documents(name: str, split: str, column: str = "text", subset: str = "")
 # -----------------------------------------------------------------------------
 # Token files
 
+def learn_tokenizer(kind: str, documents: Iterable[str], vocab_size: int,
+                    specials: tuple[str, ...] | None = None):
+    """Like train_tokenizer, but show progress: all kinds except gpt2 read the documents."""
+    if kind != "gpt2":
+        documents = progress(documents, f"learning the {kind} tokenizer", unit=" documents")
+    return train_tokenizer(kind, documents, vocab_size, specials)
+
+
 def tokenized(documents: Iterable[str], tokenizer) -> Iterator[tuple[np.ndarray, Counter]]:
     """
     Yield the ids of about PART characters of documents at a time, and their counts for meta.json.
@@ -313,8 +327,8 @@ def write_split(folder: Path, split: str, documents: Iterable[str], tokenizer,
     finish_dataset() renames the file. total: number of documents, for the progress bar.
     """
     digest = hashlib.sha256()
-    documents = tqdm(documents, desc=split, unit=" documents", total=total, smoothing=0,
-                     disable=None, dynamic_ncols=True)  # None: only in a terminal
+    documents = progress(documents, f"tokenizing {split}", unit=" documents", total=total,
+                         smoothing=0)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{split}.bin.tmp"
     counts = write_tokens(path, tokenized(documents, tokenizer), digest)
@@ -366,7 +380,8 @@ def finish_dataset(folder: Path, tokenizer, splits: dict[str, dict], **more) -> 
     for split, counts in splits.items():
         n, unknown = counts["tokens"], counts.get("unknown", 0)
         note = f"; {unknown:,} of the tokens ({unknown / n:.2%}) are unknown" if unknown else ""
-        print(f"{folder / split}.bin: {n:,} tokens, {counts['documents']:,} documents{note}")
+        files = f"_*.bin ({counts['shards']} files)" if "shards" in counts else ".bin"
+        print(f"{folder / split}{files}: {n:,} tokens, {counts['documents']:,} documents{note}")
 
 
 # -----------------------------------------------------------------------------

@@ -24,8 +24,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 from lib.configurator import at_least, configure, one_of, user_errors
-from lib.corpus import finish_dataset, remove_temporary_files, write_split
-from lib.tokenizer import EOT, KINDS, train_tokenizer
+from lib.corpus import finish_dataset, learn_tokenizer, remove_temporary_files, write_split
+from lib.tokenizer import EOT, KINDS
 
 # -----------------------------------------------------------------------------
 train_stories = 50000  # about 130 tokens each
@@ -482,10 +482,11 @@ def parse(text: str) -> tuple[list[int], float]:
 def prepare(folder: Path, train_stories: int, val_stories: int, seed: int, kind: str,
             vocab_size: int) -> None:
     sizes = {"train": train_stories, "val": val_stories}
+    print(f"writing {train_stories + val_stories:,} fables ...", flush=True)
     stories = {split: write_stories(f"{seed} {split}", n) for split, n in sizes.items()}
     texts = {split: [text for text, _ in stories[split]] for split in sizes}
     specials = None if kind == "word" else (EOT,)
-    made = train_tokenizer(kind, texts["train"] + texts["val"], vocab_size, specials)
+    made = learn_tokenizer(kind, texts["train"] + texts["val"], vocab_size, specials)
     with remove_temporary_files(folder):
         splits = {split: write_split(folder, split, texts[split], made, n)
                   for split, n in sizes.items()}

@@ -17,14 +17,20 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from tqdm import tqdm
-
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
-from lib.configurator import at_least, configure, one_of, user_errors
-from lib.corpus import ask_hub, finish_dataset, stripped, tokenized, write_split, write_tokens
+from lib.configurator import at_least, configure, one_of, progress, user_errors
+from lib.corpus import (
+    ask_hub,
+    finish_dataset,
+    learn_tokenizer,
+    stripped,
+    tokenized,
+    write_split,
+    write_tokens,
+)
 from lib.files import write_atomically
-from lib.tokenizer import KINDS, get_tokenizer, train_tokenizer
+from lib.tokenizer import KINDS, get_tokenizer
 
 # -----------------------------------------------------------------------------
 source = ""  # a local copy: a folder of .parquet or .jsonl files, column text (empty: the hub)
@@ -66,28 +72,27 @@ def prepare(folder: Path, name: str, subset: str, source: str, kind: str, vocab_
     the stream. A later call with the same arguments and files resumes there.
     """
     progress_file = folder / "progress.json.tmp"
-    progress = {}
+    saved = {}
     if progress_file.exists():
-        progress = json.loads(progress_file.read_text(encoding="utf-8"))
+        saved = json.loads(progress_file.read_text(encoding="utf-8"))
     rows, where = open_stream(name, subset, source), source or name
     paths = sorted(Path(source).rglob("*")) if source else []
     files = [[path.name, path.stat().st_size] for path in paths]
     asked = [name, subset, source, files, kind, vocab_size, shard_tokens, validation]
     digest, written = hashlib.sha256(), []
-    if progress.get("asked") == asked:
-        made, train, val = get_tokenizer(progress), Counter(progress["train"]), progress["val"]
-        written = [folder / f"train_{i:03}.bin.tmp" for i in range(progress["shards"])]
+    if saved.get("asked") == asked:
+        made, train, val = get_tokenizer(saved), Counter(saved["train"]), saved["val"]
+        written = [folder / f"train_{i:03}.bin.tmp" for i in range(saved["shards"])]
         for path in written:
             digest.update(path.read_bytes())
-        rows.load_state_dict(progress["stream"])
+        rows.load_state_dict(saved["stream"])
         documents = documents_of(rows, where)
         print(f"resuming after {len(written)} shards, {train['tokens']:,} tokens", file=sys.stderr)
     else:
-        made, train = train_tokenizer(kind, documents_of(rows, where), vocab_size), Counter()
+        made, train = learn_tokenizer(kind, documents_of(rows, where), vocab_size), Counter()
         documents = documents_of(rows, where)
         val = write_split(folder, "val", islice(documents, validation), made)
-    bar = tqdm(documents, desc="train", unit=" documents", smoothing=0, disable=None,
-               dynamic_ncols=True)
+    bar = progress(documents, "tokenizing train", unit=" documents", smoothing=0)
     parts = tokenized(bar, made)
     while not shards or len(written) < shards:
         path = folder / f"train_{len(written):03}.bin.tmp"
@@ -97,9 +102,9 @@ def prepare(folder: Path, name: str, subset: str, source: str, kind: str, vocab_
             break
         train.update(counts)
         written.append(path)
-        progress = dict(asked=asked, tokenizer=made.spec, train=train, val=val,
-                        shards=len(written), stream=rows.state_dict())
-        write_atomically(progress_file, json.dumps(progress))
+        saved = dict(asked=asked, tokenizer=made.spec, train=train, val=val,
+                     shards=len(written), stream=rows.state_dict())
+        write_atomically(progress_file, json.dumps(saved))
     if not written:
         raise ValueError(f"{where} has no more than the {val['documents']:,} documents for "
                          "validation")

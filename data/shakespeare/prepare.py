@@ -15,8 +15,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 from lib.configurator import at_least, configure, one_of, user_errors
-from lib.corpus import open_text, write_dataset
-from lib.tokenizer import KINDS, train_tokenizer
+from lib.corpus import learn_tokenizer, open_text, write_dataset
+from lib.tokenizer import KINDS
 
 # -----------------------------------------------------------------------------
 source = ""  # a local copy, or any other text file (empty: download it)
@@ -56,9 +56,9 @@ def prepare(folder: Path, source: str, kind: str, vocab_size: int) -> None:
     border = int(len(text) * 0.9)
     parts = {"train": text[:border], "val": text[border:]}
     if kind == "char":  # nanoGPT's ids: the characters of the whole text, and no other tokens
-        made = train_tokenizer(kind, [text], vocab_size, specials=())
+        made = learn_tokenizer(kind, [text], vocab_size, specials=())
     else:
-        made = train_tokenizer(kind, [parts["train"]], vocab_size)
+        made = learn_tokenizer(kind, [parts["train"]], vocab_size)
     write_dataset(folder, lambda split: [parts[split]] if parts[split] else [], made)
 
 

@@ -22,8 +22,14 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 from lib.configurator import at_least, configure, one_of, user_errors
-from lib.corpus import SUFFIXES, hub_documents, local_documents, write_dataset
-from lib.tokenizer import KINDS, train_tokenizer
+from lib.corpus import (
+    SUFFIXES,
+    hub_documents,
+    learn_tokenizer,
+    local_documents,
+    write_dataset,
+)
+from lib.tokenizer import KINDS
 
 # -----------------------------------------------------------------------------
 source = ""  # a file, a folder or the name of a dataset on the hub
@@ -63,7 +69,7 @@ with user_errors():
         "".encode(encoding)
     except LookupError as error:
         raise ValueError(f"--encoding={encoding}: {error}") from None
-    made = train_tokenizer(tokenizer, documents("train"), vocab_size)
+    made = learn_tokenizer(tokenizer, documents("train"), vocab_size)
     folder = Path(out_dir) if out_dir else HERE
     write_dataset(folder, documents, made)
     print(f"next: {next_command(folder.resolve())}")

@@ -23,13 +23,14 @@ from lib.configurator import at_least, configure, one_of, user_errors
 from lib.corpus import (
     finish_dataset,
     hub_rows,
+    learn_tokenizer,
     read_rows,
     remove_temporary_files,
     split_of,
     text_files,
     write_split,
 )
-from lib.tokenizer import KINDS, train_tokenizer
+from lib.tokenizer import KINDS
 
 # -----------------------------------------------------------------------------
 source = ""  # a local copy: a folder of wiki.train.raw, ... or of .parquet files (empty: the hub)
@@ -92,7 +93,7 @@ def articles(lines: Iterable[str]) -> Iterator[str]:
 
 
 def prepare(folder: Path, subset: str, source: str, kind: str, vocab_size: int) -> None:
-    made = train_tokenizer(kind, articles(lines_of("train", source, subset)), vocab_size)
+    made = learn_tokenizer(kind, articles(lines_of("train", source, subset)), vocab_size)
     splits = {}
     with remove_temporary_files(folder):
         for split in ("train", "val", "test"):
