@@ -314,8 +314,6 @@ while True:
             improved = state.count_evaluation(losses["val"])
             best = "new best" if improved else f"best {state.best_val_loss:.4f}"
             say(runlog.eval_line(state.step, last_step, losses, "" if eval_only else best))
-            if sample:
-                say(runlog.sample_lines(state.step, last_step, sample(state.step)))
             log.add(state.step, train_loss=losses["train"], val_loss=losses["val"])
             if log.write:
                 if improved:
@@ -325,6 +323,8 @@ while True:
                     save("last.pt", raw_model, state, meta, optimizers, scaler)
                 runlog.draw_losses(log, f"{dataset}: {n_params:,} parameters",
                                    meta.get("floor") if batching == "by_length" else None, log_x)
+            if sample:
+                say(runlog.sample_lines(state.step, last_step, sample(state.step)))
         if log.write and keep_every and state.step and state.step % keep_every == 0:
             save(ckpt.numbered(state.step), raw_model, state, meta)
     if at_end or (patience and state.stale >= patience):
