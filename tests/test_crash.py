@@ -472,7 +472,7 @@ def two_machines():
 
 
 def test_two_machines_train_like_one(tmp_path, fables_data, two_machines):
-    """The README's command for two nodes, in two network namespaces that share only the disk."""
+    """The command of docs/distributed.md for two nodes, in two network namespaces that share only the disk."""
     train_on_ranks(2, fables_data, tmp_path / "one", "--max_iters=12", "--lr_decay_iters=12")
     nodes = []
     for number, (prefix, cable) in enumerate(
@@ -515,7 +515,7 @@ def test_two_machines_train_like_one(tmp_path, fables_data, two_machines):
 
 
 def test_the_slurm_example_is_one_that_a_shell_can_parse():
-    script = (HERE / "README.md").read_text().split("#!/bin/bash\n")[1].split("```")[0]
+    script = (HERE / "docs/distributed.md").read_text().split("#!/bin/bash\n")[1].split("```")[0]
     done = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr and "srun torchrun" in script
 
