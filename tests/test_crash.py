@@ -472,7 +472,7 @@ def two_machines():
 
 
 def test_two_machines_train_like_one(tmp_path, fables_data, two_machines):
-    """The command of docs/distributed.md for two nodes, in two network namespaces that share only the disk."""
+    """The command for two nodes, in two network namespaces that share only the disk."""
     train_on_ranks(2, fables_data, tmp_path / "one", "--max_iters=12", "--lr_decay_iters=12")
     nodes = []
     for number, (prefix, cable) in enumerate(
