@@ -484,7 +484,7 @@ with user_errors():
     shape = asdict(trained.config) if trained else {}
     settings = SimpleNamespace(**config | dict(vocab_size=n_vocab) | shape)
     if mode == "generate" and settings.block_size // 4 + 1 + max_new_tokens > settings.block_size:
-        raise ValueError(f"max_new_tokens ({max_new_tokens}) must fit behind a prompt of a quarter "
+        raise ValueError(f"max_new_tokens ({max_new_tokens}) must fit after a prompt of a quarter "
                          f"of block_size ({settings.block_size})")
     theirs = configurator.read_config_file(their_config) if their_config else {}
     theirs = SimpleNamespace(**vars(settings) | {

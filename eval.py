@@ -431,9 +431,9 @@ def print_comparison(runs: dict[str, dict[str, object]]) -> None:
     names = names if len(set(names)) == len(names) else list(runs)
     heads = zip_longest(*(textwrap.wrap(name, 16) for name in names), fillvalue="")
     rows = [["", *head] for head in heads]
-    told = {key: (key, "{:,}" if key in ("step", "tokens") else "{}", "")
-            for key in ("step", "dataset", "batching", "tokens")}
-    for group, metrics in {"measured": told, **PRINTED}.items():
+    basics = {key: (key, "{:,}" if key in ("step", "tokens") else "{}", "")
+              for key in ("step", "dataset", "batching", "tokens")}
+    for group, metrics in {"measured": basics, **PRINTED}.items():
         found = []
         for key, (name, form, unit) in metrics.items():
             cells = [format_metric(summary, key, form) for summary in runs.values()]
