@@ -276,7 +276,7 @@ def learn_tokenizer(kind: str, documents: Iterable[str], vocab_size: int,
                     specials: tuple[str, ...] | None = None):
     """Like train_tokenizer, but show progress: all kinds except gpt2 read the documents."""
     if kind != "gpt2":
-        documents = progress(documents, f"learning the {kind} tokenizer", unit=" documents")
+        documents = progress(documents, "training the tokenizer", unit=" documents")
     return train_tokenizer(kind, documents, vocab_size, specials)
 
 
