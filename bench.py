@@ -159,6 +159,11 @@ def our_side(c: SimpleNamespace, model_seed: int, token_counts: torch.Tensor) ->
     return Side("this model", model.train(), optimizers, compute_dtype, ours=True)
 
 
+def their_name() -> str:
+    """Return the end of --against, such as nanoGPT/model.py."""
+    return "/".join(Path(against).parts[-2:])
+
+
 def peer_side(peer: ModuleType | SimpleNamespace, c: SimpleNamespace, model_seed: int) -> Side:
     """Set up the other program with the training settings c."""
     machine.keep_freed_memory(False)
@@ -170,7 +175,7 @@ def peer_side(peer: ModuleType | SimpleNamespace, c: SimpleNamespace, model_seed
                                       device_type)
     compute_dtype = "bfloat16" if device_type == "cuda" else "float32"
     made = made if isinstance(made, list) else [made]
-    return Side(against, model.train(), made, compute_dtype, ours=False)
+    return Side(their_name(), model.train(), made, compute_dtype, ours=False)
 
 
 def load_peer(path: str) -> ModuleType:
@@ -306,7 +311,7 @@ def bench_train(c: SimpleNamespace, peer) -> dict:
     if peer:
         theirs = max(speeds[1:])
         result |= dict(against=against, their_tokens_per_second=theirs, ratio=speeds[0] / theirs)
-        print(f"{result['ratio']:.2f} times as fast as {against}")
+        print(f"{result['ratio']:.2f} times as fast as {their_name()}")
     return result
 
 
@@ -367,9 +372,9 @@ def bench_loss(c: SimpleNamespace, peer, theirs: SimpleNamespace, meta: dict,
     runs = {"this model": [train_once(our_side(c, s, counts), c, s, meta, streams)
                            for s in run_seeds]}
     if peer:
-        runs[against] = [train_once(peer_side(peer, theirs, s), theirs, s, meta, streams)
-                         for s in run_seeds]
-    reference = against if peer else "this model"
+        runs[their_name()] = [train_once(peer_side(peer, theirs, s), theirs, s, meta, streams)
+                              for s in run_seeds]
+    reference = their_name() if peer else "this model"
     target = target_loss or statistics.mean(points[-1][2] for points in runs[reference])
     result, seconds_to_target = dict(dataset=dataset, seeds=seeds, target_loss=target), {}
     table = [["", "loss", "seconds", "tokens", "seeds"]]
@@ -392,14 +397,14 @@ def bench_loss(c: SimpleNamespace, peer, theirs: SimpleNamespace, meta: dict,
                              "{:,.0f} +- {:,.0f}".format(*row["tokens"]), str(len(hits))]
             seconds_to_target[name] = row["seconds"][0]
         table += [to_target] * bool(peer or target_loss)
-        result["theirs" if name == against else "ours"] = row
+        result["ours" if name == "this model" else "theirs"] = row
     print(f"\nvalidation loss of {dataset} in nats per token, mean and standard deviation of "
           f"{count(seeds, 'seed')}\n")
     print_table(table)
     if len(seconds_to_target) == 2:
-        ratio = seconds_to_target["this model"] / seconds_to_target[against]
+        ratio = seconds_to_target["this model"] / seconds_to_target[their_name()]
         result |= dict(against=against, ratio=ratio)
-        print(f"\nthis model needs {ratio:.3f} of the time of {against}")
+        print(f"\nthis model needs {ratio:.3f} of the time of {their_name()}")
     return result
 
 
@@ -484,7 +489,7 @@ with user_errors():
     shape = asdict(trained.config) if trained else {}
     settings = SimpleNamespace(**config | dict(vocab_size=n_vocab) | shape)
     if mode == "generate" and settings.block_size // 4 + 1 + max_new_tokens > settings.block_size:
-        raise ValueError(f"max_new_tokens ({max_new_tokens}) must fit behind a prompt of a quarter "
+        raise ValueError(f"max_new_tokens ({max_new_tokens}) must fit after a prompt of a quarter "
                          f"of block_size ({settings.block_size})")
     theirs = configurator.read_config_file(their_config) if their_config else {}
     theirs = SimpleNamespace(**vars(settings) | {

@@ -89,9 +89,9 @@ PRINTED = {
     },
     "size": {
         "parameters": ("parameters", "{:,}", ""),
-        "size_float32_bytes": ("in float32", "{:,.1f}", "MB"),
-        "size_bfloat16_bytes": ("in bfloat16", "{:,.1f}", "MB"),
-        "size_int8_bytes": ("in int8", "{:,.1f}", "MB"),
+        "size_float32_bytes": ("in float32", "{:,.2f}", "MB"),
+        "size_bfloat16_bytes": ("in bfloat16", "{:,.2f}", "MB"),
+        "size_int8_bytes": ("in int8", "{:,.2f}", "MB"),
     },
     "speed and memory": {
         "tokens_per_second": ("evaluation", "{:,.0f}", "tokens/s"),
@@ -355,7 +355,7 @@ def measure(path: str) -> dict[str, object]:
     autocast = machine.autocast(device, machine.resolve_dtype_for(model, dtype, device))
 
     start = time.perf_counter()
-    batches = progress(prefetch(batches, device), f"measuring {path}", unit=" batches")
+    batches = progress(prefetch(batches, device), f"measuring {Path(path).name}", unit=" batches")
     sums = score(model, batches, autocast)
     seconds = time.perf_counter() - start
 
@@ -431,9 +431,9 @@ def print_comparison(runs: dict[str, dict[str, object]]) -> None:
     names = names if len(set(names)) == len(names) else list(runs)
     heads = zip_longest(*(textwrap.wrap(name, 16) for name in names), fillvalue="")
     rows = [["", *head] for head in heads]
-    told = {key: (key, "{:,}" if key in ("step", "tokens") else "{}", "")
-            for key in ("step", "dataset", "batching", "tokens")}
-    for group, metrics in {"measured": told, **PRINTED}.items():
+    basics = {key: (key, "{:,}" if key in ("step", "tokens") else "{}", "")
+              for key in ("step", "dataset", "batching", "tokens")}
+    for group, metrics in {"measured": basics, **PRINTED}.items():
         found = []
         for key, (name, form, unit) in metrics.items():
             cells = [format_metric(summary, key, form) for summary in runs.values()]

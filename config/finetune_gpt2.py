@@ -1,5 +1,7 @@
 # Fine-tune OpenAI's smallest GPT-2 (124M parameters, a download of 0.5 GB) on your own text.
-# Data: python data/text/prepare.py --source=book.txt. Tokens per step: 32 x 1,024 = 32,768.
+#     python data/text/prepare.py --source=book.txt
+#     python train.py config/finetune_gpt2.py
+# Tokens per step: 32 x 1 x 1,024 = 32,768. The result is best.pt.
 out_dir = "out-finetune-gpt2"
 init_from = "gpt2"  # or gpt2-medium, gpt2-large, gpt2-xl, or a Hugging Face folder
 dataset = "text"

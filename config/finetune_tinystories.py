@@ -1,6 +1,8 @@
-# Fine-tune the model of `python train.py config/train_small.py`, saved in out/, on your own text:
-# three epochs at a low learning rate. Data: python data/text/prepare.py --source=book.txt.
-# Tokens per step: 2 x 16 x 128 = 4,096.
+# Fine-tune the model of config/train_small.py, saved in out/, on your own text: three epochs at a
+# low learning rate.
+#     python data/text/prepare.py --source=book.txt
+#     python train.py config/finetune_tinystories.py
+# Tokens per step: 2 x 16 x 128 = 4,096. The result is best.pt.
 out_dir = "out-finetune-tinystories"
 init_from = "out"  # the folder of a run with the same tokenizer as the data
 dataset = "text"

@@ -1,4 +1,7 @@
-# 0.09M parameters on Shakespeare's characters. Tokens per step: 12 x 64 = 768.
+# 0.09M parameters on Shakespeare's characters.
+#     python data/shakespeare_char/prepare.py
+#     python train.py config/train_char_nano.py
+# Tokens per step: 12 x 64 = 768.
 out_dir = "out-char-nano"
 dataset = "shakespeare_char"
 gradient_accumulation_steps = 1

@@ -1,4 +1,7 @@
-# 10.7M parameters on Shakespeare's characters. Tokens per step: 32 x 256 = 8,192.
+# 10.7M parameters on Shakespeare's characters.
+#     python data/shakespeare_char/prepare.py
+#     python train.py config/train_char_small.py
+# Tokens per step: 32 x 256 = 8,192.
 exec(open("config/train_char_nano.py").read())
 
 out_dir = "out-char-small"

@@ -1,4 +1,7 @@
-# 1.8M parameters on Shakespeare's characters. Tokens per step: 16 x 128 = 2,048.
+# 1.8M parameters on Shakespeare's characters.
+#     python data/shakespeare_char/prepare.py
+#     python train.py config/train_char_tiny.py
+# Tokens per step: 16 x 128 = 2,048.
 exec(open("config/train_char_nano.py").read())
 
 out_dir = "out-char-tiny"

@@ -1,5 +1,8 @@
-# The demo: 0.28M parameters on the fables. Reaches 0.5565 nats per token, 0.4% above the floor of
-# 0.5541, with 86% of 200 sampled fables valid, in 2.6 minutes on two cores of an AMD EPYC.
+# The demo: 0.28M parameters on the fables.
+#     python data/fables/prepare.py
+#     python train.py config/train_fables.py
+# Reaches 0.5565 nats per token, 0.4% above the floor of 0.5541, with 86% of 200 sampled fables
+# valid, in 2.6 minutes on two cores of an AMD EPYC.
 out_dir = "out-fables"
 init_from = "auto"  # an interrupted demo resumes
 dataset = "fables"
@@ -10,7 +13,7 @@ block_size = 192  # longer than any fable
 
 n_layer = 2
 n_head = 2  # 40 wide: narrower heads are slow to learn to copy a name
-n_embd = 80  # 96 and 128 reach less in the same time: they make fewer steps
+n_embd = 80  # 96 and 128 make fewer steps in the same time and end at a higher loss
 dropout = 0.0  # no fable is seen twice
 bias = True
 

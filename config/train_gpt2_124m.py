@@ -1,4 +1,5 @@
-# GPT-2's smallest size, 124M parameters, on ten billion tokens of FineWeb, for eight GPUs:
+# GPT-2's smallest size, 124M parameters, on ten billion tokens of FineWeb, for eight GPUs.
+#     python data/fineweb/prepare.py
 #     torchrun --nproc_per_node=8 train.py config/train_gpt2_124m.py
 # Tokens per step: 40 x 12 x 1,024 = 491,520. For OpenWebText: --dataset=openwebtext
 out_dir = "out-gpt2-124m"

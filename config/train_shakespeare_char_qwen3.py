@@ -1,9 +1,11 @@
-# Shakespeare's characters with nanoGPT's loss in a sixth of its time: 0.87M parameters reach 1.866
-# nats per token in 16.2 s on two cores of an AMD EPYC, mean of three seeds. nanoGPT's model and
-# recipe (train_shakespeare_char_cpu.py) reach 1.886 in 97.6 s.
+# Shakespeare's characters with nanoGPT's loss in a sixth of its time, 0.87M parameters.
+#     python data/shakespeare_char/prepare.py
+#     python train.py config/train_shakespeare_char_qwen3.py
+# Reaches 1.866 nats per token in 16.2 s on two cores of an AMD EPYC (mean of three seeds).
+# nanoGPT's model and recipe (train_shakespeare_char_cpu.py) reach 1.886 in 97.6 s.
 #
-# The same depth, width and batches, but Qwen3's blocks, an untied output layer, Muon, and few steps
-# at a high learning rate that falls to zero.
+# The depth, the width and the batches are the same, but with Qwen3's blocks, an untied output
+# layer, Muon, and few steps at a high learning rate that falls to zero.
 out_dir = "out-shakespeare-char-qwen3"
 dataset = "shakespeare_char"
 gradient_accumulation_steps = 1

@@ -1,7 +1,9 @@
 # 30M parameters on TinyStories: half a day on a good GPU.
+#     python data/tinystories/prepare.py
+#     python train.py config/train_small.py
 # Tokens per step: 32 x 32 x 128 = 131,072; 20,000 steps see 2.6 billion tokens, six epochs.
 #
-# The recipe of the tutorials that made this size popular, which learns slowly. Faster: add
+# This recipe, that of the tutorials that made this size popular, learns slowly. Faster: add
 # config/tuned.py after this file, or use train_small_qwen3.py on a laptop.
 dataset = "tinystories"
 gradient_accumulation_steps = 32

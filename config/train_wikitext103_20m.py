@@ -1,4 +1,6 @@
 # 19.3M parameters on WikiText-103, 12.9M of them the embeddings of GPT-2's tokens.
+#     python data/wikitext103/prepare.py
+#     python train.py config/train_wikitext103_20m.py
 # Tokens per step: 4 x 16 x 512 = 32,768; three epochs of 119M tokens are 10,900 steps.
 out_dir = "out-wikitext103"
 dataset = "wikitext103"

@@ -1,4 +1,6 @@
 # 124M parameters, GPT-2's size with half its context, on WikiText-2 and a GPU with 4 GB.
+#     python data/wikitext2/prepare.py
+#     python train.py config/train_wikitext2_4gb.py
 # Each step has 4 x 4 rows: one article per row, of up to 512 tokens, with others of similar length.
 # The model overfits 2.4M tokens: dropout is high, and the result is best.pt, not last.pt.
 out_dir = "out-wikitext2"

@@ -1,5 +1,7 @@
-# 2.1M parameters on Shakespeare's words. Tokens per step: 12 x 64 = 768.
-# Data: python data/shakespeare/prepare.py --tokenizer=word --out_dir=data/shakespeare_word
+# 2.1M parameters on Shakespeare's words.
+#     python data/shakespeare/prepare.py --tokenizer=word --out_dir=data/shakespeare_word
+#     python train.py config/train_word_micro.py
+# Tokens per step: 12 x 64 = 768.
 exec(open("config/train_char_micro.py").read())
 
 out_dir = "out-word-micro"

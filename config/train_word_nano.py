@@ -1,5 +1,7 @@
-# 0.57M parameters on Shakespeare's words. Tokens per step: 12 x 64 = 768.
-# Data: python data/shakespeare/prepare.py --tokenizer=word --out_dir=data/shakespeare_word
+# 0.57M parameters on Shakespeare's words.
+#     python data/shakespeare/prepare.py --tokenizer=word --out_dir=data/shakespeare_word
+#     python train.py config/train_word_nano.py
+# Tokens per step: 12 x 64 = 768.
 exec(open("config/train_char_nano.py").read())
 
 out_dir = "out-word-nano"

@@ -1,8 +1,8 @@
 # A faster recipe for train_nano.py, train_small.py, train_medium.py and train_large.py: Qwen3's
 # blocks and Muon, fewer tokens per step, and a high learning rate that falls to zero.
 #     python train.py config/train_small.py config/tuned.py --max_minutes=60
-# Measured in runs of ten minutes with nano and small on two CPU cores, where --softmax_tokens=4096
-# --compile=False is faster still.
+# Measured in runs of ten minutes with train_nano.py and train_small.py on two CPU cores. There,
+# --softmax_tokens=4096 --compile=False is faster still.
 gradient_accumulation_steps = 1
 
 arch = "qwen3"

@@ -240,8 +240,8 @@ def configure(namespace: dict[str, object], skip_settings_of: str = "", announce
     Return all settings and the names that a config file or the command line set. Bad input ends the
     script with one error line and status 2.
 
-    skip_settings_of: a script beside this one whose settings are ignored in config files, so that a
-    training config also serves to evaluate and to measure. announce: print what differs from the
+    skip_settings_of: a script in the same folder. Its settings are ignored in config files, so that
+    a training config also serves to evaluate and to measure. announce: print what differs from the
     defaults. rules: for some settings, at_least() or one_of().
     """
     script = str(namespace["__file__"])

@@ -276,7 +276,7 @@ def learn_tokenizer(kind: str, documents: Iterable[str], vocab_size: int,
                     specials: tuple[str, ...] | None = None):
     """Like train_tokenizer, but show progress: all kinds except gpt2 read the documents."""
     if kind != "gpt2":
-        documents = progress(documents, f"learning the {kind} tokenizer", unit=" documents")
+        documents = progress(documents, "training the tokenizer", unit=" documents")
     return train_tokenizer(kind, documents, vocab_size, specials)
 
 
@@ -388,8 +388,8 @@ def finish_dataset(folder: Path, tokenizer, splits: dict[str, dict], **more) -> 
 # meta.json
 
 def command_in_configs(folder: Path) -> str:
-    """Return the command that writes a dataset, from the "# Data: ..." line of a config, or ''."""
-    pattern = rf"^# Data: (.*--out_dir={re.escape(folder.as_posix())})$"
+    """Return the command that writes a dataset, from a comment line of a config, or ''."""
+    pattern = rf"^# +(python data/.*--out_dir={re.escape(folder.as_posix())})$"
     for config in sorted(Path("config").glob("*.py")):
         if line := re.search(pattern, config.read_text(encoding="utf-8"), re.MULTILINE):
             return line[1]

@@ -79,7 +79,7 @@ def server(tmp_path_factory, runs):
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 0
         lines = log.read_text().splitlines()
-        assert re.fullmatch(r"http://127\.0\.0\.1:\d+ \(Ctrl-C ends it\)", lines[0])
+        assert re.fullmatch(r"http://127\.0\.0\.1:\d+ \(press Ctrl-C to stop\)", lines[0])
         for line in lines[1:]:
             loaded = r"loaded (fables|deep/letters)( in int8)? on cpu in [\d.]+ s"
             assert re.fullmatch(loaded, line), line

@@ -33,6 +33,11 @@ def test_bench_beside_another_model(tmp_path):
         result["tokens_per_second"] / result["their_tokens_per_second"]
     )
     assert result["tokens_per_second"] > 0 and result["mfu"] > 0 and not result["compiled"]
+    table = done.stdout.split("\n\n")[2].splitlines()
+    assert table[0].split() == ["tokens/s", "spread"]
+    assert table[1].startswith("this model (eager, float32) ")
+    assert table[1].split()[-2] == f"{result['tokens_per_second']:,.0f}"
+    assert table[2].split()[-2] == f"{result['their_tokens_per_second']:,.0f}"
     assert result["parameters"] == 16 * (50 + 16) + 12 * 16 * 16 + 13 * 16 + 2 * 16
     assert "ratio" not in json.loads(run("bench.py", *BENCH).stdout.strip().splitlines()[-1])
 
@@ -82,6 +87,10 @@ def test_bench_of_the_way_to_a_loss(tmp_path, fables_data):
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.strip().splitlines()[-1])
     ours, theirs = result["ours"], result["theirs"]
+    table = done.stdout.split("\n\n")[2].splitlines()
+    assert [line.split()[-1] for line in table] == ["seeds", "2", "2", "2", "2"]
+    assert "{:.4f} +- {:.4f}".format(*theirs["final_loss"]) in table[3]
+    assert table[2].split()[:2] == ["to", f"{result['target_loss']:.4f}"]
     assert (
         theirs["final_loss"][0]
         == result["target_loss"]
@@ -109,6 +118,7 @@ def test_bench_of_generation(tmp_path):
         )
         assert done.returncode == 0, done.stderr
         result = json.loads(done.stdout.strip().splitlines()[-1])
+        assert done.stdout.count("x\n") == 4  # our four speed-ups
         for texts in (1, 3):
             row = result[f"batch_{texts}"]
             assert row["ratio"] == pytest.approx(
@@ -134,7 +144,7 @@ def test_bench_of_a_trained_models_generation(trained):
         "--max_new_tokens=11",
         "--texts=1",
     )
-    assert done.returncode == 0 and "8 + 11 tokens" in done.stdout, done.stderr
+    assert done.returncode == 0 and "11 tokens after a prompt of 8" in done.stdout, done.stderr
     assert (
         json.loads(done.stdout.splitlines()[-1])["parameters"]
         == load_model(trained, "cpu")[0].num_params()
@@ -166,7 +176,7 @@ def test_bench_takes_training_configs(tmp_path):
         (["--n_head=3"], "multiple of n_head"),
         (["--patience=1"], "no setting 'patience'"),
         (["--their_config=none.py"], "no such config file"),
-        (["--mode=generate", "--max_new_tokens=12"], "must fit behind"),
+        (["--mode=generate", "--max_new_tokens=12"], "must fit after"),
         (["--run=out"], "run is for --mode=generate"),
         (["--mode=generate", "--run=none"], "no checkpoint in none"),
         (["--texts=1;8"], "texts takes numbers"),

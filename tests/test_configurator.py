@@ -1,14 +1,26 @@
 """Settings from the command line and config files, their errors, and --help."""
 
 import ast
+import io
 import math
+import os
+import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from helpers import HERE, SCRIPTS, TINY, one_line_error, run
-from lib.configurator import at_least, coerce, from_text, one_of, settings_of
+from lib.configurator import (
+    at_least,
+    coerce,
+    from_text,
+    one_of,
+    print_table,
+    progress,
+    settings_of,
+)
 from lib.corpus import load_meta
 from lib.dataset import TokenStream
 
@@ -171,14 +183,45 @@ def test_bad_config_files_are_one_line(tmp_path, text, says):
     assert says in error and str(path) in error
 
 
+def settings_by_group(script: str) -> dict[str, dict[str, str]]:
+    """Read the settings from the lines of a script: their comments by group and name."""
+    groups, group = {}, "settings"
+    for line in (HERE / script).read_text().splitlines():
+        if re.fullmatch("# [a-z][a-z ]*", line):
+            group = line[2:]
+        elif setting := re.fullmatch(r"([a-z]\w*) = ([^#]*)(?:  # (.*))?", line):
+            groups.setdefault(group, {})[setting[1]] = setting[3] or ""
+        elif "configure(" in line:
+            return groups
+    raise AssertionError(f"{script} does not call configure()")
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_lists_every_setting_with_its_reason(script):
-    done = run(script, "--help")
+def test_help_lists_every_setting_with_its_reason_under_its_group(script):
+    done = run(script, "--help", COLUMNS="100")
     assert done.returncode == 0 and not done.stderr
-    for name, comment in settings_of(HERE / script).items():
-        assert f"--{name}=" in done.stdout and comment in done.stdout
-    assert f"usage: python {Path(script).name}" in done.stdout
-    assert len(settings_of(HERE / script)) >= 2
+    doc, *sections = re.split(r"\n\n(?=[a-z][a-z ]*\n  --)", done.stdout)
+    source = (HERE / script).read_text()
+    expected = f"{ast.get_docstring(ast.parse(source)).strip()}\n\nusage: python {script} "
+    assert doc.startswith(expected)
+    groups = settings_by_group(script)
+    assert [section.split("\n")[0] for section in sections] == list(groups)
+    for section, settings in zip(sections, groups.values()):
+        for name, comment in settings.items():
+            assert re.search(rf"^  --{name}=\S* *{re.escape(comment[:20])}", section, re.MULTILINE)
+            assert comment in " ".join(section.split())
+        assert section.count("\n  --") == len(settings)
+    assert all(len(line) <= 100 for line in done.stdout.splitlines())
+    names = [name for settings in groups.values() for name in settings]
+    assert names == list(settings_of(HERE / script)) and len(names) >= 2
+    assert len(names) <= 8 or len(groups) > 1
+    narrow = run(script, "--help", COLUMNS="70").stdout
+    assert max(map(len, narrow[len(doc):].splitlines())) <= 70
+
+
+@pytest.mark.parametrize("script", [script for script in SCRIPTS if script != "train.py"])
+def test_every_setting_has_a_comment(script):
+    assert all(settings_of(HERE / script).values())
 
 
 def test_configs_fit_every_script():
@@ -219,16 +262,73 @@ def test_defaults_have_the_size_of_train_small():
 
 
 # -----------------------------------------------------------------------------
+# What the scripts print
+
+
+def test_progress_is_shown_in_terminals_and_fits_into_them(monkeypatch, capsys):
+    log = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", log)
+    assert list(progress(range(3), "counting")) == [0, 1, 2]
+    assert log.getvalue() == "" and capsys.readouterr().out == "counting ...\n"
+    log.isatty, log.fileno = lambda: True, lambda: 1
+    with progress(None, "counting", total=9) as bar:
+        for columns in (60, 40, 80):
+            size = os.terminal_size((columns, 20))
+            monkeypatch.setattr(os, "get_terminal_size", lambda fd, size=size: size)
+            bar.refresh()
+            assert len(log.getvalue().split("\r")[-1].rstrip()) == columns - 1
+    assert "counting: " in log.getvalue() and capsys.readouterr().out == ""
+
+
+def test_a_redirected_log_has_lines_and_no_progress_bars(trained, fables_data, tmp_path):
+    bench = ["bench.py", "--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16"]
+    bench += ["--batch_size=2", "--rounds=2", "--steps=1", "--compile=False", "--device=cpu"]
+    bench += ["--dtype=float32", f"--dataset={fables_data}", "--seeds=1"]
+    loss = ["--mode=loss", "--max_iters=2"]
+    generate = ["--mode=generate", "--max_new_tokens=4", "--texts=1,2"]
+    story = tmp_path / "story.txt"
+    story.write_text("the fox saw a hare.\n<|endoftext|>\n" * 40)
+    text = ["data/text/prepare.py", f"--source={story}", "--tokenizer=char"]
+    fables = ["data/fables/prepare.py", "--train_stories=20", "--val_stories=5"]
+    for command, says in (
+        (["eval.py", f"--out_dir={trained}", "--valid_samples=2"], ["measuring", "sampling 2"]),
+        (bench, ["measuring 2 rounds"]),
+        ([*bench, "--mode=data"], []),
+        ([*bench, *loss], ["training this model, seed 1337"]),
+        ([*bench, *generate], ["generating 1 text", "generating 2 texts"]),
+        (["plan.py", "--device=cpu"], []),
+        (["export.py", f"--out_dir={trained}", f"--to={tmp_path}/int8"], []),
+        (text, ["training the tokenizer", "tokenizing train", "tokenizing val"]),
+        (fables, ["writing 25", "training the tokenizer", "tokenizing train", "tokenizing val"]),
+    ):
+        to = [f"--out_dir={tmp_path}/{command[1][2:8]}"] if "prepare" in command[0] else []
+        done = run(*command, *to)
+        assert done.returncode == 0 and done.stderr == "", done.stderr
+        assert "\r" not in done.stdout and "it/s" not in done.stdout
+        lines = [line for line in done.stdout.splitlines() if line.endswith(" ...")]
+        assert len(lines) == len(says), (lines, says)
+        assert all(line.startswith(start) for line, start in zip(lines, says)), (lines, says)
+
+
+def test_tables_are_aligned(capsys):
+    print_table([["", "a", "second"], ["group"], ["  name", "1,000"], ["x", "", "7"]])
+    assert capsys.readouterr().out == (
+        "            a  second\ngroup\n  name  1,000\nx                   7\n"
+    )
+
+
+# -----------------------------------------------------------------------------
 # What was given
 
 
 def test_what_differs_from_the_defaults_is_printed_once(tmp_path, fables_data):
     args = [f"--dataset={fables_data}", f"--out_dir={tmp_path}/out", *TINY, "--max_iters=0"]
-    lines = [
-        line for line in run("train.py", *args).stdout.splitlines() if line.startswith("settings: ")
-    ]
-    assert len(lines) == 1 and "n_embd=16" in lines[0] and "max_iters=0" in lines[0]
-    assert "batching" not in lines[0] and "n_kv_head" not in lines[0]
+    stdout = run("train.py", *args).stdout
+    said = re.match(r"settings: (.*(?:\n {10}.*)*)\n", stdout)
+    assert stdout.count("settings: ") == 1 and max(map(len, said[0].splitlines())) <= 100
+    settings = dict(setting.split("=") for setting in re.split(r",\s+", said[1]))
+    assert settings["n_embd"] == "16" and settings["max_iters"] == "0"
+    assert "batching" not in settings and "n_kv_head" not in settings
 
 
 def test_a_renamed_setting_still_works_and_says_so_once(tmp_path, fables_data):

@@ -2,10 +2,10 @@
 import contextlib
 import copy
 import importlib.util
-import io
 import json
 import math
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -23,6 +23,11 @@ from lib.dataset import TokenStream, eval_batches
 from lib.quantize import quantize_int8
 from lib.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
+
+
+def printed_metrics(stdout: str) -> dict[str, str]:
+    """Return what eval.py prints as `name  value`, without the names of groups."""
+    return dict(re.findall(r"^ *(\S+(?: \S+)*)  +(\S.*)$", stdout, re.MULTILINE))
 
 
 def read_summary(folder: Path) -> dict:
@@ -70,13 +75,26 @@ def test_metrics_equal_a_plain_computation(trained, fables_data, tmp_path, batch
         assert summary[key] == pytest.approx(value, rel=1e-4), key
     assert summary["floor"] == (meta["floor"] if batching == "by_length" else None)
     assert summary["valid_share"] == 0.0
-    assert ("above the floor" in done.stdout) == (batching == "by_length")
+    printed = printed_metrics(done.stdout)
+    assert ("above the floor" in printed) == ("floor" in printed) == (batching == "by_length")
+    assert printed["loss"] == f"{loss:.4f} nats per token"
+    assert printed["perplexity"] == f"{math.exp(loss):.2f}"
+    assert printed["top-5 accuracy"] == f"{top5 / n:.1%}"
+    assert printed["valid fables"] == "0.0% of the samples"
+    assert printed["in int8"] == f"{summary['size_int8_bytes'] / 1e6:.2f} MB"
+    if batching == "by_length":
+        assert printed["above the floor"] == f"{loss / meta['floor'] - 1:.1%}"
+    how = {"windows": "windows", "by_length": "one document per row"}[batching]
+    assert printed["model"] == f"{out}/best.pt, step 6"
+    assert printed["data"] == f"fables, val split, {n:,} tokens, {how}"
+    assert printed["results"] == f"{out}/metrics_summary.json"
+    assert not {"ROUGE-1", "unknown tokens", "continuations"} & set(printed)
     assert summary["parameters"] == model.num_params() and summary["peak_memory_bytes"] > 1e7
     assert summary["step"] == checkpoint["step"] and summary["dataset"] == "fables"
     assert summary["generation_tokens_per_second"] > 1
     assert summary["rouge1"] is summary["stride"] is None
     settings = f"settings: out_dir={out}, batching={batching}, batch_size=3, valid_samples=5, "
-    assert done.stdout.startswith(settings + "dtype=float32\n")
+    assert " ".join(done.stdout.split()).startswith(settings + "dtype=float32 measuring")
 
 
 def test_a_model_that_knows_its_fable_is_valid(tmp_path):
@@ -233,24 +251,10 @@ def test_the_note_of_a_dataset_ends_the_summary(trained, fables_data, tmp_path):
     (tmp_path / "data/meta.json").write_text(json.dumps(meta | {"note": "Words are counted so."}))
     args = [f"--out_dir={tmp_path}/out", "--valid_samples=0", "--eval_iters=1"]
     done = run("eval.py", *args, f"--dataset={tmp_path}/data")
-    *summary, note = done.stdout.splitlines()
+    *summary, note = done.stdout.splitlines()  # the last line
     assert note == "Words are counted so." and note not in "".join(summary), done.stderr
     assert read_summary(tmp_path / "out")["note"] == note
     assert "None" not in run("eval.py", *args).stdout
-
-
-def test_progress_is_shown_in_terminals_and_fits_into_them(monkeypatch):
-    file = io.StringIO()
-    with evaluation.progress(total=9, file=file) as bar:
-        bar.refresh()
-    assert file.getvalue() == ""
-    file.isatty, file.fileno = lambda: True, lambda: 1
-    with evaluation.progress(total=9, file=file) as bar:
-        for columns in (60, 40, 80):
-            size = os.terminal_size((columns, 20))
-            monkeypatch.setattr(os, "get_terminal_size", lambda fd, size=size: size)
-            bar.refresh()
-            assert len(file.getvalue().split("\r")[-1].rstrip()) == columns - 1
 
 
 def test_texts_to_continue(tmp_path):
@@ -330,16 +334,17 @@ def test_compare_is_one_run_beside_the_other(trained, tmp_path):
     args += ["--continuations=3"] if importlib.util.find_spec("rouge_score") else []
     done = run("eval.py", f"--compare={','.join(paths)}", *args)
     assert done.returncode == 0, done.stderr
-    settings, header, *rows = (line.split() for line in done.stdout.splitlines())
-    assert settings[0] == "settings:" and header == paths
-    table = {name: cells for name, *cells in rows}
-    assert done.stderr == ""  # no progress bars in a file
+    table = printed_metrics(done.stdout)
+    assert re.search("^ +out +out-int8$", done.stdout, re.MULTILINE)
+    assert done.stderr == ""
     speeds = dict.fromkeys(["tokens_per_second", "generation_tokens_per_second"])
-    assert "peak_memory_bytes" not in table and "stride" not in table
+    assert not {"peak memory (MB)", "floor (nats per token)"} & set(table)
     for i, path in enumerate(paths):
         compared = read_summary(Path(path))
-        assert float(table["loss"][i]) == pytest.approx(compared["loss"], abs=6e-5)
-        assert table["size_int8_bytes"][i] == f"{compared['size_int8_bytes']:,}"
+        loss = float(table["loss (nats per token)"].split()[i])
+        assert loss == pytest.approx(compared["loss"], abs=6e-5)
+        size = table["in int8 (MB)"].split()[i]
+        assert size == f"{compared['size_int8_bytes'] / 1e6:.2f}"
         assert run("eval.py", f"--out_dir={path}", *args).returncode == 0
         alone = read_summary(Path(path))
         assert alone.pop("peak_memory_bytes") > 1e7 and compared.pop("peak_memory_bytes") is None
@@ -400,11 +405,50 @@ def test_compare_says_what_it_reuses(trained, tmp_path):
     (tmp_path / "hf/metrics_summary.json").write_text(json.dumps(summary | {"loss": 98.7654}))
     done = run("eval.py", f"--compare={tmp_path}/out,{tmp_path}/hf", *args)
     assert done.returncode == 0, done.stderr
-    _, reused, _, *rows = done.stdout.splitlines()
-    assert reused == f"using {tmp_path}/hf/metrics_summary.json of step 6"
-    table = {name: cells for name, *cells in map(str.split, rows)}
-    assert table["loss"][1] == "98.7654" != table["loss"][0]
-    assert "folder" not in table and "note" not in table
+    assert f"using {tmp_path}/hf/metrics_summary.json of step 6\n" in done.stdout
+    losses = printed_metrics(done.stdout)["loss (nats per token)"].split()
+    assert losses[1] == "98.7654" != losses[0]
+
+
+def test_a_comparison_of_three_runs_fits_a_terminal(trained, tmp_path, capsys, monkeypatch):
+    for name, value in dict(device="cpu", valid_samples=0, eval_iters=1).items():
+        monkeypatch.setattr(evaluation, name, value)
+    shutil.copytree(trained, tmp_path / "out")
+    summary = evaluation.measure(str(tmp_path / "out"))
+    large = {key: 124_337_664 if key.startswith(("param", "size")) else value
+             for key, value in summary.items()}
+    capsys.readouterr()
+    paths = ["runs/out-shakespeare-char-qwen3", "out-small-qwen3", "out-small-qwen3-int8"]
+    evaluation.print_comparison(dict(zip(paths, [large, summary | {"dataset": "tales"}, large])))
+    said = capsys.readouterr().out
+    table, differ = said.split("\n\nThe runs differ in dataset: ")
+    assert "may not be comparable" in differ
+    head, *_ = table.split("\n\n")
+    words = "".join(head.split())
+    assert all(part in words for path in paths for part in path.split("/")[-1].split("-"))
+    assert max(map(len, table.splitlines())) <= 80
+    assert re.search(r"^  parameters +124,337,664 +[\d,]+ +124,337,664$", table, re.MULTILINE)
+    assert re.search(r"^  in float32 \(MB\) +124\.34 +0\.\d+ +124\.34$", table, re.MULTILINE)
+    evaluation.print_comparison({"a/out": summary, "b/out": summary})  # the same last part
+    assert re.search("^ +a/out +b/out$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_a_checkpoint_file_has_its_own_results(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "out")
+    shutil.copy(tmp_path / "out/last.pt", tmp_path / "out/step_000006.pt")
+    checkpoint = f"{tmp_path}/out/step_000006.pt"
+    args = ["--valid_samples=0", "--eval_iters=1"]
+    done = run("eval.py", f"--out_dir={checkpoint}", *args)
+    assert done.returncode == 0, done.stderr
+    file = tmp_path / "out/step_000006_metrics_summary.json"
+    printed = printed_metrics(done.stdout)
+    assert (printed["model"], printed["results"]) == (f"{checkpoint}, step 6", str(file))
+    assert json.loads(file.read_text())["checkpoint"] == checkpoint
+    assert not (tmp_path / "out/metrics_summary.json").exists()
+    done = run("eval.py", f"--compare={tmp_path}/out,{checkpoint}", *args)
+    assert done.returncode == 0, done.stderr
+    assert f"using {file} of step 6" in done.stdout
+    assert (tmp_path / "out/metrics_summary.json").exists()
 
 
 @pytest.mark.parametrize("args, says", [

@@ -358,13 +358,36 @@ def test_push_uploads_the_written_files(hub, runs, tmp_path, format, files):
 
 
 # -----------------------------------------------------------------------------
+# Checkpoint files
+
+def test_a_checkpoint_file_is_exported_beside_it(tmp_path, trained):
+    """The model card has the results of this file, not those of the run."""
+    shutil.copytree(trained, tmp_path / "out")
+    shutil.copy(trained / "last.pt", tmp_path / "out/step_000006.pt")
+    args = [f"--out_dir={tmp_path}/out/step_000006.pt"]
+    assert run("eval.py", *args, "--valid_samples=0").returncode == 0
+    file = tmp_path / "out/step_000006_metrics_summary.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"loss": 1.2345}))
+    assert run("eval.py", f"--out_dir={tmp_path}/out", "--valid_samples=0").returncode == 0
+    for format in ("int8", "hf", "gguf"):
+        done = run("export.py", *args, f"--format={format}")
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out/step_000006-int8/best.pt").is_file()
+    assert (tmp_path / "out/step_000006-float16.gguf").is_file()
+    assert "| loss | 1.2345 |" in (tmp_path / "out/step_000006-hf/README.md").read_text()
+
+
+# -----------------------------------------------------------------------------
 # int8
 
 def test_int8(tmp_path, trained):
     out, int8 = tmp_path / "out", tmp_path / "out-int8"
     shutil.copytree(trained, out)
     done = run("export.py", f"--out_dir={out}")
-    assert done.returncode == 0 and f"{int8}/best.pt" in done.stdout, done.stderr
+    assert done.returncode == 0, done.stderr
+    wrote, following = done.stdout.splitlines()
+    assert wrote.startswith(f"wrote {int8} (int8, ") and f" from {out}/best.pt, step 6" in wrote
+    assert following == f"next: python sample.py --out_dir={int8}"
     weights = [torch.load(folder / "best.pt", weights_only=True)["model"] for folder in (out, int8)]
     sizes = [sum({w.data_ptr(): w.nbytes for w in state.values()}.values()) for state in weights]
     assert sizes[1] < 0.5 * sizes[0]  # with rows of 16 weights; with 384 it is 0.253

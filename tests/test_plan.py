@@ -120,6 +120,8 @@ def test_plan_of_time_and_batches():
 
     limit = plan(*args, "--batch_size=6", "--gradient_accumulation_steps=4")["with_runtime_bytes"]
     planned = plan(*args, f"--device_memory={limit}")
+    assert "\ndoes not fit into " in planned["text"]
+    assert "fits: --batch_size=6 --gradient_accumulation_steps=4, " in planned["text"]
     assert not planned["fits"] and (
         planned["batch_size"],
         planned["gradient_accumulation_steps"],
@@ -131,6 +133,7 @@ def test_plan_of_time_and_batches():
             f"--gradient_accumulation_steps={24 // B}",
             f"--device_memory={limit} b",
         )
+        assert ("\nfits into " in again["text"]) == fits
         assert (
             again["fits"] == fits
             and again["batch_size"] == 6

@@ -2,6 +2,8 @@
 import ast
 import json
 import pickle
+import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,9 +11,16 @@ import pytest
 import torch
 
 from helpers import one_line_error, run, tiny, train
+from lib.checkpoint import load_model
 from lib.decoding import Sampling
 from lib.tokenizer import EOT, ListTokenizer, gpt2_tokenizer
 from sample import check_prompt, generate_text, stream_text
+
+
+def error_of(done) -> str:
+    """Return the error line of a run, before which the line about the model may stand."""
+    done.stderr = re.sub(r"\Amodel: .*\n", "", done.stderr)
+    return one_line_error(done)
 
 
 def reciter(tokenizer, texts: list[str]):
@@ -102,7 +111,7 @@ def test_an_error_after_some_text_begins_a_line(tmp_path):
     nanogpt_run(tmp_path, "abcd")
     args = [f"--out_dir={tmp_path}", "--num_samples=1", "--start=a", "--no_repeat_ngram=1"]
     done = run("sample.py", *args)
-    assert "no_repeat_ngram=1 excludes every token" in one_line_error(done)
+    assert "no_repeat_ngram=1 excludes every token" in error_of(done)
     assert sorted(done.stdout) == sorted("abcd\n") and done.stdout.endswith("\n")
 
 
@@ -113,7 +122,7 @@ def test_an_error_about_unknown_words_shows_a_prompt_that_works(trained):
         return json.loads(works)
 
     out = f"--out_dir={trained}"
-    works = shown(one_line_error(run("sample.py", out, "--start=Once Qwertyuiop")))
+    works = shown(error_of(run("sample.py", out, "--start=Once Qwertyuiop")))
     with pytest.raises(ValueError) as error:
         generate_text("Once Qwertyuiop", out_dir=str(trained), device="cpu")
     assert works and shown(str(error.value)) == works
@@ -167,13 +176,13 @@ def test_unknown_arguments_of_generate_text_are_named(name, says):
     (["--next_token=-1"], "next_token must be at least 0"),
 ])
 def test_bad_input_is_one_line(trained, args, says):
-    assert says in one_line_error(run("sample.py", f"--out_dir={trained}", *args))
+    assert says in error_of(run("sample.py", f"--out_dir={trained}", *args))
 
 
 def test_a_prompt_that_is_not_text(tmp_path, trained):
     (tmp_path / "prompt").write_bytes(b"\xff\xfe\x00")
     done = run("sample.py", f"--out_dir={trained}", f"--start=FILE:{tmp_path}/prompt")
-    assert "not UTF-8" in one_line_error(done)
+    assert "not UTF-8" in error_of(done)
 
 
 def test_a_prompt_longer_than_the_context_is_read_from_its_end(tmp_path, trained):
@@ -235,8 +244,9 @@ def test_prompts_typed_in_or_piped_and_next_tokens(trained):
     how, *answers, end = typed.stdout.split("prompt> ")
     assert "Ctrl-C" in how and "Ctrl-D (on Windows Ctrl-Z and Enter)" in how
     assert answers == [f"{text}\n", "", f"{text}\n"] and end == "\n"
-    assert len(typed.stderr.splitlines()) == 1
-    assert "does not have the words 'Qwertyuiop'" in typed.stderr
+    model, error = typed.stderr.splitlines()  # the model is named once
+    assert model.startswith(f"model: {trained}/best.pt, step 6, ")
+    assert "does not have the words 'Qwertyuiop'" in error
     typed = run("sample.py", *args[:1], *args[2:], "--interactive=True", "--num_samples=2",
                 stdin="Once upon\n")
     assert typed.stdout.split("prompt> ")[1] == f"{text}\n{line}\n{text}\n"
@@ -247,3 +257,35 @@ def test_prompts_typed_in_or_piped_and_next_tokens(trained):
     assert shares == sorted(shares, reverse=True)
     assert sum(shares) == pytest.approx(100, abs=0.01 * len(rows))
     assert sample.startswith("Once upon" + ast.literal_eval(rows[0].split("%", 1)[1].strip()))
+
+
+def test_the_model_is_named_on_standard_error(trained, tmp_path):
+    args = ["--num_samples=1", "--max_new_tokens=2"]
+
+    def model_line(out_dir: Path, *more: str) -> str:
+        done = run("sample.py", f"--out_dir={out_dir}", *args, *more)
+        assert done.returncode == 0 and "model: " not in done.stdout, done.stderr
+        model, speed = done.stderr.splitlines()
+        assert re.fullmatch(r"\d tokens?, [\d,]+ tokens/s", speed)
+        return model
+
+    checkpoint = torch.load(trained / "best.pt", weights_only=True)
+    n = load_model(trained, "cpu")[0].num_params()
+    loss = checkpoint["best_val_loss"]
+    fables = f"step 6, {n:,} parameters, trained on fables"
+    line = f"model: {trained}/best.pt, {fables}, validation loss {loss:.4f}"
+    assert model_line(trained) == line
+    # the loss is that of the float32 weights of best.pt
+    int8 = fables.replace(" parameters", " parameters in int8")
+    assert model_line(trained, "--quantize=int8") == f"model: {trained}/best.pt, {int8}"
+    shutil.copy(trained / "last.pt", tmp_path / "step_000006.pt")
+    assert model_line(tmp_path / "step_000006.pt") == f"model: {tmp_path}/step_000006.pt, {fables}"
+    nanogpt_run(tmp_path, "ab c")
+    n = tiny(vocab_size=4).num_params()
+    expected = f"model: {tmp_path}/ckpt.pt, step 7, {n:,} parameters, trained on bard"
+    assert model_line(tmp_path) == expected
+
+
+def test_generate_text_prints_nothing(trained, capfd):
+    generate_text("Once upon", 2, out_dir=str(trained), device="cpu")
+    assert capfd.readouterr() == ("", "")

@@ -1,7 +1,8 @@
 """
-Write short fables from a grammar, so that the lowest possible loss is known exactly.
+Write short fables from a grammar whose entropy, the lowest possible loss, is known exactly.
 
     python data/fables/prepare.py
+    python data/fables/prepare.py --train_stories=2000 --out_dir=data/few_fables
 
 A fable is a sequence of random choices: each sentence is one of a few templates, and each [slot] of
 a template is filled with an option from a table. All options of a choice are equally likely, so a
@@ -29,7 +30,7 @@ from lib.tokenizer import EOT, KINDS
 
 # -----------------------------------------------------------------------------
 train_stories = 50000  # about 130 tokens each
-val_stories = 2000
+val_stories = 2000  # held out for validation
 seed = 1337  # of the random choices
 tokenizer = "pieces"  # words with the space before them, the fastest to learn; or any other kind
 vocab_size = 0  # at most this many tokens (0: 4,096 of bpe, 10,000 words, all others)

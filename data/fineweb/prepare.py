@@ -1,12 +1,12 @@
 """
-FineWeb (https://arxiv.org/abs/2406.17557), its sample of ten billion tokens: 15M web pages.
+Prepare FineWeb's sample of ten billion tokens: 15M web pages (https://arxiv.org/abs/2406.17557).
 
     python data/fineweb/prepare.py
     python data/fineweb/prepare.py --shards=10
 
-Streams val.bin (the first 5,000 pages) and train_000.bin, train_001.bin, ... of 100M tokens each
-(20 GB in all) to this folder; nothing else is stored. After an interruption, the same command
-resumes behind the last complete shard.
+Writes val.bin (the first 5,000 pages) and train_000.bin, train_001.bin, ... of 100M tokens each to
+this folder, 20 GB in all. The text is streamed and not stored. After an interruption, the same
+command resumes after the last complete shard.
 """
 import gc
 import hashlib

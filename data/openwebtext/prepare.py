@@ -1,13 +1,13 @@
 """
-OpenWebText (https://skylion007.github.io/OpenWebTextCorpus): 8M web pages, an open copy of the
-dataset that GPT-2 was trained on.
+Prepare OpenWebText, an open copy of the dataset that GPT-2 was trained on: 8M web pages
+(https://skylion007.github.io/OpenWebTextCorpus).
 
     python data/openwebtext/prepare.py
     python data/openwebtext/prepare.py --shards=10
 
 Writes val.bin (the first 5,000 pages) and train_000.bin, train_001.bin, ... of 100M GPT-2 tokens
-each, nine billion in all (18 GB), like data/fineweb/prepare.py. nanoGPT holds out other pages, so
-losses are only roughly comparable with its losses.
+each to this folder, nine billion tokens or 18 GB in all. After an interruption, the same command
+resumes. nanoGPT holds out other pages, so its losses are only roughly comparable.
 """
 import sys
 from pathlib import Path

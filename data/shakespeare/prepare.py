@@ -1,11 +1,12 @@
 """
-The works of Shakespeare (tinyshakespeare, 1.1 MB). Training uses the first 90%, as in nanoGPT.
+Prepare tinyshakespeare, 1.1 MB of Shakespeare's plays, in GPT-2 tokens.
 
     python data/shakespeare/prepare.py
     python data/shakespeare/prepare.py --tokenizer=word --out_dir=data/shakespeare_word
     python data/shakespeare/prepare.py --source=input.txt
 
-Writes train.bin (301,967 GPT-2 tokens) and val.bin (36,060 tokens) to this folder.
+Writes train.bin (301,967 GPT-2 tokens) and val.bin (36,060 tokens) to this folder. As in nanoGPT,
+the first 90% of the text are for training and the rest for validation.
 """
 import hashlib
 import sys

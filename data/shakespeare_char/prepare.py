@@ -1,11 +1,12 @@
 """
-The works of Shakespeare by characters: 65 of them. Training uses the first 90%, as in nanoGPT.
+Prepare tinyshakespeare, 1.1 MB of Shakespeare's plays, as characters.
 
     python data/shakespeare_char/prepare.py
     python data/shakespeare_char/prepare.py --source=input.txt
 
-Writes train.bin (1,003,854 tokens) and val.bin (111,540 tokens) to this folder. data/shakespeare
-is the same text in GPT-2 tokens.
+Writes train.bin (1,003,854 tokens) and val.bin (111,540 tokens) to this folder. There are 65
+different characters. As in nanoGPT, the first 90% of the text are for training and the rest for
+validation. data/shakespeare/prepare.py writes the same text in GPT-2 tokens.
 """
 import sys
 from pathlib import Path

@@ -1,5 +1,5 @@
 """
-Your own text, or a dataset of the Hugging Face hub.
+Prepare your own text, or a dataset of the Hugging Face hub.
 
     python data/text/prepare.py --source=book.txt
     python data/text/prepare.py --source=FOLDER --tokenizer=char

@@ -1,5 +1,5 @@
 """
-TinyStories (https://arxiv.org/abs/2305.07759): 2.1M short stories in a small child's vocabulary.
+Prepare TinyStories, 2.1M short stories in simple words (https://arxiv.org/abs/2305.07759).
 
     python data/tinystories/prepare.py
     python data/tinystories/prepare.py --tokenizer=bpe --out_dir=data/tinystories_bpe

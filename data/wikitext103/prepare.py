@@ -1,5 +1,5 @@
 """
-WikiText-103 (https://arxiv.org/abs/1609.07843), the raw variant: 28,475 Wikipedia articles.
+Prepare WikiText-103 raw, 28,475 articles of Wikipedia (https://arxiv.org/abs/1609.07843).
 
     python data/wikitext103/prepare.py
     python data/wikitext103/prepare.py --source=FOLDER
@@ -9,7 +9,8 @@ with spaces around punctuation.
 
 meta.json counts words as the papers do, each line end as one: 217,646 in the validation split and
 245,569 in the test split. The papers replace rare words by <unk>; the raw files spell them out,
-which is harder to predict. Compare the perplexity per word of eval.py with theirs only roughly.
+which is harder to predict. The perplexity per word that eval.py prints is therefore only roughly
+comparable with theirs.
 """
 import re
 import sys
@@ -41,7 +42,7 @@ out_dir = ""  # where to write (empty: this folder)
 
 TITLE = re.compile(r" = [^=].* = ")
 SUFFIXES = (".raw", ".tokens", ".txt", ".parquet")
-NOTE = ("word_perplexity divides by the papers' word count, but the raw text spells out the rare "
+NOTE = ("The perplexity per word uses the papers' word count, but the raw text spells out the rare "
         "words that they replace by <unk>.")  # printed by eval.py
 
 

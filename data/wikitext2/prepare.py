@@ -1,5 +1,5 @@
 """
-WikiText-2 (https://arxiv.org/abs/1609.07843), the raw variant: 600 Wikipedia articles.
+Prepare WikiText-2 raw, 600 articles of Wikipedia (https://arxiv.org/abs/1609.07843).
 
     python data/wikitext2/prepare.py
     python data/wikitext2/prepare.py --source=FOLDER
