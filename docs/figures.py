@@ -250,13 +250,12 @@ def write_figures(figures: dict[str, str]) -> None:
         if new != old:
             write_atomically(path, new)
     config = ROOT / "config/train_fables.py"
-    result = ("The demo: 0.28M parameters on the fables. Reaches {fables_loss} nats per token, "
-              "{fables_above_floor} above the floor of {fables_floor}, with {fables_valid} of 200 "
-              "sampled fables valid, in {fables_minutes} minutes on two cores of an AMD EPYC.")
-    comment = textwrap.fill(result.format(**figures), 100, initial_indent="# ",
-                            subsequent_indent="# ")
-    settings = config.read_text().partition("\nout_dir")
-    write_atomically(config, comment + "".join(settings[1:]))
+    before, _, after = config.read_text(encoding="utf-8").partition("# Reaches")
+    result = ("Reaches {fables_loss} nats per token, {fables_above_floor} above the floor of "
+              "{fables_floor}, with {fables_valid} of 200 sampled fables valid, in "
+              "{fables_minutes} minutes on two cores of an AMD EPYC.")
+    comment = textwrap.fill("# " + result.format(**figures), 100, subsequent_indent="# ")
+    write_atomically(config, before + comment + after[after.index("\nout_dir"):])
 
 
 if __name__ == "__main__":
