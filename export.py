@@ -425,7 +425,10 @@ def load_float_model(checkpoint: dict) -> tuple[GPT, object]:
 def upload(files: list[Path], name: str) -> object:
     """Upload files of one folder, and no others, to a model on the hub. Return its address."""
     from huggingface_hub import HfApi
+    from huggingface_hub.utils import disable_progress_bars
 
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     names = [file.name for file in files]
     print(f"uploading {', '.join(names)} to {name} ...", file=sys.stderr)
     try:
