@@ -172,9 +172,9 @@ def run_label(run: str) -> str:
 
 def check_request(request: dict) -> dict:
     """
-    Return what a client sent in the types of the settings.
+    Return what a client sent, in the types of the settings.
 
-    It may be anything. Raises ValueError for all that Sampling does not check.
+    A client may send anything. Raises ValueError for bad values that Sampling does not check.
     """
     kinds = dict(run="", device="", int8=False, prompt="", stop="", seed=0, max_new_tokens=0)
     kinds |= {name: getattr(sample, name) for name in SLIDERS}

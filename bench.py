@@ -40,7 +40,7 @@ from model import GPT, GPTConfig
 # what to measure
 mode = "train"  # 'train': tokens per second; 'data': of the batches alone; 'generate'; 'loss'
 against = ""  # a nanoGPT-style model.py; 'hf': transformers' GPT2LMHeadModel; FILE.gguf: llama.cpp
-rounds = 5  # train, data, generate: timed rounds; figures are medians over them
+rounds = 5  # train, data, generate: timed rounds, of which the median counts
 steps = 5  # train, data: steps per round
 # time to a loss
 target_loss = 0.0  # nats per token on the whole validation split (0: the other's last loss)
@@ -412,7 +412,7 @@ def bench_generate(c: SimpleNamespace, peer, trained: GPT | None) -> dict:
     """
     Measure tokens per second after random prompts, with float32 weights and with int8.
 
-    The time to the first token is subtracted, so that the rate is that of the others.
+    The time to the first token is subtracted, so that the rate is that of the later tokens.
     """
     model = trained or GPT(our_config(c)).to(device)
     int8 = model_from_weights(model.config, quantize_int8(model.state_dict()), device)

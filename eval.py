@@ -34,7 +34,7 @@ from model import GPT, GPTConfig
 
 # -----------------------------------------------------------------------------
 # model and data
-out_dir = "out"  # a run (its best.pt, else last.pt), a .pt file, a Hugging Face folder, or gpt2 ...
+out_dir = "out"  # a run (best.pt, else last.pt), a .pt file, a Hugging Face folder, gpt2 ... gpt2-xl
 compare = ""  # measure several runs, out,out-int8,..., and print one table
 quantize = ""  # 'int8': quantize the weights first
 dataset = ""  # a folder in data/, or a path; '': the one that the model was trained on
@@ -174,7 +174,7 @@ def share_of_valid_fables(model: GPT, tokenizer, n: int) -> float:
 # Size and speed
 
 def sizes(config: GPTConfig) -> dict[str, int]:
-    """Return the bytes of the weights in three forms, of which int8 is that of quantize_int8()."""
+    """Return the bytes of the weights in float32, in bfloat16 and from quantize_int8()."""
     with torch.device("meta"):
         weights = list(GPT(config).parameters())
     n = sum(w.numel() for w in weights)
@@ -219,7 +219,11 @@ def leading_texts(stream: TokenStream, eot: int, length: int, n: int) -> np.ndar
 
 
 def continue_texts(model: GPT, tokenizer, texts: np.ndarray) -> list[dict[str, str]]:
-    """Return prompt, reference and the model's continuation of texts, the last max_new_tokens."""
+    """
+    Return the prompt, the reference and the model's continuation of each text.
+
+    The reference is the last max_new_tokens tokens of a text, the prompt what comes before.
+    """
     def decode(ids: list[int]) -> str:
         return tokenizer.decode([i for i in ids if i != tokenizer.eot])
 

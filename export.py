@@ -31,7 +31,7 @@ from lib.tokenizer import EOT, LETTER_OF_BYTE, PIECE, UNK, BytePairTokenizer, ge
 from model import GPT
 
 # -----------------------------------------------------------------------------
-out_dir = "out"  # a run (its best.pt, else last.pt), a .pt file, a Hugging Face folder, or gpt2 ...
+out_dir = "out"  # a run (best.pt, else last.pt), a .pt file, a Hugging Face folder, gpt2 ... gpt2-xl
 format = "int8"  # or 'hf', 'gguf'
 dtype = "auto"  # hf: float32 (auto), float16, bfloat16; gguf: float16 (auto), float32, q8_0
 to = ""  # folder or .gguf file to write; '': named after out_dir
@@ -77,7 +77,7 @@ def byte_level(tokenizer: BytePairTokenizer) -> tuple[list[str], list[tuple[str,
     return vocab, merges
 
 
-# tokenization_word.py of an exported tokenizer 'word': this text and these of our functions
+# tokenization_word.py of an exported 'word' tokenizer: this text and the source of these functions
 WORD_FUNCTIONS = ("nltk_tools", "split_words", "join_words")
 WORD_TOKENIZER = '''\
 """A tokenizer of lower-cased words, as NLTK splits and joins them: pip install nltk"""
@@ -425,7 +425,10 @@ def load_float_model(checkpoint: dict) -> tuple[GPT, object]:
 def upload(files: list[Path], name: str) -> object:
     """Upload files of one folder, and no others, to a model on the hub. Return its address."""
     from huggingface_hub import HfApi
+    from huggingface_hub.utils import disable_progress_bars
 
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     names = [file.name for file in files]
     print(f"uploading {', '.join(names)} to {name} ...", file=sys.stderr)
     try:

@@ -76,7 +76,7 @@ def bytes_of(text: str) -> float:
 
 
 def chip_of(name: str) -> str:
-    """Return the name in PEAK_FLOPS that is meant, or '' for ''."""
+    """Return the name of a chip as PEAK_FLOPS has it, or '' for ''."""
     names = {"": ""} | {chip.lower(): chip for chip in machine.PEAK_FLOPS}
     if name.lower() not in names:
         raise ValueError(f"gpu must be one of {', '.join(machine.PEAK_FLOPS)}, or empty for this "

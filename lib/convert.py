@@ -155,7 +155,10 @@ def config_to_hf(c: GPTConfig, eot: int, dtype: str) -> dict:
 def download_openai(name: str) -> Path:
     """Download one of OpenAI's models from the Hugging Face hub; return its folder."""
     from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
 
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     print(f"downloading {name} from the Hugging Face hub ...", file=sys.stderr)
     try:
         return Path(snapshot_download(f"openai-community/{name}",

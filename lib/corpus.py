@@ -229,15 +229,24 @@ def stripped(texts: Iterable[object], where: object, column: str) -> Iterator[st
 # -----------------------------------------------------------------------------
 # Text from the Hugging Face hub
 
+def import_datasets():
+    """Import the library `datasets`. A redirected log does not get its progress bars."""
+    import datasets
+
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    return datasets
+
+
 def ask_hub(name: str, subset: str = "", **options):
     """Load a dataset of the hub, or a local folder with the same layout."""
-    from datasets import load_dataset
     from huggingface_hub.utils import logging
 
+    datasets = import_datasets()
     logging.set_verbosity_error()  # no messages about each of its five retries
     print(f"asking the Hugging Face hub for {name} ...", file=sys.stderr)
     try:
-        return load_dataset(name, subset or None, **options)
+        return datasets.load_dataset(name, subset or None, **options)
     except Exception as error:  # a download can fail in any way
         reason = f"{type(error).__name__}: {one_line(error, 150)}"
         raise ValueError(f"{name} is not a local file, and the Hugging Face hub cannot be reached "
@@ -378,10 +387,12 @@ def finish_dataset(folder: Path, tokenizer, splits: dict[str, dict], **more) -> 
             os.replace(folder / f"{name}.tmp", folder / name)
     os.replace(temporary, folder / "meta.json")
     for split, counts in splits.items():
-        n, unknown = counts["tokens"], counts.get("unknown", 0)
+        n, documents, unknown = counts["tokens"], counts["documents"], counts.get("unknown", 0)
         note = f"; {unknown:,} of the tokens ({unknown / n:.2%}) are unknown" if unknown else ""
-        files = f"_*.bin ({counts['shards']} files)" if "shards" in counts else ".bin"
-        print(f"{folder / split}{files}: {n:,} tokens, {counts['documents']:,} documents{note}")
+        ends = [f"{split}.bin"]
+        if "shards" in counts:
+            ends = sorted({f"{split}_{i:03}.bin" for i in (0, counts["shards"] - 1)})
+        print(f"{folder / ' to '.join(ends)}: {n:,} tokens, {documents:,} documents{note}")
 
 
 # -----------------------------------------------------------------------------

@@ -442,6 +442,8 @@ def test_download_from_the_hub(tmp_path, hub):
     done = prepare("tinystories", f"--out_dir={tmp_path}/out", "--tokenizer=bpe",
                    "--vocab_size=300", **hub.env)
     assert done.returncode == 0, done.stderr
+    # no progress bar, not even of the library that downloads
+    assert done.stderr == "asking the Hugging Face hub for roneneldan/TinyStories ...\n"
     meta = load_meta(tmp_path / "out")
     tokenizer = get_tokenizer(meta)
     for split, texts in DOCUMENTS.items():
@@ -456,7 +458,9 @@ def test_stream_from_the_hub(tmp_path, hub):
     serve(tmp_path / "hub/HuggingFaceFW/fineweb", default={"train": ["all of it"]},
           sample_10BT={"train": pages})
     done = prepare("fineweb", f"--out_dir={tmp_path}/out", **hub.env)
-    assert done.returncode == 0 and "documents" not in done.stderr, done.stderr  # no progress bar
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "asking the Hugging Face hub for HuggingFaceFW/fineweb ...\n"
+    assert f"{tmp_path}/out/train_000.bin: " in done.stdout
     splits = load_meta(tmp_path / "out")["splits"]
     assert (splits["val"]["documents"], splits["train"]["documents"]) == (5000, 50)
     assert splits["train"]["shards"] == 1

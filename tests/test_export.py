@@ -348,6 +348,7 @@ def test_push_uploads_the_written_files(hub, runs, tmp_path, format, files):
             f"--to={to}", "--push=me/story"]
     done = run("export.py", *args, **hub.env, HF_TOKEN="hf_x")
     assert done.returncode == 0 and done.stdout.rstrip().endswith("/me/story"), done.stderr
+    assert done.stderr.startswith("uploading ") and done.stderr.count("\n") == 1, done.stderr
     assert hub.created == ["me/story"] and set(hub.uploaded) == files
     assert all(body == ((to / name) if to.is_dir() else to).read_bytes()
                for name, body in hub.uploaded.items())

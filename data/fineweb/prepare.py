@@ -23,6 +23,7 @@ from lib.configurator import at_least, configure, one_of, progress, user_errors
 from lib.corpus import (
     ask_hub,
     finish_dataset,
+    import_datasets,
     learn_tokenizer,
     stripped,
     tokenized,
@@ -48,15 +49,14 @@ def open_stream(name: str, subset: str, source: str):
     """Return the rows of the hub or of local files as a stream whose position can be saved."""
     if not source:
         return ask_hub(name, subset, split="train", streaming=True)
-    from datasets import load_dataset, logging
-
-    logging.set_verbosity(logging.CRITICAL)  # the error says what is wrong with a file
+    datasets = import_datasets()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # our error names the bad file
     paths = [path for path in Path(source).rglob("*") if path.suffix in (".parquet", ".jsonl")]
     kinds = {path.suffix for path in paths}
     if len(kinds) != 1:
         raise ValueError(f"{source} must have either .parquet or .jsonl files")
-    return load_dataset("parquet" if kinds == {".parquet"} else "json", split="train",
-                        data_files=sorted(str(path) for path in paths), streaming=True)
+    return datasets.load_dataset("parquet" if kinds == {".parquet"} else "json", split="train",
+                                 data_files=sorted(map(str, paths)), streaming=True)
 
 
 def documents_of(rows, where: str) -> Iterator[str]:
