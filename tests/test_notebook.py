@@ -111,7 +111,7 @@ def test_from_top_to_bottom(code, tmp_path):
         done = run("eval.py", f"--out_dir={tmp_path}/home/{folder}",
                    f"--dataset={code}/data/fables", "--batching=by_length", "--dtype=float32",
                    "--device=cpu", "--valid_samples=0")
-        loss = re.search(r" loss: ([\d.]+)", done.stdout)
+        loss = re.search(r"^  loss +([\d.]+) nats", done.stdout, re.M)
         assert loss and abs(float(loss[1]) - metrics["loss"]) < 0.02, done.stderr
 
 
