@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from lib.configurator import one_line
 from lib.convert import OPENAI, download_openai, from_nanogpt, read_hugging_face
@@ -325,6 +326,13 @@ def build_model(checkpoint: dict, where: object, device: str = "cpu", **changes)
         raise ValueError(f"{where} does not fit the model: {reason}") from None
 
 
+class SkipNormal(TorchFunctionMode):
+    """Ignore normal_(), for which torch would import its compiler on the meta device: a second."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return None if func.__name__ == "normal_" else func(*args, **(kwargs or {}))
+
+
 def model_from_weights(config: GPTConfig, weights: dict[str, torch.Tensor],
                        device: str = "cpu") -> GPT:
     """
@@ -332,7 +340,7 @@ def model_from_weights(config: GPTConfig, weights: dict[str, torch.Tensor],
 
     No other weights are allocated. Raises RuntimeError where they do not fit.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), SkipNormal():
         model = GPT(config)
         use_int8_layers(model, weights)
     weights = {name: w.float() if w.is_floating_point() else w for name, w in weights.items()}

@@ -1,6 +1,8 @@
 """Checkpoints: their contents, damaged files, missing weights and missing runs."""
 
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -218,3 +220,18 @@ def test_a_checkpoint_of_an_earlier_commit_is_read_and_saved_unchanged(tmp_path)
     assert [saved[name] for name in names] == old["watch"].tolist()
     config = GPTConfig(**old["model_args"])
     assert (config.n_kv_head, config.head_dim, config.n_inner, config.bias) == (1, 4, 64, False)
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
+def test_loading_does_not_import_the_compiler(arch):
+    code = f"""
+import sys
+from lib.checkpoint import model_from_weights
+from model import GPT, GPTConfig
+config = GPTConfig(arch="{arch}", n_layer=1, n_head=1, n_embd=8, vocab_size=50, block_size=8)
+weights = GPT(config).state_dict()
+loaded = model_from_weights(config, weights).state_dict()
+assert all(loaded[name].equal(weight) for name, weight in weights.items())
+assert "torch._dynamo" not in sys.modules"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
