@@ -31,7 +31,7 @@ from lib.tokenizer import EOT, LETTER_OF_BYTE, PIECE, UNK, BytePairTokenizer, ge
 from model import GPT
 
 # -----------------------------------------------------------------------------
-out_dir = "out"  # a run (best.pt, else last.pt), a .pt file, a Hugging Face folder, gpt2 ... gpt2-xl
+out_dir = "out"  # a run (best.pt or last.pt), a .pt file, a Hugging Face folder, gpt2 ... gpt2-xl
 format = "int8"  # or 'hf', 'gguf'
 dtype = "auto"  # hf: float32 (auto), float16, bfloat16; gguf: float16 (auto), float32, q8_0
 to = ""  # folder or .gguf file to write; '': named after out_dir

@@ -33,7 +33,7 @@ from model import GPT
 
 # -----------------------------------------------------------------------------
 # model
-out_dir = "out"  # a run (best.pt, else last.pt), a .pt file, a Hugging Face folder, gpt2 ... gpt2-xl
+out_dir = "out"  # a run (best.pt or last.pt), a .pt file, a Hugging Face folder, gpt2 ... gpt2-xl
 quantize = ""  # 'int8': a quarter of the size, about twice as fast on a CPU
 device = "auto"  # cuda, else mps, else cpu; or 'cpu', 'cuda:1', ...
 # prompt
