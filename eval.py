@@ -442,8 +442,10 @@ def print_comparison(runs: dict[str, dict[str, object]]) -> None:
         for key, (name, form, unit) in metrics.items():
             cells = [format_metric(summary, key, form) for summary in runs.values()]
             if any(cells):
-                found.append([f"  {name}" + f" ({unit})" * bool(unit), *cells])
+                found.append([f"  {name}" + f" ({unit})" * bool(unit),
+                              *(cell or "-" for cell in cells)])
         rows += [[""], [group], *found] if found else []
+    print()
     print_table(rows)
     keys = [key for key in ("dataset", "batching")
             if len({summary[key] for summary in runs.values()}) > 1]
