@@ -27,8 +27,9 @@ from lib.loss import check_softmax_tokens, evaluate_splits, make_loss
 from model import GPT, GPTConfig
 
 # -----------------------------------------------------------------------------
-# Settings. The defaults train the model of config/train_small.py, 30M parameters on TinyStories,
-# with steps small enough for one machine.
+# Settings. The defaults train the 30M parameters of config/train_small.py, in smaller steps.
+
+# run
 out_dir = "out"  # checkpoints, log.jsonl and loss.png
 eval_interval = 250  # steps between evaluations; each also saves a checkpoint
 log_interval = 10  # steps between log lines
@@ -52,10 +53,10 @@ batch_size = 32  # rows of a micro-batch
 block_size = 128  # longest context in tokens
 # model
 arch = "gpt2"  # or 'qwen3', which learns faster
-n_layer = 6
-n_head = 6
+n_layer = 6  # blocks
+n_head = 6  # attention heads
 n_kv_head = 0  # qwen3: heads of keys and values, shared by the query heads (0: n_head)
-n_embd = 384
+n_embd = 384  # width
 dropout = 0.1  # 0 is good when no token is seen twice
 bias = True  # gpt2: biases in Linear and LayerNorm
 tied = True  # the head shares the weights of the token embedding; gpt2: always
@@ -67,7 +68,7 @@ max_iters = 20000  # steps; the default does not apply if another limit below is
 max_epochs = 0.0  # passes over the training data (0: no limit)
 max_minutes = 0.0  # time for training and evaluation, excluding start-up (0: no limit)
 weight_decay = 0.1  # of matrices and embeddings
-beta1 = 0.9
+beta1 = 0.9  # average of the gradient; for Muon the momentum
 beta2 = 0.99  # longer memory than GPT-2's 0.95, for small batches
 grad_clip = 1.0  # largest gradient norm (0: off)
 decay_lr = True  # False: a constant rate after the warmup

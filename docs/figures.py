@@ -120,12 +120,14 @@ def page() -> dict[str, str]:
             browser = playwright.chromium.launch(
                 executable_path=shutil.which("chromium") or shutil.which("google-chrome"),
                 args=["--no-sandbox"])
-            view = browser.new_page(viewport={"width": 1120, "height": 800})
+            view = browser.new_page(viewport={"width": 1120, "height": 900})
             view.goto("http://127.0.0.1:7871")
             view.locator(".facts caption").first.wait_for()
+            view.get_by_label("number input for max_new_tokens").fill("71")
             view.get_by_label("seed").fill("7")
             view.get_by_role("button", name="Generate").click()
             view.locator("#status", has_text="seed 7").wait_for()
+            view.evaluate("scrollTo(0, 0)")
             view.wait_for_timeout(500)
             view.screenshot(path=ROOT / "assets/app.png")
             browser.close()
