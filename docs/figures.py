@@ -164,7 +164,8 @@ def tinystories() -> dict[str, str]:
 def ten_minutes() -> dict[str, str]:
     """Measure the loss after ten minutes on TinyStories with the command that README.md shows."""
     run("data/tinystories/prepare.py" + f" --source={Path(text).resolve()}" * bool(text))
-    run("train.py config/train_nano.py config/tuned.py --max_minutes=10 --overwrite=True")
+    run("train.py config/train_nano.py config/tuned.py --max_minutes=10 "
+        "--softmax_tokens=4096 --overwrite=True")
     run("eval.py --out_dir=out-nano")
     metrics = json.loads(Path(folder, "out-nano/metrics_summary.json").read_text())
     return {"ten_minutes_loss": f"{metrics['loss']:.3f}",

@@ -3,7 +3,7 @@ Links, commands, options, paths and figures in the documents belong to this repo
 
 Checked are the pages, the docstrings of the scripts and the comments of the configs. The script's
 own configure() judges a command, so config files, names, types and ranges must be right. A word in
-capitals (FOLDER, N, PATH/model.py), <name>, `...` and $variable stand for anything. A line of a
+capitals (FOLDER, N, PATH/model.py), ../path, <name>, `...` and $variable stand for anything. A line of a
 code block that starts with "error: " is not checked.
 """
 
@@ -39,7 +39,7 @@ OTHER_OPTIONS = set("""
     nodes ntasks-per-node gpus-per-node signal depth output""".split())
 LAUNCHER = r"(?<![\w.-])(?:\S*[/\\])?(?:python[\d.]*(?:\.exe)?|torchrun|uv run)\s"
 BEFORE = r"\s*(?:\$ )?(?:\w+=\S* )*(?:srun )?"  # of a command at the start of its line
-PLACEHOLDER = re.compile(r"(?:.*/)?[A-Z][A-Z_]*(?:/.*|\.py)?|.*(?:<.*>|\.\.\.|…|[$*[\]]).*|")
+PLACEHOLDER = re.compile(r"(?:.*/)?[A-Z][A-Z_]*(?:/.*|\.py)?|.*(?:<.*>|\.\.\.|…|[$*[\]]).*|\.\./.*|")
 SPAN = r"(`+)(.+?)\1"
 FENCE = re.compile(r"^ *```[^\n]*\n(.*?)^ *```", re.M | re.S)
 
@@ -266,6 +266,8 @@ def check_figures(figures: dict[str, str], pages: dict[str, str]) -> list[str]:
                 problems.append(f"{name}: no figure {key}")
             elif not re.match(re.escape(figures[key]) + r"(?!\d|[.,]\d)", text[found.end():]):
                 problems.append(f"{name}: {key} is {figures[key]}")
+            if not text[text.rfind("\n", 0, found.start()) + 1:found.start()].strip():
+                problems.append(f"{name}: {key} starts a line, which would end the paragraph")
     problems += [f"{key} is used nowhere" for key in figures.keys() - set(sum(marked.values(), []))]
     results = marked.get("docs/results.md", [])
     return problems + [f"{key} is not in docs/results.md" for key in marked.get("README.md", [])
@@ -380,13 +382,15 @@ def test_wrong_figures_are_found():
         pages = {"README.md": readme, "docs/results.md": results}
         return check_figures({"loss": "0.55", "speed": "1,000"}, pages)
 
-    both = "<!--loss-->0.55, **<!--speed-->1,000** tokens"
+    both = "A loss of <!--loss-->0.55, **<!--speed-->1,000** tokens"
     assert problems(both, both) == problems("<!--story-->\n", f"{both}.") == []
-    assert problems("<!--loss-->0.55 <!--loss-->\n", both) == ["README.md: loss is 0.55"]
-    assert problems("<!--loss-->0.56", both) == ["README.md: loss is 0.55"]
-    assert problems("<!--loss-->0.556", both) == ["README.md: loss is 0.55"]
-    assert problems("<!--loss--> 0.55", both) == ["README.md: loss is 0.55"]
+    assert problems("| <!--loss-->0.55 <!--loss-->\n", both) == ["README.md: loss is 0.55"]
+    assert problems("| <!--loss-->0.56", both) == ["README.md: loss is 0.55"]
+    assert problems("| <!--loss-->0.556", both) == ["README.md: loss is 0.55"]
+    assert problems("| <!--loss--> 0.55", both) == ["README.md: loss is 0.55"]
     assert problems("", both.replace("1,000", "1,000,000")) == ["docs/results.md: speed is 1,000"]
     assert "README.md: no figure missing" in problems("<!--missing-->1", both)
-    assert problems("", "<!--loss-->0.55") == ["speed is used nowhere"]
-    assert problems(both, "<!--speed-->1,000") == ["loss is not in docs/results.md"]
+    assert problems("", "| <!--loss-->0.55") == ["speed is used nowhere"]
+    assert problems(both, "| <!--speed-->1,000") == ["loss is not in docs/results.md"]
+    assert problems("a\n  <!--loss-->0.55", both) == [
+        "README.md: loss starts a line, which would end the paragraph"]
