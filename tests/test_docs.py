@@ -3,8 +3,8 @@ Links, commands, options, paths and figures in the documents belong to this repo
 
 Checked are the pages, the docstrings of the scripts and the comments of the configs. The script's
 own configure() judges a command, so config files, names, types and ranges must be right. A word in
-capitals (FOLDER, N, PATH/model.py), ../path, <name>, `...` and $variable stand for anything. A line of a
-code block that starts with "error: " is not checked.
+capitals (FOLDER, N, PATH/model.py), ../path, <name>, `...` and $variable stand for anything. A line
+of a code block that starts with "error: " is not checked.
 """
 
 import ast
@@ -39,7 +39,8 @@ OTHER_OPTIONS = set("""
     nodes ntasks-per-node gpus-per-node signal depth output""".split())
 LAUNCHER = r"(?<![\w.-])(?:\S*[/\\])?(?:python[\d.]*(?:\.exe)?|torchrun|uv run)\s"
 BEFORE = r"\s*(?:\$ )?(?:\w+=\S* )*(?:srun )?"  # of a command at the start of its line
-PLACEHOLDER = re.compile(r"(?:.*/)?[A-Z][A-Z_]*(?:/.*|\.py)?|.*(?:<.*>|\.\.\.|…|[$*[\]]).*|\.\./.*|")
+PLACEHOLDER = re.compile(
+    r"(?:.*/)?[A-Z][A-Z_]*(?:/.*|\.py)?|.*(?:<.*>|\.\.\.|…|[$*[\]]).*|\.\./.*|")
 SPAN = r"(`+)(.+?)\1"
 FENCE = re.compile(r"^ *```[^\n]*\n(.*?)^ *```", re.M | re.S)
 
