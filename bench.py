@@ -28,7 +28,8 @@ from torch.nn import functional as F
 
 from lib import configurator, machine, optim
 from lib.checkpoint import load_model, model_from_weights
-from lib.configurator import at_least, configure, one_of, print_table, progress, user_errors
+from lib.configurator import at_least, configure, one_of, user_errors
+from lib.console import print_table, progress
 from lib.corpus import load_meta
 from lib.dataset import TokenStream, TrainBatches, eval_batches, prefetch
 from lib.decoding import Sampling

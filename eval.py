@@ -23,7 +23,8 @@ import torch
 
 from lib import machine
 from lib.checkpoint import load_model
-from lib.configurator import at_least, configure, one_of, print_table, progress, user_errors
+from lib.configurator import at_least, configure, one_of, user_errors
+from lib.console import named_lines, print_table, progress
 from lib.convert import OPENAI
 from lib.corpus import load_meta
 from lib.dataset import TokenStream, eval_batches, prefetch
@@ -412,10 +413,11 @@ def print_summary(path: str, summary: dict[str, object]) -> None:
     first = f" of the first {summary['eval_iters']} batches" if summary["eval_iters"] else ""
     int8 = ", in int8" if summary["quantize"] else ""
     file = results_file(path, Path(summary["checkpoint"]), "metrics_summary.json")
-    print(f"\nmodel    {summary['checkpoint']}, step {summary['step']:,}{int8}\n"
-          f"data     {summary['dataset']}, {summary['split']} split, {summary['tokens']:,} tokens"
-          f"{first}, {how}\n"
-          f"results  {file}")
+    print("\n" + named_lines(
+        model=f"{summary['checkpoint']}, step {summary['step']:,}{int8}",
+        data=f"{summary['dataset']}, {summary['split']} split, {summary['tokens']:,} tokens{first}, "
+             f"{how}",
+        results=str(file)))
     for group, metrics in PRINTED.items():
         found = [(name, text, unit) for key, (name, form, unit) in metrics.items()
                  if (text := format_metric(summary, key, form))]

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from lib import machine
-from lib.configurator import at_least, configure, one_of, print_table, user_errors
+from lib.configurator import at_least, configure, one_of, user_errors
+from lib.console import duration, named_lines, print_table
 from lib.corpus import load_meta
 from lib.loss import check_softmax_tokens
 from model import GPT, GPTConfig
@@ -205,13 +206,6 @@ def print_memory(memory: dict[str, int], kind: str) -> None:
           f"{GAPS[kind]:.0%} of the peak)")
 
 
-def duration(seconds: float) -> str:
-    for unit, name in ((86400, "days"), (3600, "hours")):
-        if seconds > 2 * unit:
-            return f"{seconds / unit:,.1f} {name}"
-    return f"{seconds / 60:.1f} minutes"
-
-
 def main() -> None:
     with user_errors():
         if not mfu:
@@ -236,11 +230,12 @@ def main() -> None:
     rows = batch_size * gradient_accumulation_steps
     memory = memory_with_runtime(model, batch_size, gradient_accumulation_steps, compute_dtype,
                                  kind)
-    print(f"model   {n_params:,} parameters ({n_params_in_blocks:,} without embeddings)\n"
-          f"        {arch}, {n_layer} layers, {n_embd} wide, vocabulary of {V:,}\n"
-          f"batch   {gradient_accumulation_steps} x {batch_size} x {block_size} = "
-          f"{rows * block_size:,} tokens per step\n"
-          f"device  {chip or here}, matrix products in {compute_dtype}, not compiled\n")
+    print(named_lines(
+        model=f"{n_params:,} parameters ({n_params_in_blocks:,} without embeddings)\n"
+              f"{arch}, {n_layer} layers, width {n_embd}, vocabulary of {V:,}",
+        batch=f"{gradient_accumulation_steps} x {batch_size} x {block_size} = "
+              f"{rows * block_size:,} tokens per step",
+        device=f"{chip or here}, matrix products in {compute_dtype}, not compiled") + "\n")
     print_memory(memory, kind)
 
     fits, best = None, batch_size

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lib import checkpoint as ckpt
 from lib import machine, optim, runlog
 from lib.configurator import at_least, configure, one_of, user_errors
+from lib.console import duration, named_lines
 from lib.corpus import load_meta
 from lib.dataset import TokenStream, TrainBatches, eval_batches, eval_spans, prefetch
 from lib.distributed import Ranks, StopSignal
@@ -265,7 +266,7 @@ peak, peak_source = machine.peak_flops(device, dtype)
 flops_per_token = functools.cache(functools.partial(  # of the length of a row
     raw_model.flops_per_token, head_tokens=min(softmax_tokens, vocab_size)))
 n_params, n_inner = raw_model.num_params(), raw_model.num_params(non_embedding=True)
-say(runlog.named_lines(
+say(named_lines(
     model=f"{n_params:,} parameters ({n_inner:,} without embeddings)",
     data=f"{dataset}: {len(streams['train']):,} training tokens, {len(streams['val']):,} "
          "validation tokens",
@@ -403,8 +404,8 @@ elif checkpoint and state.step == first_step and not eval_only:
     say(f"nothing to train: the run in {out_dir} is at step {state.step}{why}; to continue it, "
         "increase the limit, for example --max_iters")
 elif not eval_only:
-    say(runlog.named_lines(
-        done=f"step {state.step}{why}, {runlog.duration(timer.seconds)}, "
+    say(named_lines(
+        done=f"step {state.step}{why}, {duration(timer.seconds)}, "
              f"{machine.peak_memory(device) / 1e9:.1f} GB peak memory",
         best=f"validation loss {state.best_val_loss:.4f}, {out_dir}/best.pt",
         curve=f"{out_dir}/loss.png",

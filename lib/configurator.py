@@ -1,5 +1,5 @@
 """
-Settings as plain globals, and what the scripts print: errors, progress, tables.
+Settings as plain globals, and one-line errors.
 
 A script lists its settings at its top, each with its reason in a comment, and then calls
 
@@ -23,11 +23,8 @@ import textwrap
 import time
 import traceback
 import types
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import zip_longest
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-
-from tqdm import tqdm
 
 RENAMED = {"softmax_words": "softmax_tokens"}  # old names of settings
 # options of nanoGPT's scripts that do not exist here, with a hint; ignored in config files
@@ -73,23 +70,6 @@ def user_errors():
         yield
     except (ValueError, OSError) as error:
         fail(error)
-
-
-def progress(items: Iterable | None, doing: str, **options) -> tqdm:
-    """Show a progress bar in a terminal. In a redirected log, print one line with what is done."""
-    if not sys.stderr.isatty():
-        print(f"{doing} ...", flush=True)
-    # None: only in a terminal
-    return tqdm(items, desc=doing, disable=None, dynamic_ncols=True, **options)
-
-
-def print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Print rows in aligned columns, the first one to the left. Rows may end early."""
-    widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
-    for row in rows:
-        cells = [f"{cell:>{width}}" if i else f"{cell:<{width}}"
-                 for i, (cell, width) in enumerate(zip(row, widths))]
-        print("  ".join(cells).rstrip())
 
 
 # -----------------------------------------------------------------------------

@@ -21,7 +21,8 @@ from typing import IO
 
 import numpy as np
 
-from lib.configurator import one_line, progress
+from lib.configurator import one_line
+from lib.console import progress
 from lib.dataset import split_files
 from lib.files import open_synced
 from lib.tokenizer import (

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from lib.configurator import one_line
+from lib.console import duration
 from lib.decoding import Sampling
 from lib.files import replace_atomically, write_atomically
 from lib.tokenizer import get_tokenizer
@@ -24,12 +25,6 @@ from model import GPT
 # Printed lines, of at most WIDTH characters
 
 WIDTH = 100
-
-
-def named_lines(**texts: str) -> str:
-    """Return lines of names and texts, the texts below each other. Leave out empty texts."""
-    return "\n".join(f"{name:<8} " + text.replace("\n", "\n" + " " * 9)
-                     for name, text in texts.items() if text)
 
 
 def first_column(name: str, step: int, last_step: float) -> str:
@@ -63,16 +58,6 @@ def sample_lines(step: int, last_step: float, text: str) -> str:
     text = one_line("".join(c if c.isprintable() else " " for c in text)) or "(empty)"
     lines = textwrap.wrap(text, WIDTH - indent - 3, max_lines=2, placeholder=" ...")
     return "\n".join(f"{name:<{indent}} | {line}" for name, line in zip(("sample", ""), lines))
-
-
-def duration(seconds: float) -> str:
-    """Return a time in its two largest units, such as `1h 05m`."""
-    seconds = int(seconds)
-    for unit, name, part, of_part in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"),
-                                      (60, "m", 1, "s")):
-        if seconds >= unit:
-            return f"{seconds // unit}{name} {seconds % unit // part:02}{of_part}"
-    return f"{seconds}s"
 
 
 def make_sampler(model: GPT, meta: dict, seed: int,

@@ -24,6 +24,7 @@ FLOORS = [  # from top to bottom, as in CONTRIBUTING.md
     ["lib/files"],
     ["lib/tokenizer"],
     ["lib/configurator"],
+    ["lib/console"],
 ]
 EXCEPTIONS = {("app", "sample"), ("eval", "data/fables/prepare")}  # and one prepare may use another
 FILES = sorted(

@@ -19,7 +19,8 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
-from lib.configurator import at_least, configure, one_of, progress, user_errors
+from lib.configurator import at_least, configure, one_of, user_errors
+from lib.console import progress
 from lib.corpus import (
     ask_hub,
     finish_dataset,

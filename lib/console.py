@@ -1,0 +1,42 @@
+"""
+What the scripts print: progress, tables, aligned lines and times.
+"""
+import sys
+from collections.abc import Iterable, Sequence
+from itertools import zip_longest
+
+from tqdm import tqdm
+
+
+def progress(items: Iterable | None, task: str, **options) -> tqdm:
+    """Show a progress bar. Where stderr is not a terminal, print one line instead."""
+    if not sys.stderr.isatty():
+        print(f"{task} ...", flush=True)
+    return tqdm(items, desc=task, disable=None, dynamic_ncols=True, **options)  # None: if no terminal
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Print rows in columns, the first left-aligned, the others right-aligned."""
+    widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
+    for row in rows:
+        cells = [f"{cell:>{width}}" if i else f"{cell:<{width}}"
+                 for i, (cell, width) in enumerate(zip(row, widths))]
+        print("  ".join(cells).rstrip())
+
+
+def named_lines(**texts: str) -> str:
+    """Return aligned lines `name  text`, without those whose text is empty."""
+    return "\n".join(f"{name:<8} " + text.replace("\n", "\n" + " " * 9)
+                     for name, text in texts.items() if text)
+
+
+def duration(seconds: float) -> str:
+    """Return a time in its two largest units, such as `1h 05m`."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d {hours:02}h"
+    if hours:
+        return f"{hours}h {minutes:02}m"
+    return f"{minutes}m {seconds:02}s" if minutes else f"{seconds}s"
