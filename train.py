@@ -22,13 +22,14 @@ from lib.configurator import at_least, configure, one_of, user_errors
 from lib.console import duration, named_lines
 from lib.corpus import load_meta
 from lib.dataset import TokenStream, TrainBatches, eval_batches, eval_spans, prefetch
+from lib.decoding import short_sample
 from lib.distributed import Ranks, StopSignal
 from lib.files import lock_run, write_atomically
 from lib.loss import check_softmax_tokens, evaluate_splits, make_loss
 from model import GPT, GPTConfig
 
 # -----------------------------------------------------------------------------
-# Settings. The defaults train the 30M parameters of config/train_small.py, in smaller steps.
+# Settings. The defaults train the model of config/train_small.py with smaller batches.
 
 # run
 out_dir = "out"  # checkpoints, log.jsonl and loss.png
@@ -39,7 +40,7 @@ eval_only = False  # evaluate once, write nothing, exit
 patience = 0  # stop after this many evaluations without a lower validation loss (0: never)
 sample_every_eval = True  # print a short sample of the model after each evaluation
 always_save_checkpoint = True  # save last.pt at every evaluation, not only at the best one
-keep_every = 0  # steps between checkpoints that stay: step_001000.pt, without optimizer (0: off)
+keep_every = 0  # steps between checkpoints to keep, such as step_001000.pt, weights only (0: off)
 init_from = "scratch"  # or 'resume', 'auto' (resume if possible), a run, a .pt file, 'gpt2', ...
 overwrite = False  # let 'scratch' replace the run in out_dir
 max_bad_steps = 10  # return to the last evaluation after this many bad gradients in a row
@@ -69,7 +70,7 @@ max_iters = 20000  # steps; the default does not apply if another limit below is
 max_epochs = 0.0  # passes over the training data (0: no limit)
 max_minutes = 0.0  # time for training and evaluation, excluding start-up (0: no limit)
 weight_decay = 0.1  # of matrices and embeddings
-beta1 = 0.9  # average of the gradient; for Muon the momentum
+beta1 = 0.9  # decay of the mean of the gradients; momentum of Muon
 beta2 = 0.99  # longer memory than GPT-2's 0.95, for small batches
 grad_clip = 1.0  # largest gradient norm (0: off)
 decay_lr = True  # False: a constant rate after the warmup
@@ -99,7 +100,6 @@ config, given = configure(
 
 # -----------------------------------------------------------------------------
 # Functions
-
 def make_batches(stream: TokenStream, block_size: int, eot: int) -> TrainBatches:
     """Return the training batches. Raise ValueError if block_size does not fit."""
     check_softmax_tokens(softmax_tokens, batch_size * block_size)
@@ -124,6 +124,11 @@ def forward_backward(model, x, y, weight, autocast, scaler, micro_steps: int) ->
     return loss.detach()
 
 
+@functools.cache  # counting the parameters in every step would be slow
+def flops_per_token(model: GPT, T: int) -> int:
+    return model.flops_per_token(T, head_tokens=min(softmax_tokens, model.config.vocab_size))
+
+
 def current_lr(state: ckpt.RunState, last_step: float) -> float:
     """Return the learning rate of the next step."""
     time_share = state.seconds / (60 * max_minutes) if max_minutes else 0.0
@@ -136,7 +141,8 @@ def save(name: str, model: GPT, state: ckpt.RunState, meta: dict, optimizers: li
          scaler=None) -> None:
     """Save a checkpoint. With optimizers and scaler, a run can be resumed from it."""
     if not all(p.isfinite().all() for p in model.parameters()):
-        return say(f"step {state.step}: the model is not finite and was not saved")
+        say(f"step {state.step}: the model is not finite and was not saved")
+        return
     checkpoint = {"model": model.state_dict(), "model_args": asdict(model.config),
                   "config": config, "meta": meta, "step": state.step,
                   "best_val_loss": state.best_val_loss}
@@ -189,13 +195,13 @@ with ranks.user_errors():
         finetuned = ckpt.model_to_finetune(ckpt.load_checkpoint(init_from), init_from,
                                            meta["tokenizer"], **asked)
         saved_config = asdict(finetuned.config)
-    vocab_size = 50304 if pad_vocab and meta["vocab_size"] == 50257 else meta["vocab_size"]
+    padded_vocab = 50304 if pad_vocab and meta["vocab_size"] == 50257 else meta["vocab_size"]
     model_config = finetuned.config if finetuned else GPTConfig(
-        arch=arch, block_size=block_size, vocab_size=vocab_size, n_layer=n_layer, n_head=n_head,
+        arch=arch, block_size=block_size, vocab_size=padded_vocab, n_layer=n_layer, n_head=n_head,
         n_kv_head=n_kv_head, n_embd=n_embd, dropout=dropout, bias=bias, tied=tied)
     if not resuming:  # before the lock, which creates out_dir
         batches = make_batches(streams["train"], model_config.block_size, meta["eot"])
-    # held until this process exits; only then is a checkpoint read, which no other run changes
+    # held until this process exits; a checkpoint is read after this, when no other run changes it
     lock = lock_run(out_dir) if ranks.master and not eval_only else None
 with ranks.user_errors():
     if resuming:
@@ -204,8 +210,8 @@ with ranks.user_errors():
         batches = make_batches(streams["train"], model_config.block_size, meta["eot"])
         saved_config = checkpoint["config"]
     # an existing model keeps its own architecture
-    of_model = asdict(model_config).keys() & config.keys() & saved_config.keys()
-    config.update({name: saved_config[name] for name in of_model})
+    kept = asdict(model_config).keys() & config.keys() & saved_config.keys()
+    config.update({name: saved_config[name] for name in kept})
     block_size, config["dropout"] = model_config.block_size, model_config.dropout
     # evaluate at most as many batches of the training split as the validation split has
     val_rows = len(eval_spans(streams["val"], block_size, batching, meta["eot"]))
@@ -246,6 +252,16 @@ if checkpoint:
         state = ckpt.restore(checkpoint, raw_model, optimizers, scaler, device)
         log.keep_until(state.step)
     say(ckpt.describe_resume(checkpoint, config, current_lr(state, last_step)))
+    checkpoint = None  # free its memory
+n_params, n_in_blocks = raw_model.num_params(), raw_model.num_params(non_embedding=True)
+say(named_lines(
+    model=f"{n_params:,} parameters ({n_in_blocks:,} without embeddings)",
+    data=f"{dataset}: {len(streams['train']):,} training tokens, {len(streams['val']):,} "
+         "validation tokens",
+    batch=f"{gradient_accumulation_steps} x {batch_size} x {block_size} = "
+          f"{batches.rows_per_step * block_size:,} tokens per step",
+    padding=f"{batches.padding():.1%} of a batch ({batches.padding(sort=False):.1%} if documents "
+            "were in random order)" if batching == "by_length" else ""))
 
 # -----------------------------------------------------------------------------
 # Compile
@@ -259,30 +275,17 @@ form = "eager" if model is raw_model else "compiled"
 if ranks.distributed:
     device_ids = [ranks.local_rank] if device_type == "cuda" else None
     model = DistributedDataParallel(model, device_ids=device_ids)
+peak, peak_source = machine.peak_flops(device, dtype)
+ranks_note = f", {ranks.world_size} ranks" if ranks.distributed else ""
+say(named_lines(device=f"{device}, {dtype}, {form}{ranks_note}",
+                peak=f"{peak / 1e12:.3g} TFLOP/s for the MFU ({peak_source})"))
 
 # -----------------------------------------------------------------------------
-# Report
-peak, peak_source = machine.peak_flops(device, dtype)
-flops_per_token = functools.cache(functools.partial(  # of the length of a row
-    raw_model.flops_per_token, head_tokens=min(softmax_tokens, vocab_size)))
-n_params, n_inner = raw_model.num_params(), raw_model.num_params(non_embedding=True)
-say(named_lines(
-    model=f"{n_params:,} parameters ({n_inner:,} without embeddings)",
-    data=f"{dataset}: {len(streams['train']):,} training tokens, {len(streams['val']):,} "
-         "validation tokens",
-    batch=f"{gradient_accumulation_steps} x {batch_size} x {block_size} = "
-          f"{batches.rows_per_step * block_size:,} tokens per step"
-          + f", on {ranks.world_size} ranks" * (ranks.world_size > 1),
-    padding=f"{batches.padding():.1%} of a batch ({batches.padding(sort=False):.1%} if documents "
-            "were in random order)" if batching == "by_length" else "",
-    device=f"{device}, {dtype}, {form}",
-    mfu=f"relative to {peak / 1e12:.3g} TFLOP/s ({peak_source})"))
-sample = None
-if sample_every_eval and ranks.master:
-    sample = runlog.make_sampler(raw_model, meta, seed, say)
+# Start. Only now, when all of the set-up has worked, an earlier run is replaced.
+tokenizer = runlog.tokenizer_or_none(meta, say) if sample_every_eval and ranks.master else None
 with ranks.user_errors():
     if log.write:
-        if not checkpoint:  # the run that this one replaces must not be resumed by mistake
+        if not resuming:  # the run that this one replaces must not be resumed by mistake
             ckpt.remove_run(out_dir)
             write_atomically(log.path, "")
         log.send = runlog.open_logger(logger, out_dir, config, state.step)
@@ -291,7 +294,7 @@ with ranks.user_errors():
 # Loop
 raw_model.train()
 prefetched = prefetch(micro_batches(batches, state.step, ranks), device)
-timer = runlog.StepTimer(state.step, state.seconds)
+timer = runlog.StepTimer(state.step, state.seconds, device)
 recent, stopping, first_step = log.recent_losses(), False, state.step
 while True:
     out_of_time = max_minutes > 0 and state.seconds >= 60 * max_minutes
@@ -303,8 +306,8 @@ while True:
 
     # evaluate and save
     due = state.step % eval_interval == 0 or at_end
-    with timer.pause():
-        if due and (state.step != state.evaluated_at or eval_only):
+    if due and (state.step != state.evaluated_at or eval_only):
+        with timer.evaluation():
             # on the uncompiled model: batches of other shapes would be compiled again
             my_batches = {split: prefetch(eval_batches(
                 stream, block_size, batch_size, batching, meta["eot"], max_batches, ranks.rank,
@@ -325,10 +328,11 @@ while True:
                     save("last.pt", raw_model, state, meta, optimizers, scaler)
                 runlog.draw_losses(log, f"{dataset}: {n_params:,} parameters",
                                    meta.get("floor") if batching == "by_length" else None, log_x)
-            if sample:
-                say(runlog.sample_lines(state.step, last_step, sample(state.step)))
-        if log.write and keep_every and state.step and state.step % keep_every == 0:
-            save(ckpt.numbered(state.step), raw_model, state, meta)
+            if tokenizer:
+                text = short_sample(raw_model, tokenizer, seed + state.step)
+                say(runlog.sample_lines(state.step, last_step, text))
+    if log.write and keep_every and state.step and state.step % keep_every == 0:
+        save(ckpt.step_file(state.step), raw_model, state, meta)
     if at_end or (patience and state.stale >= patience):
         break
 
@@ -347,25 +351,25 @@ while True:
         wait = ranks.distributed and i < micro_steps - 1  # ranks exchange gradients at the end
         with model.no_sync() if wait else contextlib.nullcontext():
             loss += forward_backward(model, x, y, weight, autocast, scaler, micro_steps)
-        timer.count(x.numel(), x.numel() * flops_per_token(x.size(1)))
+        timer.count(x.numel(), x.numel() * flops_per_token(raw_model, x.size(1)))
     grad_norm, bad = optim.step(raw_model, optimizers, scaler, grad_clip)
     state.count_step(grad_norm, bad)
-    stopping = stop.requested and not ranks.distributed  # ranks agree on it at the next log line
+    if not ranks.distributed:  # ranks agree on both at the next log line
+        stopping, state.seconds = stop.requested, timer.seconds
     if state.step % log_interval > 0:
         continue
 
     # log: the only place where the loop waits for the device
     loss, grad_norm, grad_norm_max, bad_in_a_row, bad_steps = torch.stack(
         [loss, grad_norm, state.grad_norm_max, state.bad_in_a_row, state.bad_steps]).tolist()
-    seconds = timer.seconds
     if ranks.distributed:  # the mean loss, the first rank's clock, and whether any was told to stop
-        loss, seconds, stopping = ranks.sum([loss, seconds * ranks.master, stop.requested], device)
-        loss, stopping = loss / ranks.world_size, stopping > 0
-    state.seconds = seconds
+        loss, state.seconds, stopping = ranks.sum(
+            [loss / ranks.world_size, timer.seconds * ranks.master, stop.requested], device)
     spike = runlog.is_spike(loss, recent)
     recent = (recent + [loss] * math.isfinite(loss))[-20:]
-    ms, speed, flops = timer.speed(state.step)
-    speed, peak = speed * ranks.world_size, max(peak, flops)  # a measured peak can be too low
+    ms, speed, flops = timer.end_lap(state.step)
+    speed *= ranks.world_size
+    peak = max(peak, flops)  # a measured peak can be too low
     mfu = flops / peak
     left = timer.seconds_left(state.step, last_step, eval_interval, 60 * max_minutes)
     say(runlog.step_line(state.step, last_step, loss, lr, grad_norm, speed, mfu, left, spike))
@@ -379,28 +383,23 @@ while True:
         with ranks.user_errors():
             if lr_scale < 0.01:
                 raise ValueError(f"step {failed_at}: the gradient is still not finite with a "
-                                 "hundredth of the learning rate: look at the data and the model, "
-                                 "or try --dtype=float32")
-            checkpoint = ckpt.find_resumable(out_dir, ("last.pt", "prev.pt"))
-            if checkpoint is None:
-                raise ValueError(f"there is no checkpoint in {out_dir} to return to")
-            state = ckpt.restore(checkpoint, raw_model, optimizers, scaler, device)
+                                 "hundredth of the learning rate; try --dtype=float32")
+            state = ckpt.return_to_last(out_dir, raw_model, optimizers, scaler, device)
             log.keep_until(state.step)
             if log.write:
-                (Path(out_dir) / "stop.pt").unlink(missing_ok=True)  # its steps are undone
+                ckpt.remove_after(out_dir, state.step)  # those steps are undone
         state.lr_scale, recent = lr_scale, log.recent_losses()
         prefetched = prefetch(micro_batches(batches, state.step, ranks), device)
         say(f"{bad_in_a_row:.0f} steps in a row had a non-finite gradient: returned to step "
             f"{state.step}, continuing with {lr_scale:g} times the learning rate")
-    timer.restart(state.step)
+    timer.start_lap(state.step)
 
-why = f", no lower validation loss in {patience} evaluations" if state.step < last_step else ""
-why = ", time limit reached" if out_of_time and why else why
+why = runlog.why_stopped(state.step, last_step, out_of_time, patience)
 if stopping and not eval_only:
     saved = Path(out_dir) / "stop.pt"
     say(f"stopped at step {state.step}{f', saved in {saved}' if saved.exists() else ''}; continue "
         "with the same command and --init_from=resume")
-elif checkpoint and state.step == first_step and not eval_only:
+elif resuming and state.step == first_step and not eval_only:
     say(f"nothing to train: the run in {out_dir} is at step {state.step}{why}; to continue it, "
         "increase the limit, for example --max_iters")
 elif not eval_only:

@@ -108,16 +108,24 @@ def save_checkpoint(out_dir: str | Path, name: str, checkpoint: dict) -> None:
         path.with_name("stop.pt").unlink(missing_ok=True)
 
 
-def numbered(step: int) -> str:
-    """Return the file name of a checkpoint that keep_every keeps."""
+def step_file(step: int) -> str:
+    """Return the name of the checkpoint that keep_every saves at a step."""
     return f"step_{step:06}.pt"
 
 
+def remove_after(out_dir: str | Path, step: int) -> None:
+    """Remove stop.pt and the checkpoints of keep_every that are later than a step."""
+    (Path(out_dir) / "stop.pt").unlink(missing_ok=True)
+    for path in Path(out_dir).glob("step_*.pt"):
+        if path.stem[5:].isdigit() and int(path.stem[5:]) > step:
+            path.unlink()
+
+
 def remove_run(out_dir: str | Path) -> None:
-    """Remove the checkpoints of the run in out_dir, those to resume from first."""
-    kept = (path.name for path in Path(out_dir).glob("step_*.pt") if path.stem[5:].isdigit())
-    for name in (*RESUMABLE, "best.pt", *kept):
+    """Remove the checkpoints of the run in out_dir: first those that could be resumed."""
+    for name in (*RESUMABLE, "best.pt"):
         (Path(out_dir) / name).unlink(missing_ok=True)
+    remove_after(out_dir, 0)
 
 
 def read_checkpoint(path: Path) -> dict:
@@ -293,6 +301,15 @@ def restore(checkpoint: dict, model: GPT, optimizers: list[torch.optim.Optimizer
                          f"({type(error).__name__}: {error})") from None
 
 
+def return_to_last(out_dir: str, model: GPT, optimizers: list[torch.optim.Optimizer],
+                   scaler: torch.amp.GradScaler, device: str) -> RunState:
+    """Load the checkpoint of the last evaluation. Raise ValueError if there is none."""
+    checkpoint = find_resumable(out_dir, ("last.pt", "prev.pt"))
+    if checkpoint is None:
+        raise ValueError(f"there is no checkpoint in {out_dir} to return to")
+    return restore(checkpoint, model, optimizers, scaler, device)
+
+
 # -----------------------------------------------------------------------------
 # Models
 
@@ -327,7 +344,11 @@ def build_model(checkpoint: dict, where: object, device: str = "cpu", **changes)
 
 
 class SkipNormal(TorchFunctionMode):
-    """Ignore normal_(), for which torch would import its compiler on the meta device: a second."""
+    """
+    Skip normal_() while a model is built on the meta device.
+
+    It would change nothing there, but makes torch import its compiler, which takes a second.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return None if func.__name__ == "normal_" else func(*args, **(kwargs or {}))

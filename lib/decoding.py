@@ -183,3 +183,28 @@ def beam_search(model: GPT, idx: torch.Tensor, max_new_tokens: int, num_beams: i
         ids = torch.cat((ids[parents], tokens[going, None]), dim=1)
         cache.reorder(parents)
     return ended[0][1][None] if ended else idx
+
+
+def start_token(tokenizer) -> int:
+    """Return the token before an empty prompt: end of text, else a newline, a space or token 0."""
+    if tokenizer.eot >= 0:  # in training every document follows it
+        return tokenizer.eot
+    return tokenizer.ids.get("\n", tokenizer.ids.get(" ", 0))
+
+
+def short_sample(model: GPT, tokenizer, seed: int, characters: int = 200) -> str:
+    """Return the beginning of a sample, without changing the random state or mode of training."""
+    sampler = Sampling(0.8, generator=torch.Generator(model.device).manual_seed(seed))
+    idx = torch.tensor([[start_token(tokenizer)]], device=model.device)
+    training, ids, text = model.training, [], ""
+    model.eval()
+    try:
+        for new in model.stream(idx, characters, sampler, stop_token=tokenizer.eot):
+            ids.append(new.item())
+            text = tokenizer.decode([i for i in ids if i != tokenizer.eot])
+            if len(text) >= characters:
+                break
+    except (IndexError, KeyError):
+        text += f" (token {ids[-1]} is not in the vocabulary)"
+    model.train(training)
+    return text

@@ -93,9 +93,10 @@ def compile_or_eager(model: torch.nn.Module, attempt: Callable[[torch.nn.Module]
     """
     Return the compiled model, or the model itself where compiling fails.
 
-    attempt: a call of the compiled model, which compiles it. report: receives one line that says
-    why it failed, such as a missing C compiler, an old GPU or an unknown operation.
+    attempt: a call of the compiled model, which compiles it. report: receives a line before and, if
+    it fails, one that says why: a missing C compiler, an old GPU or an unknown operation.
     """
+    report("compiling the model ...")
     try:
         compiled = torch.compile(model)
         attempt(compiled)

@@ -12,19 +12,16 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
-
+from lib import machine
 from lib.configurator import one_line
 from lib.console import duration
-from lib.decoding import Sampling
 from lib.files import replace_atomically, write_atomically
 from lib.tokenizer import get_tokenizer
-from model import GPT
 
 # -----------------------------------------------------------------------------
-# Printed lines, of at most WIDTH characters
+# Printed lines
 
-WIDTH = 100
+WIDTH = 100  # columns of a sample; the other lines are shorter
 
 
 def first_column(name: str, step: int, last_step: float) -> str:
@@ -45,7 +42,7 @@ def step_line(step: int, last_step: float, loss: float, lr: float, grad_norm: fl
 
 
 def eval_line(step: int, last_step: float, losses: dict[str, float], note: str = "") -> str:
-    """Return the line of an evaluation. losses: of train and val."""
+    """Return the line of an evaluation. losses: by split."""
     columns = [first_column("eval", step, last_step), f"train {losses['train']:.4f}",
                f"val {losses['val']:.4f}", note]
     return " | ".join(column for column in columns if column)
@@ -54,79 +51,76 @@ def eval_line(step: int, last_step: float, losses: dict[str, float], note: str =
 def sample_lines(step: int, last_step: float, text: str) -> str:
     """Return one or two lines with the start of a sample, aligned with the line of a step."""
     indent, encoding = len(first_column("step", step, last_step)), sys.stdout.encoding or "utf-8"
-    text = text.encode(encoding, "replace").decode(encoding)  # a terminal may not have them all
+    text = text.encode(encoding, "replace").decode(encoding)  # what the terminal cannot show
     text = one_line("".join(c if c.isprintable() else " " for c in text)) or "(empty)"
     lines = textwrap.wrap(text, WIDTH - indent - 3, max_lines=2, placeholder=" ...")
     return "\n".join(f"{name:<{indent}} | {line}" for name, line in zip(("sample", ""), lines))
 
 
-def make_sampler(model: GPT, meta: dict, seed: int,
-                 report: Callable[[str], None]) -> Callable[[int], str] | None:
-    """
-    Return a function of a step that returns a short sample of the model.
+def why_stopped(step: int, last_step: float, out_of_time: bool, patience: int) -> str:
+    """Return why a run ended before last_step, or ''."""
+    if step >= last_step:
+        return ""
+    return ", time limit reached" if out_of_time else (
+        f", no lower validation loss in {patience} evaluations")
 
-    It has its own random generator, so that training does not change. Without a tokenizer that
-    works here, report one line and return None.
-    """
+
+def tokenizer_or_none(meta: dict, report: Callable[[str], None]):
+    """Return the tokenizer of a dataset. If it does not work here, report why and return None."""
     try:
         tokenizer = get_tokenizer(meta)
-        eot = tokenizer.eot  # else start with a newline, a space or token 0, as sample.py does
-        first = eot if eot >= 0 else tokenizer.ids.get("\n", tokenizer.ids.get(" ", 0))
-        tokenizer.decode([first])
-    except Exception as error:  # whatever it is, training works without samples
-        return report(f"no samples of the model: {one_line(error, 200)}")
+        tokenizer.decode([0])  # may need a package
+        return tokenizer
+    except (ValueError, OSError, LookupError) as error:  # training works without it
+        report(f"no samples of the model: {one_line(error, 200)}")
+        return None
 
-    def sample(step: int) -> str:
-        sampler = Sampling(0.8, generator=torch.Generator(model.device).manual_seed(seed + step))
-        prompt = torch.tensor([[first]], device=model.device)
-        model.eval()
-        try:
-            ids = model.generate(prompt, 40, sampler=sampler, stop_token=eot)[0, 1:].tolist()
-            return tokenizer.decode([i for i in ids if i != eot])
-        except Exception as error:
-            return f"(none: {one_line(error, 100)})"
-        finally:
-            model.train()
 
-    return sample
-
+# -----------------------------------------------------------------------------
+# Time
 
 class StepTimer:
     """
-    Measures the speed of training and predicts the time left.
+    Measure the speed of training and predict the time left.
 
     step: where the run starts or resumes. seconds: the time that it took until then.
     """
 
-    def __init__(self, step: int, seconds: float):
-        self.began = time.time() - seconds
-        self.steps, self.training, self.paused = 0, 0.0, 0.0  # since the start or the resume
-        self.restart(step)
+    def __init__(self, step: int, seconds: float, device: str):
+        self.device = device
+        self.began = time.perf_counter() - seconds
+        # since the start or the resume
+        self.steps, self.step_seconds = 0, 0.0
+        self.evaluations, self.eval_seconds = 0, 0.0
+        self.start_lap(step)
 
     @property
     def seconds(self) -> float:
         """The time of the whole run."""
-        return time.time() - self.began
-
-    def restart(self, step: int) -> None:
-        """Start to measure the speed from a step on."""
-        self.since, self.first_step, self.tokens, self.flops = time.time(), step, 0, 0
+        return time.perf_counter() - self.began
 
     @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """Exclude what happens inside, such as an evaluation, from the speed."""
-        start = time.time()
+    def evaluation(self) -> Iterator[None]:
+        """Exclude an evaluation from the speed."""
+        machine.synchronize(self.device)  # the steps before it
+        start = time.perf_counter()
         yield
-        pause = time.time() - start
-        self.since, self.paused = self.since + pause, self.paused + pause
+        seconds = time.perf_counter() - start
+        self.lap_start += seconds
+        self.evaluations, self.eval_seconds = self.evaluations + 1, self.eval_seconds + seconds
+
+    def start_lap(self, step: int) -> None:
+        """Measure the speed from this step on."""
+        self.lap_start, self.first_step = time.perf_counter(), step
+        self.tokens, self.flops = 0, 0
 
     def count(self, tokens: int, flops: int) -> None:
         self.tokens, self.flops = self.tokens + tokens, self.flops + flops
 
-    def speed(self, step: int) -> tuple[float, float, float]:
-        """Return milliseconds per step, tokens and FLOPs per second since restart()."""
-        seconds, steps = time.time() - self.since, step - self.first_step
-        self.training, self.steps = self.training + seconds, self.steps + steps
+    def end_lap(self, step: int) -> tuple[float, float, float]:
+        """Return the milliseconds per step and the tokens and FLOPs per second of a lap."""
+        seconds, steps = time.perf_counter() - self.lap_start, step - self.first_step
+        self.step_seconds, self.steps = self.step_seconds + seconds, self.steps + steps
         return 1000 * seconds / steps, self.tokens / seconds, self.flops / seconds
 
     def seconds_left(self, step: int, last_step: float, eval_interval: int,
@@ -134,17 +128,18 @@ class StepTimer:
         """
         Return the time until last_step or until the run took `limit` seconds (0: no limit).
 
-        Call it after speed(). Infinity if there is neither.
+        Call it after end_lap(). The evaluation at `step` is still to come.
         """
-        # the first evaluation counts for a whole interval, not for the few steps made so far
-        per_step = self.training / self.steps + self.paused / (self.steps + eval_interval)
-        left = (last_step - step) * per_step
+        left = math.inf
+        if last_step < math.inf:
+            evaluations = 1 + math.ceil(last_step / eval_interval) - math.ceil(step / eval_interval)
+            left = (last_step - step) * self.step_seconds / self.steps
+            left += evaluations * self.eval_seconds / max(1, self.evaluations)
         return max(0.0, min(left, limit - self.seconds)) if limit else left
 
 
 # -----------------------------------------------------------------------------
 # Files and services
-
 
 class RunLog:
     """

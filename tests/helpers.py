@@ -172,8 +172,8 @@ def read_log(out_dir: Path) -> list[dict]:
 
 
 def step_of(line: str) -> int:
-    """The step of a log line that train.py prints, or -1 for another line."""
-    match = re.match(r"step +(\d+)/", line)
+    """The step of a line such as `step  250/2000 | loss ...`, or -1 for another line."""
+    match = re.match(r"step +(\d+)[/ ]", line)
     return int(match[1]) if match else -1
 
 

@@ -12,11 +12,11 @@ from lib.checkpoint import (
     build_model,
     find_resumable,
     load_checkpoint,
-    numbered,
     read_checkpoint,
     remove_run,
     restore,
     save_checkpoint,
+    step_file,
 )
 from lib.corpus import load_meta
 from lib.optim import make_optimizers
@@ -82,7 +82,7 @@ def test_remove_run_leaves_other_files(tmp_path):
         (tmp_path / name).touch()
     remove_run(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"step_mine.pt", "ckpt.pt", "log.jsonl"}
-    assert numbered(10) == "step_000010.pt" and numbered(1_000_000) == "step_1000000.pt"
+    assert step_file(10) == "step_000010.pt" and step_file(1_000_000) == "step_1000000.pt"
 
 
 def test_checkpoints_hold_what_they_should(trained, fables_data):

@@ -43,7 +43,7 @@ from helpers import (
     train,
     train_on_ranks,
 )
-from lib.checkpoint import find_resumable, numbered, read_checkpoint
+from lib.checkpoint import find_resumable, read_checkpoint, step_file
 from lib.configurator import settings_of
 
 LONGER = ["--max_iters=40", "--lr_decay_iters=40", "--eval_interval=4", "--init_from=auto",
@@ -125,7 +125,7 @@ def start_program(command: list[str], **how) -> subprocess.Popen:
 def outcome(out_dir: Path) -> tuple:
     """All that a run leaves behind, but for what depends on the clock and on its parts."""
     kept = []
-    for name in ("last.pt", "best.pt", *(numbered(step) for step in range(6, 41, 6))):
+    for name in ("last.pt", "best.pt", *(step_file(step) for step in range(6, 41, 6))):
         checkpoint = read_checkpoint(out_dir / name)
         checkpoint.pop("seconds", None)
         kept.append(

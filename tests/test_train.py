@@ -27,10 +27,12 @@ from helpers import (
 from lib import runlog
 from lib.checkpoint import load_model, read_checkpoint
 from lib.configurator import read_config_file
+from lib.console import duration
 from lib.corpus import load_meta
 from lib.dataset import TokenStream, TrainBatches, eval_batches
+from lib.decoding import short_sample
 from lib.loss import evaluate
-from lib.runlog import StepTimer, duration, make_sampler, sample_lines, step_line
+from lib.runlog import StepTimer, sample_lines, step_line
 from lib.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
 
@@ -581,26 +583,34 @@ def test_durations(seconds, text):
 def test_time_left_is_that_of_the_steps_and_evaluations_since_the_resume(monkeypatch):
     """Steps of 2 seconds; an evaluation of 30 seconds every 100 steps. Resumed at step 500."""
     clock = [1000.0]
-    monkeypatch.setattr(runlog.time, "time", lambda: clock[0])
-    timer = StepTimer(500, seconds=7000.0)
-    for step in range(500, 700):
-        with timer.pause():
-            clock[0] += 30.0 if step % 100 == 0 else 0.0
+    monkeypatch.setattr(runlog.time, "perf_counter", lambda: clock[0])
+    timer = StepTimer(500, seconds=7000.0, device="cpu")
+    for step in range(500, 1000):
+        if step % 100 == 0 and step > 500:  # the one of step 500 was made before the resume
+            with timer.evaluation():
+                clock[0] += 30.0
         timer.count(64, 10)
         clock[0] += 2.0
         if (step + 1) % 10 == 0:
-            assert timer.speed(step + 1) == pytest.approx((2000, 32, 5))
+            assert timer.end_lap(step + 1) == pytest.approx((2000, 32, 5))
+            # evaluations at step + 1, if it is due, at each multiple of 100 below 1000, and at 1000
+            due = sum(n % 100 == 0 for n in range(step + 1, 1000)) + 1
+            known = 30 if step > 600 else 0
             left = timer.seconds_left(step + 1, 1000, 100, 0)
-            true = (1000 - step - 1) * (2.0 + 30 / 100)
-            assert 0.9 * true < left < 1.01 * true
-            timer.restart(step + 1)
-    assert timer.seconds == 7000 + 400 + 60
-    assert timer.seconds_left(700, 1000, 100, 7500) == 40  # the nearer limit
-    assert timer.seconds_left(700, math.inf, 100, 7400) == 0
-    assert timer.seconds_left(700, math.inf, 100, 0) == math.inf
-    timer.restart(640)  # bad steps led back
+            assert left == pytest.approx((1000 - step - 1) * 2.0 + due * known)
+            timer.start_lap(step + 1)
+    assert timer.seconds == 7000 + 1000 + 4 * 30
+    assert timer.seconds_left(700, 1000, 100, 8200) == 80  # the nearer limit
+    assert timer.seconds_left(700, math.inf, 100, 8000) == 0
+    timer.start_lap(640)  # bad steps led back
     clock[0] += 20
-    assert timer.speed(650)[0] == 2000
+    assert timer.end_lap(650)[0] == 2000
+    rare = StepTimer(0, seconds=0.0, device="cpu")
+    with rare.evaluation():
+        clock[0] += 200.0
+    clock[0] += 2.0
+    rare.end_lap(1)
+    assert rare.seconds_left(490, 500, 100_000, 0) == 10 * 2 + 200  # only the last evaluation
 
 
 # -----------------------------------------------------------------------------
@@ -641,11 +651,13 @@ def test_a_sample_is_text_of_the_model(fables_data):
         2, torch.tensor([seen.append(model.training) or 20]), 1000.0)[:, 0]
     model.train()
     state = torch.get_rng_state()
-    assert make_sampler(model, meta, 1, print)(0) == tokenizer.decode([20] * 40)
+    text = short_sample(model, tokenizer, 1)
+    assert text == tokenizer.decode([20] * len(seen)) and 200 <= len(text) < 220
     assert torch.get_rng_state().equal(state)
-    assert model.training and seen == [False] * 40
-    sample = make_sampler(tiny(vocab_size=meta["vocab_size"]), meta, 1, print)
-    assert sample(0) == sample(0) != sample(1)
+    assert model.training and not any(seen)
+    model = tiny(vocab_size=meta["vocab_size"])
+    assert short_sample(model, tokenizer, 1) == short_sample(model, tokenizer, 1)
+    assert short_sample(model, tokenizer, 1) != short_sample(model, tokenizer, 2)
 
 
 def test_a_tokenizer_that_does_not_work_ends_no_run(tmp_path, fables_data):
@@ -656,9 +668,8 @@ def test_a_tokenizer_that_does_not_work_ends_no_run(tmp_path, fables_data):
     done = train(tmp_path / "data", tmp_path / "out")
     assert done.stdout.count("no samples of the model: the ") == 1 and not samples_of(done.stdout)
     # ids that the tokenizer does not have
-    said = []
-    sample = make_sampler(tiny(), {"tokenizer": {"kind": "char", "vocab": ["a"]}}, 1, said.append)
-    assert sample(0).startswith("(none: ") and not said
+    tokenizer = get_tokenizer({"tokenizer": {"kind": "char", "vocab": ["a"]}})
+    assert "is not in the vocabulary)" in short_sample(tiny(), tokenizer, 1)
 
 
 @pytest.mark.parametrize("characters", [True, False])
