@@ -2,12 +2,12 @@
 Measure what README.md and docs/ show, and write it there.
 
     python docs/figures.py  # the demo and the page: about seven minutes
-    python docs/figures.py --parts=shakespeare --nanogpt=PATH/nanoGPT --text=input.txt
-    python docs/figures.py --parts=tinystories --nanogpt=PATH/nanoGPT --text=FOLDER
+    python docs/figures.py --parts=shakespeare,tinystories --nanogpt=PATH/nanoGPT
     python docs/figures.py --parts=  # only write figures.json into the pages
 
-A figure is a number after an invisible <!--name--> in a page; docs/figures.json has its value. The
-story in README.md is between <!--story--> and <!--end-->. Nothing else may run on the machine.
+A figure is a number after an invisible <!--name--> mark; its value is in docs/figures.json.
+README.md's story and output are between <!--story--> or <!--output--> and <!--end-->. Nothing else
+may run on the machine.
 
     demo         train, evaluate and sample the fables; the curve, the recording, the story
     page         the screenshot of app.py with the demo's model; needs Chromium and playwright
@@ -19,6 +19,7 @@ story in README.md is between <!--story--> and <!--end-->. Nothing else may run 
 import json
 import math
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -36,24 +37,32 @@ from lib.files import write_atomically
 # -----------------------------------------------------------------------------
 parts = "demo,page"  # what to measure, with commas (empty: nothing)
 nanogpt = ""  # a clone of nanoGPT
-text = ""  # a local copy of Shakespeare or TinyStories (empty: download it)
-folder = "out-figures"  # a copy of the scripts, in which everything runs
+shakespeare_text = ""  # a local copy (empty: download it)
+tinystories_text = ""  # a local copy (empty: download it)
+folder = "out-figures"  # everything runs in this copy of the scripts; your runs and datasets stay
+machine = "two cores of an AMD EPYC"  # written into the comments of the configs
 # -----------------------------------------------------------------------------
 
 DEMO = ("data/fables/prepare.py", "train.py config/train_fables.py", "eval.py --out_dir=out-fables",
         "sample.py --out_dir=out-fables")
-PARTS = ("demo", "page", "shakespeare", "tinystories", "ten_minutes", "sampling")
+# the lines of configs with figures, from "# Reaches" to the first setting
+RESULTS = {
+    "config/train_fables.py":
+        "Reaches {fables_loss} nats per token, {fables_above_floor} above the floor of "
+        "{fables_floor}, with {fables_valid} of 200 sampled fables valid, in {fables_minutes} "
+        "minutes on {machine}.",
+}
 
 
-def run(command: str, show: str = "") -> list[tuple[float, str]]:
+def run(command: str) -> list[tuple[float, str]]:
     """
     Run a script in the folder; return its output lines and the seconds at which each came.
 
-    The first line is the command, or `show`. Raises ValueError if the command fails.
+    The first line is the command. Raises ValueError if the command fails.
     """
     print(f"$ python {command}", flush=True)
-    start, lines = time.time(), [(0.0, f"$ {show or 'python ' + command}")]
-    process = subprocess.Popen([sys.executable, "-u", *command.split()], cwd=folder, text=True,
+    start, lines = time.time(), [(0.0, f"$ python {command}")]
+    process = subprocess.Popen([sys.executable, "-u", *shlex.split(command)], cwd=folder, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     for line in process.stdout:
         lines.append((time.time() - start, line.rstrip("\n")))
@@ -62,9 +71,18 @@ def run(command: str, show: str = "") -> list[tuple[float, str]]:
     return lines
 
 
+def prepare(name: str, source: str) -> None:
+    """Prepare a dataset, from a local copy if source names one."""
+    local = f" --source={shlex.quote(str(Path(source).resolve()))}" if source else ""
+    run(f"data/{name}/prepare.py{local}")
+
+
 def bench(options: str) -> dict:
-    """Return the JSON object that bench.py prints last."""
-    return json.loads(run(f"bench.py {options}")[-1][1])
+    """Return the JSON object that bench.py prints last. Raise ValueError if a target is missed."""
+    result = json.loads(run(f"bench.py {options}")[-1][1])
+    if result["mode"] == "loss" and result["ours"]["reached"] < result["seeds"]:
+        raise ValueError("not every seed reached nanoGPT's loss")
+    return result
 
 
 def peer() -> Path:
@@ -138,7 +156,7 @@ def page() -> dict[str, str]:
 
 def shakespeare() -> dict[str, str]:
     """Measure the seconds to nanoGPT's loss on Shakespeare's characters, three seeds each."""
-    run("data/shakespeare_char/prepare.py" + f" --source={Path(text).resolve()}" * bool(text))
+    prepare("shakespeare_char", shakespeare_text)
     result = bench("--mode=loss config/train_shakespeare_char_qwen3.py --seeds=3 "
                    f"--against={peer()} --their_config=config/train_shakespeare_char_cpu.py")
     return {"shakespeare_seconds": f"{result['ours']['final_seconds'][0]:.1f}",
@@ -147,13 +165,14 @@ def shakespeare() -> dict[str, str]:
 
 def tinystories() -> dict[str, str]:
     """Measure the seconds to nanoGPT's loss on TinyStories; its own follow from its speed."""
-    run("data/tinystories/prepare.py" + f" --source={Path(text).resolve()}" * bool(text))
+    prepare("tinystories", tinystories_text)
     speed = bench(f"--batch_size=16 --rounds=3 --steps=2 --dropout=0 --against={peer()}")
     result = bench("--mode=loss config/train_small_qwen3.py --target_loss=2.857 --seeds=2")
     loss = result["ours"]["final_loss"][0]
     val = load_meta(Path(folder, "data/tinystories"))["splits"]["val"]
     bits = loss / math.log(2) * val["tokens"] / val["bytes"]
-    seconds = 800 * 16 * 128 / speed["their_tokens_per_second"]  # its 800 steps
+    tokens = 800 * 16 * 128  # nanoGPT's steps x rows x context
+    seconds = tokens / speed["their_tokens_per_second"]
     return {"tinystories_seconds": f"{result['ours']['final_seconds'][0]:,.0f}",
             "tinystories_nanogpt_seconds": f"{seconds:,.0f}",
             "tinystories_loss": f"{loss:.3f}", "tinystories_bits": f"{bits:.3f}",
@@ -163,7 +182,7 @@ def tinystories() -> dict[str, str]:
 
 def ten_minutes() -> dict[str, str]:
     """Measure the loss after ten minutes on TinyStories with the command that README.md shows."""
-    run("data/tinystories/prepare.py" + f" --source={Path(text).resolve()}" * bool(text))
+    prepare("tinystories", tinystories_text)
     run("train.py config/train_nano.py config/tuned.py --max_minutes=10 "
         "--softmax_tokens=4096 --overwrite=True")
     run("eval.py --out_dir=out-nano")
@@ -206,9 +225,11 @@ def animate(outputs: list[list[tuple[float, str]]], rows: int = 24, longest_paus
     frames = [f"0%{{transform:translateY({rows * height}px)}}"]
     for n, at in enumerate(times, 1):
         frames.append(f"{100 * at / total:.2f}%{{transform:translateY({(rows - n) * height}px)}}")
-    texts = [f'<text y="{(n + 1) * height}"{" class=c" if line.startswith("$ ") else ""}>'
-             f"{escape(line)}</text>".replace("class=c", 'class="c"')
-             for n, line in enumerate(lines) if line]
+    texts = []
+    for n, line in enumerate(lines, 1):
+        style = ' class="c"' if line.startswith("$ ") else ""
+        texts.append(f'<text y="{n * height}"{style}>{escape(line)}</text>')
+    text = "\n".join(texts)
     width, box = 860, rows * height
     return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {box + 28}" role="img"
  aria-label="A terminal: the fables are prepared, a model is trained, measured and sampled">
@@ -223,7 +244,7 @@ animation:scroll {total:.1f}s step-end infinite}}
 </style>
 <rect width="{width}" height="{box + 28}" rx="8" fill="#0d1117"/>
 <svg x="12" y="10" width="{width - 24}" height="{box + 6}"><g id="lines">
-{chr(10).join(texts)}
+{text}
 </g></svg>
 </svg>
 """
@@ -244,7 +265,7 @@ def quotation(story: str) -> str:
 
 
 def write_figures(figures: dict[str, str]) -> None:
-    """Write the figures to figures.json, after their marks, and into config/train_fables.py."""
+    """Write the figures to figures.json, after their marks, and into the comments of configs."""
     write_atomically(ROOT / "docs/figures.json", json.dumps(figures, indent=1) + "\n")
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         old = path.read_text(encoding="utf-8")
@@ -252,14 +273,15 @@ def write_figures(figures: dict[str, str]) -> None:
                      lambda mark: f"<!--{mark[1]}-->{figures[mark[1]]}", old)
         if new != old:
             write_atomically(path, new)
-    config = ROOT / "config/train_fables.py"
-    before, _, after = config.read_text(encoding="utf-8").partition("# Reaches")
-    result = ("Reaches {fables_loss} nats per token, {fables_above_floor} above the floor of "
-              "{fables_floor}, with {fables_valid} of 200 sampled fables valid, in "
-              "{fables_minutes} minutes on two cores of an AMD EPYC.")
-    comment = textwrap.fill("# " + result.format(**figures), 100, subsequent_indent="# ")
-    write_atomically(config, before + comment + after[after.index("\nout_dir"):])
+    for name, result in RESULTS.items():
+        before, _, after = (ROOT / name).read_text(encoding="utf-8").partition("# Reaches")
+        comment = textwrap.fill("# " + result.format(**figures, machine=machine), 100,
+                                subsequent_indent="# ")
+        write_atomically(ROOT / name, before + comment + after[after.index("\nout_dir"):])
 
+
+PARTS = {part.__name__: part for part in
+         (demo, page, shakespeare, tinystories, ten_minutes, sampling)}
 
 if __name__ == "__main__":
     configure(globals())
@@ -270,6 +292,6 @@ if __name__ == "__main__":
         figures = json.loads((ROOT / "docs/figures.json").read_text())
         copy_scripts()
         for part in chosen:
-            figures |= globals()[part]()
+            figures |= PARTS[part]()
             write_figures(figures)
         write_figures(figures)
