@@ -42,7 +42,7 @@ from lib.configurator import (
     from_text,
     one_line,
     one_of,
-    settings_of,
+    read_settings,
     user_errors,
 )
 from lib.decoding import Sampling
@@ -320,7 +320,8 @@ def make_sampling_inputs() -> dict:
     """Place the widgets of the sampling settings; return them by name."""
     import gradio as gr
 
-    comments = settings_of(Path(__file__).with_name("sample.py"))
+    settings = read_settings(Path(__file__).with_name("sample.py"))
+    comments = {setting.name: setting.comment for setting in settings}
     inputs = {"max_new_tokens": gr.Slider(
         1, max_tokens, min(200, max_tokens), step=1, label="max_new_tokens", min_width=280,
         info="a sample ends earlier at the end of its document")}

@@ -172,11 +172,11 @@ def peer_side(peer: ModuleType | SimpleNamespace, c: SimpleNamespace, model_seed
     model = peer.GPT(peer.GPTConfig(block_size=c.block_size, vocab_size=c.vocab_size,
                                     n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd,
                                     dropout=c.dropout, bias=c.bias)).to(device)
-    made = model.configure_optimizers(c.weight_decay, c.learning_rate, (c.beta1, c.beta2),
-                                      device_type)
+    optimizers = model.configure_optimizers(c.weight_decay, c.learning_rate, (c.beta1, c.beta2),
+                                            device_type)
+    optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
     compute_dtype = "bfloat16" if device_type == "cuda" else "float32"
-    made = made if isinstance(made, list) else [made]
-    return Side(their_name(), model.train(), made, compute_dtype, ours=False)
+    return Side(their_name(), model.train(), optimizers, compute_dtype, ours=False)
 
 
 def load_peer(path: str) -> ModuleType:
