@@ -9,8 +9,9 @@ The page lists the runs and Hugging Face folders in `folder` and up to two level
 samples, and shows the most probable next tokens. No other files can be read through it, and it
 contacts no other server.
 
-As a Hugging Face Space it needs these scripts, lib/, the folder of a run, a requirements.txt with
-torch, numpy and tiktoken, and a README.md that begins with
+A Hugging Face Space needs app.py, sample.py, model.py, train.py (for its list of settings), lib/,
+the folder of a run, a requirements.txt with torch, numpy and tiktoken, and a README.md that begins
+with
 
     ---
     title: fablegpt
@@ -215,7 +216,7 @@ def generate(request: dict) -> Iterator[tuple[str, str, str]]:
             charted = time.perf_counter()
             cost = charted - now
         shown = time.perf_counter()
-        speed = f"{n} token{'s' * (n > 1)}, {n / (now - began):,.0f} tokens/s"
+        speed = f"{n} token{'s' if n > 1 else ''}, {n / (now - began):,.0f} tokens/s"
         yield given["prompt"] + text, chart, f"{speed}, seed {seed}{note}"
 
 
@@ -240,7 +241,7 @@ def chart_after(model: GPT, tokenizer, ids: list[int]) -> str:
 def about(run: str, model: GPT, tokenizer, checkpoint: dict) -> str:
     """Return a table of what the model is and of what eval.py measured."""
     c = model.config
-    facts = {"model": f"{c.arch}, {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide",
+    facts = {"model": f"{c.arch}, {c.n_layer} layers, {c.n_head} heads, width {c.n_embd}",
              "parameters": f"{model.num_params():,}", "context": f"{c.block_size:,} tokens",
              "tokenizer": f"{tokenizer.spec['kind']}, {tokenizer.vocab_size:,} tokens",
              "dataset": checkpoint["meta"].get("dataset") or "unknown",

@@ -187,7 +187,7 @@ def test_runs_are_listed_and_described(server, runs):
     assert [value for _, value in update["choices"]] == ["damaged", "deep/letters", "fables"]
     facts, chart, *examples = ask(server, "show", ["fables", "cpu", False, "Once"], "facts")
     model, checkpoint = load_model(runs / "fables", "cpu")
-    for fact in ("gpt2, 2 layers, 2 heads, 16 wide", f"{model.num_params():,}", "1.2346", "3.44",
+    for fact in ("gpt2, 2 layers, 2 heads, width 16", f"{model.num_params():,}", "1.2346", "3.44",
                  "0.7100", "50.0%", "12,345 tokens"):
         assert f"<td>{fact}</td>" in facts
     assert "None" not in facts and "valid" not in facts
