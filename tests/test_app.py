@@ -454,6 +454,19 @@ def test_a_space_says_where_to_listen():
     assert "GRADIO_SERVER_PORT takes int" in run("app.py", GRADIO_SERVER_PORT="x").stderr
 
 
+def test_a_space_needs_the_files_that_the_docstring_names(tmp_path):
+    for name in ("app.py", "sample.py", "model.py", "train.py"):
+        assert name in app.__doc__
+        shutil.copy(HERE / name, tmp_path)
+    shutil.copytree(HERE / "lib", tmp_path / "lib", ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, str(tmp_path / "app.py"), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "--queue_size=50 " in done.stdout, done.stderr
+    (tmp_path / "train.py").unlink()
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and re.fullmatch("error: .*train.py'\n", done.stderr), done.stderr
+
+
 def test_an_empty_folder_says_how_to_fill_it(tmp_path, monkeypatch):
     monkeypatch.setattr(app, "folder", str(tmp_path))
     with pytest.raises(ValueError, match="no checkpoint in .*make demo"):
