@@ -9,8 +9,9 @@ The page lists the runs and Hugging Face folders in `folder` and up to two level
 samples, and shows the most probable next tokens. No other files can be read through it, and it
 contacts no other server.
 
-As a Hugging Face Space it needs these scripts, lib/, the folder of a run, a requirements.txt with
-torch, numpy and tiktoken, and a README.md that begins with
+A Hugging Face Space needs app.py, sample.py, model.py, train.py (for its list of settings), lib/,
+the folder of a run, a requirements.txt with torch, numpy and tiktoken, and a README.md that begins
+with
 
     ---
     title: fablegpt
@@ -42,7 +43,7 @@ from lib.configurator import (
     from_text,
     one_line,
     one_of,
-    settings_of,
+    read_settings,
     user_errors,
 )
 from lib.decoding import Sampling
@@ -215,7 +216,7 @@ def generate(request: dict) -> Iterator[tuple[str, str, str]]:
             charted = time.perf_counter()
             cost = charted - now
         shown = time.perf_counter()
-        speed = f"{n} token{'s' * (n > 1)}, {n / (now - began):,.0f} tokens/s"
+        speed = f"{n} token{'s' if n > 1 else ''}, {n / (now - began):,.0f} tokens/s"
         yield given["prompt"] + text, chart, f"{speed}, seed {seed}{note}"
 
 
@@ -240,7 +241,7 @@ def chart_after(model: GPT, tokenizer, ids: list[int]) -> str:
 def about(run: str, model: GPT, tokenizer, checkpoint: dict) -> str:
     """Return a table of what the model is and of what eval.py measured."""
     c = model.config
-    facts = {"model": f"{c.arch}, {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide",
+    facts = {"model": f"{c.arch}, {c.n_layer} layers, {c.n_head} heads, width {c.n_embd}",
              "parameters": f"{model.num_params():,}", "context": f"{c.block_size:,} tokens",
              "tokenizer": f"{tokenizer.spec['kind']}, {tokenizer.vocab_size:,} tokens",
              "dataset": checkpoint["meta"].get("dataset") or "unknown",
@@ -320,7 +321,8 @@ def make_sampling_inputs() -> dict:
     """Place the widgets of the sampling settings; return them by name."""
     import gradio as gr
 
-    comments = settings_of(Path(__file__).with_name("sample.py"))
+    settings = read_settings(Path(__file__).with_name("sample.py"))
+    comments = {setting.name: setting.comment for setting in settings}
     inputs = {"max_new_tokens": gr.Slider(
         1, max_tokens, min(200, max_tokens), step=1, label="max_new_tokens", min_width=280,
         info="a sample ends earlier at the end of its document")}

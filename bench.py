@@ -9,8 +9,8 @@ Measure the speed of training, of the batches alone or of generation, or the tim
     python bench.py --mode=generate --run=out --against=out-q8_0.gguf --texts=1
 
 Training is measured on random tokens. `--against` measures another program in turns with this one:
-eager and compiled, in nanoGPT's own data type (bfloat16 on CUDA, float32 elsewhere). Its faster
-form counts. The last line of output is a JSON object; its ratios are ours over theirs.
+eager and compiled, in nanoGPT's own data type (bfloat16 on CUDA, float32 elsewhere). The faster of
+the two is compared. The last line of output is a JSON object; its ratios are ours over theirs.
 """
 import importlib.util
 import json
@@ -41,14 +41,14 @@ from model import GPT, GPTConfig
 # what to measure
 mode = "train"  # 'train': tokens per second; 'data': of the batches alone; 'generate'; 'loss'
 against = ""  # a nanoGPT-style model.py; 'hf': transformers' GPT2LMHeadModel; FILE.gguf: llama.cpp
-rounds = 5  # train, data, generate: timed rounds, of which the median counts
+rounds = 5  # train, data, generate: timed rounds; the result is their median
 steps = 5  # train, data: steps per round
 # time to a loss
 target_loss = 0.0  # nats per token on the whole validation split (0: the other's last loss)
 their_config = ""  # config file of the other program (empty: our settings)
 seeds = 1  # runs of each program
-max_iters = 20000  # steps of a run
-eval_interval = 250  # steps between evaluations, whose time does not count
+max_iters = 20000  # steps
+eval_interval = 250  # steps between evaluations, whose time is excluded
 # generation
 run = ""  # the model, a run or a Hugging Face folder (empty: a new one)
 max_new_tokens = 64  # after a prompt of a quarter of block_size, with top_k 40
@@ -62,8 +62,8 @@ block_size = 128  # context in tokens
 vocab_size = 0  # train, generate (0: that of the prepared dataset, else GPT-2's 50,257)
 # model
 arch = "gpt2"  # or 'qwen3'
-n_layer = 6  # number of blocks
-n_head = 6  # attention heads per block
+n_layer = 6  # blocks
+n_head = 6  # attention heads
 n_kv_head = 0  # qwen3: heads of keys and values (0: n_head)
 n_embd = 384  # width
 dropout = 0.1  # share of activations that are set to zero
@@ -73,7 +73,7 @@ tied = True  # the head shares the weights of the token embedding; gpt2: always
 optimizer = "adamw"  # or 'muon'
 learning_rate = 1e-3  # highest learning rate
 weight_decay = 0.1  # of matrices and embeddings
-beta1 = 0.9  # decay of the mean of the gradients
+beta1 = 0.9  # decay of the mean of the gradients; momentum of Muon
 beta2 = 0.99  # decay of the mean of their squares
 grad_clip = 1.0  # largest gradient norm (0: off)
 schedule = "cosine"  # decay to min_lr; or 'linear', or 'trapezoid'
@@ -172,11 +172,11 @@ def peer_side(peer: ModuleType | SimpleNamespace, c: SimpleNamespace, model_seed
     model = peer.GPT(peer.GPTConfig(block_size=c.block_size, vocab_size=c.vocab_size,
                                     n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd,
                                     dropout=c.dropout, bias=c.bias)).to(device)
-    made = model.configure_optimizers(c.weight_decay, c.learning_rate, (c.beta1, c.beta2),
-                                      device_type)
+    optimizers = model.configure_optimizers(c.weight_decay, c.learning_rate, (c.beta1, c.beta2),
+                                            device_type)
+    optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
     compute_dtype = "bfloat16" if device_type == "cuda" else "float32"
-    made = made if isinstance(made, list) else [made]
-    return Side(their_name(), model.train(), made, compute_dtype, ours=False)
+    return Side(their_name(), model.train(), optimizers, compute_dtype, ours=False)
 
 
 def load_peer(path: str) -> ModuleType:
@@ -266,8 +266,8 @@ def timed(f: Callable[..., object], *args) -> float:
     return time.perf_counter() - start
 
 
-def count(n: int, noun: str) -> str:
-    return f"{n:,} {noun}{'s' * (n != 1)}"
+def plural(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'s' if n != 1 else ''}"
 
 
 def mean_and_deviation(values: list[float]) -> tuple[float, float]:
@@ -285,10 +285,9 @@ def bench_train(c: SimpleNamespace, peer) -> dict:
         sides += [peer_side(peer, c, seed) for _ in range(1 + compile)]
     for side in sides:
         if compile and (side.ours or side is sides[1]):
-            print(f"compiling {side.name} ...", flush=True)
             side.compile(*batch)
         side.step([batch], 1e-4, grad_clip)
-    for _ in progress(range(rounds), f"measuring {count(rounds, 'round')}"):
+    for _ in progress(range(rounds), f"measuring {plural(rounds, 'round')}"):
         for side in sides:  # in turns, so that a busy or throttled machine slows all
             machine.keep_freed_memory(side.ours)  # as its own script does
             side.seconds.append(sum(timed(side.step, [batch], 1e-4, grad_clip)
@@ -302,7 +301,7 @@ def bench_train(c: SimpleNamespace, peer) -> dict:
     forms = ["eager" if side.model is side.raw_model else "compiled" for side in sides]
     print(f"\n{n_params:,} parameters, {batch_size} x {block_size} tokens per step, {device}, "
           f"torch {torch.__version__}\n"
-          f"{count(rounds, 'round')} of {count(steps, 'step')}; the median counts\n")
+          f"median of {plural(rounds, 'round')} of {plural(steps, 'step')}\n")
     print_table([["", "tokens/s", "spread"]] + [
         [f"{side.name} ({form}, {side.compute_dtype})", f"{speed:,.0f}", f"{spread:.0%}"]
         for side, form, speed, spread in zip(sides, forms, speeds, spreads)])
@@ -332,7 +331,7 @@ def bench_data(meta: dict, streams: dict[str, TokenStream]) -> dict:
     spread = max(speeds[1:]) / min(speeds[1:]) - 1
     kind = "windows" if batching == "windows" else "documents"
     print(f"\n{dataset}: batches of {batch_size} {kind} of up to {block_size} tokens\n"
-          f"{count(rounds, 'round')} of {count(steps, 'step')}; the median counts\n")
+          f"median of {plural(rounds, 'round')} of {plural(steps, 'step')}\n")
     print_table([["", "tokens/s", "spread", "padding"],
                  ["batches", f"{speed:,.0f}", f"{spread:.0%}", f"{share:.1%}"]])
     return dict(dataset=dataset, batching=batching, tokens_per_second=speed, padding=share)
@@ -379,12 +378,14 @@ def bench_loss(c: SimpleNamespace, peer, theirs: SimpleNamespace, meta: dict,
     target = target_loss or statistics.mean(points[-1][2] for points in runs[reference])
     result, seconds_to_target = dict(dataset=dataset, seeds=seeds, target_loss=target), {}
     table = [["", "loss", "seconds", "tokens", "seeds"]]
+    table_of_seeds = [["loss of seed", *map(str, run_seeds)]]
     for name, points_of_runs in runs.items():
         ends = [points[-1] for points in points_of_runs]
         reached = [[point for point in points if point[2] <= target] for points in points_of_runs]
         hits = [points[0] for points in reached if points]
         hits = ends if name == reference and not target_loss else hits  # target: the mean of these
-        row = dict(final_loss=mean_and_deviation([loss for _, _, loss in ends]),
+        losses = [loss for _, _, loss in ends]
+        row = dict(losses=losses, final_loss=mean_and_deviation(losses),
                    final_seconds=mean_and_deviation([seconds for seconds, _, _ in ends]),
                    reached=len(hits))
         table.append([name, "{:.4f} +- {:.4f}".format(*row["final_loss"]),
@@ -397,11 +398,16 @@ def bench_loss(c: SimpleNamespace, peer, theirs: SimpleNamespace, meta: dict,
             to_target[2:] = ["{:,.1f} +- {:.1f}".format(*row["seconds"]),
                              "{:,.0f} +- {:,.0f}".format(*row["tokens"]), str(len(hits))]
             seconds_to_target[name] = row["seconds"][0]
-        table += [to_target] * bool(peer or target_loss)
+        if peer or target_loss:
+            table.append(to_target)
+        table_of_seeds.append([name, *(f"{loss:.4f}" for loss in losses)])
         result["ours" if name == "this model" else "theirs"] = row
     print(f"\nvalidation loss of {dataset} in nats per token, mean and standard deviation of "
-          f"{count(seeds, 'seed')}\n")
+          f"{plural(seeds, 'seed')}\n")
     print_table(table)
+    if seeds > 1:
+        print()
+        print_table(table_of_seeds)
     if len(seconds_to_target) == 2:
         ratio = seconds_to_target["this model"] / seconds_to_target[their_name()]
         result |= dict(against=against, ratio=ratio)
@@ -434,7 +440,7 @@ def bench_generate(c: SimpleNamespace, peer, trained: GPT | None) -> dict:
         idx = torch.randint(c.vocab_size, (B, prompt), device=device)
         first, whole = [[] for _ in sides], [[] for _ in sides]
         # the first round warms up
-        for _ in progress(range(rounds + 1), f"generating {count(B, 'text')}"):
+        for _ in progress(range(rounds + 1), f"generating {plural(B, 'text')}"):
             for i, side in enumerate(sides):
                 machine.keep_freed_memory(side.ours)  # as its own script does
                 first[i].append(timed(side.generate, idx, 1))
@@ -456,8 +462,8 @@ def bench_generate(c: SimpleNamespace, peer, trained: GPT | None) -> dict:
         result[f"batch_{B}"] = row
     print(f"\n{n_params:,} parameters, {device}, torch {torch.__version__}; the memory can be read "
           f"at {bandwidth / 1e9:.1f} GB/s\n"
-          f"{max_new_tokens} tokens after a prompt of {prompt}; {count(rounds, 'round')}; "
-          "the median counts\n")
+          f"{max_new_tokens} tokens after a prompt of {prompt}; median of "
+          f"{plural(rounds, 'round')}\n")
     if not peer:
         table[0].pop()
     print_table(table)

@@ -4,7 +4,7 @@ Measure a trained model over a whole split and write out_dir/metrics_summary.jso
     python eval.py
     python eval.py --out_dir=out-fables
     python eval.py --out_dir=out/step_001000.pt     # writes step_001000_metrics_summary.json
-    python eval.py --stride=64 --batching=windows   # sliding window: more context, more work
+    python eval.py --stride=64                      # sliding window, for a model trained on windows
     python eval.py --continuations=100              # ROUGE, BLEU and diversity of generated texts
     python eval.py --compare=out,out-int8           # side by side; reuses up-to-date results
 """
@@ -29,7 +29,7 @@ from lib.convert import OPENAI
 from lib.corpus import load_meta
 from lib.dataset import TokenStream, eval_batches, prefetch
 from lib.decoding import Sampling
-from lib.files import write_atomically
+from lib.files import results_file, write_atomically
 from lib.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
 
@@ -64,8 +64,8 @@ if __name__ == "__main__":
               quantize=one_of("int8", ""))
 
 
-# what is printed of metrics_summary.json: name, format and unit by group
-PRINTED = {
+# name, format and unit of each metric, by group
+METRICS = {
     "quality": {
         "loss": ("loss", "{:.4f}", "nats per token"),
         "floor": ("floor", "{:.4f}", "nats per token"),
@@ -306,18 +306,6 @@ def open_dataset(path: str, model: GPT, checkpoint: dict) -> tuple[Path, dict, T
     return folder, meta, stream
 
 
-def results_file(path: str, checkpoint: Path, name: str) -> Path:
-    """
-    Return the file for results of the model `path`, which was loaded from a checkpoint.
-
-    It is in the folder of the run. If path names a checkpoint file, so does the name of the file,
-    so that the results of the run stay: step_001000_metrics_summary.json.
-    """
-    if Path(path).is_file():
-        return checkpoint.with_name(f"{checkpoint.stem}_{name}")
-    return (checkpoint if checkpoint.is_dir() else checkpoint.parent) / name
-
-
 def reusable(path: Path, sources: list[Path],
              conditions: dict[str, object]) -> dict[str, object] | None:
     """Return the summary in path if it is newer than its sources and has these conditions."""
@@ -325,8 +313,14 @@ def reusable(path: Path, sources: list[Path],
         summary = json.loads(path.read_text(encoding="utf-8"))
         is_newer = path.stat().st_mtime_ns > max(file.stat().st_mtime_ns for file in sources)
         if is_newer and isinstance(summary, dict) and conditions.items() <= summary.items():
-            return summary
+            # summaries of older versions do not have above_floor
+            return {"above_floor": above_floor(summary.get("loss"), summary.get("floor"))} | summary
     return None
+
+
+def above_floor(loss: float | None, floor: float | None) -> float | None:
+    """Return by which share the loss is above the floor, where both are known."""
+    return loss / floor - 1 if floor and loss is not None else None
 
 
 def measure(path: str) -> dict[str, object]:
@@ -360,19 +354,22 @@ def measure(path: str) -> dict[str, object]:
     autocast = machine.autocast(device, machine.resolve_dtype_for(model, dtype, device))
 
     start = time.perf_counter()
-    batches = progress(prefetch(batches, device), f"measuring {Path(path).name}", unit=" batches")
+    batches = progress(prefetch(batches, device), f"measuring {path}", unit=" batches")
     sums = score(model, batches, autocast)
     seconds = time.perf_counter() - start
 
     if not sums["tokens"]:
         raise ValueError(f"{stream.name} has only one token: there is nothing to predict")
 
+    metrics = token_metrics(sums, meta["splits"].get(split, {}), tokenizer.spec["kind"])
     comparable = split == "val" and how == "by_length" and not eval_iters  # with the floor
+    floor = meta.get("floor") if comparable else None
     summary = {
         "checkpoint": checkpoint["path"],
         **conditions,
-        **token_metrics(sums, meta["splits"].get(split, {}), tokenizer.spec["kind"]),
-        "floor": meta.get("floor") if comparable else None,
+        **metrics,
+        "floor": floor,
+        "above_floor": above_floor(metrics["loss"], floor),
         "valid_share": (share_of_valid_fables(model, tokenizer, valid_samples) if is_fables
                         else None),
         "parameters": model.num_params(),
@@ -382,7 +379,7 @@ def measure(path: str) -> dict[str, object]:
         # of the process: of several runs it would be that of the largest so far
         "peak_memory_bytes": None if compare else machine.peak_memory(device),
         "generation_tokens_per_second": generation_speed(model),
-        **dict.fromkeys(PRINTED["continuations"]),
+        **dict.fromkeys(METRICS["continuations"]),
         "note": meta.get("note"),
     }
     pairs = continue_texts(model, tokenizer, texts) if continuations else []
@@ -399,8 +396,6 @@ def measure(path: str) -> dict[str, object]:
 def format_metric(summary: dict[str, object], key: str, form: str) -> str:
     """Return a metric as it is printed, bytes as MB; '' if it was not measured."""
     value = summary.get(key)
-    if key == "above_floor" and summary.get("floor") and summary["loss"] is not None:
-        value = summary["loss"] / summary["floor"] - 1
     if value is None:
         return ""
     return form.format(value / 1e6 if key.endswith("_bytes") else value)
@@ -410,15 +405,15 @@ def print_summary(path: str, summary: dict[str, object]) -> None:
     """Print the summary of a model: what was measured, and the metrics in groups."""
     windows = f"windows every {summary['stride']} tokens" if summary["stride"] else "windows"
     how = windows if summary["batching"] == "windows" else "one document per row"
-    first = f" of the first {summary['eval_iters']} batches" if summary["eval_iters"] else ""
+    tokens = f"{summary['tokens']:,} tokens"
+    tokens += f" of the first {summary['eval_iters']} batches" if summary["eval_iters"] else ""
     int8 = ", in int8" if summary["quantize"] else ""
     file = results_file(path, Path(summary["checkpoint"]), "metrics_summary.json")
     print("\n" + named_lines(
         model=f"{summary['checkpoint']}, step {summary['step']:,}{int8}",
-        data=f"{summary['dataset']}, {summary['split']} split, {summary['tokens']:,} tokens{first}, "
-             f"{how}",
+        data=f"{summary['dataset']}, {summary['split']} split, {tokens}, {how}",
         results=str(file)))
-    for group, metrics in PRINTED.items():
+    for group, metrics in METRICS.items():
         found = [(name, text, unit) for key, (name, form, unit) in metrics.items()
                  if (text := format_metric(summary, key, form))]
         if found:
@@ -439,13 +434,13 @@ def print_comparison(runs: dict[str, dict[str, object]]) -> None:
     rows = [["", *head] for head in heads]
     basics = {key: (key, "{:,}" if key in ("step", "tokens") else "{}", "")
               for key in ("step", "dataset", "batching", "tokens")}
-    for group, metrics in {"measured": basics, **PRINTED}.items():
+    for group, metrics in {"measured": basics, **METRICS}.items():
         found = []
         for key, (name, form, unit) in metrics.items():
             cells = [format_metric(summary, key, form) for summary in runs.values()]
             if any(cells):
-                found.append([f"  {name}" + f" ({unit})" * bool(unit),
-                              *(cell or "-" for cell in cells)])
+                name = f"  {name} ({unit})" if unit else f"  {name}"
+                found.append([name, *(cell or "-" for cell in cells)])
         rows += [[""], [group], *found] if found else []
     print()
     print_table(rows)

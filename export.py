@@ -24,8 +24,8 @@ import torch
 import lib.tokenizer
 from lib.checkpoint import build_model, load_checkpoint, save_checkpoint
 from lib.configurator import configure, one_line, one_of, user_errors
-from lib.convert import config_to_hf, is_transposed, to_hf
-from lib.files import sync_file
+from lib.convert import check_exportable, config_to_hf, is_transposed, to_hf
+from lib.files import results_file, sync_file
 from lib.quantize import quantize_int8
 from lib.tokenizer import EOT, LETTER_OF_BYTE, PIECE, UNK, BytePairTokenizer, get_tokenizer
 from model import GPT
@@ -237,7 +237,7 @@ def model_card(checkpoint: dict, model: GPT, kind: str, name: str) -> str:
     c, params = model.config, model.num_params
     arch = "GPT-2" if c.arch == "gpt2" else "Qwen3"
     text = (f"A {arch} of {params():,} parameters ({params(non_embedding=True):,} without "
-            f"embeddings): {c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, a context of "
+            f"embeddings): {c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, a context of "
             f"{c.block_size:,} tokens, a vocabulary of {c.vocab_size:,} (tokenizer: {kind}).")
     if checkpoint["step"]:
         dataset = Path(checkpoint["config"]["dataset"]).name
@@ -246,7 +246,7 @@ def model_card(checkpoint: dict, model: GPT, kind: str, name: str) -> str:
         text += " A prompt with text outside this vocabulary raises an error."
     text += (f" {EOT} in a prompt is read as text, except by programs that ignore "
              "tokenizer_config.json.")
-    measured = measured_table(checkpoint["step"])
+    measured = measured_table(checkpoint)
     remote = ", trust_remote_code=True" if kind == "word" else ""
     return f"""---
 library_name: transformers
@@ -271,17 +271,15 @@ print(tokenizer.decode(ids[0], skip_special_tokens=True))
 """
 
 
-def measured_table(step: int) -> str:
-    """Return the metrics that eval.py measured at this step as a table, or ''."""
+def measured_table(checkpoint: dict) -> str:
+    """Return the metrics that eval.py measured at the checkpoint's step as a table, or ''."""
     summary = {}
     with contextlib.suppress(OSError, ValueError):
-        path = Path(out_dir)  # as eval.py names it
-        name = f"{path.stem}_metrics_summary.json" if path.is_file() else "metrics_summary.json"
-        path = path.with_name(name) if path.is_file() else path / name
+        path = results_file(out_dir, Path(checkpoint["path"]), "metrics_summary.json")
         summary = json.loads(path.read_text(encoding="utf-8"))
     rows = [f"| {key} | {summary[key]:.4f} |" for key in METRICS
             if isinstance(summary.get(key), float)]
-    if not rows or summary.get("step") != step:
+    if not rows or summary.get("step") != checkpoint["step"]:
         return ""
     head = (f"\nMeasured over {summary['tokens']:,} tokens of {summary['dataset']}, split "
             f"{summary['split']}; the loss is in nats per token:\n")
@@ -356,6 +354,7 @@ def add_gguf_fields(writer, name: str, model: GPT, dtype: str) -> None:
     import gguf
 
     c, kinds = model.config, gguf.LlamaFileType
+    check_exportable(c)
     writer.add_name(name)
     writer.add_file_type({"float32": kinds.ALL_F32, "float16": kinds.MOSTLY_F16,
                           "q8_0": kinds.MOSTLY_Q8_0}[dtype])

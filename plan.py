@@ -36,8 +36,8 @@ block_size = 128  # context in tokens
 vocab_size = 0  # 0: that of the dataset, where it is prepared, else GPT-2's 50,257
 # model
 arch = "gpt2"  # or 'qwen3'
-n_layer = 6  # number of blocks
-n_head = 6  # attention heads per block
+n_layer = 6  # blocks
+n_head = 6  # attention heads
 n_kv_head = 0  # qwen3: heads of keys and values (0: n_head)
 n_embd = 384  # width
 dropout = 0.1  # share of activations that are set to zero

@@ -26,7 +26,7 @@ import torch
 
 from lib.checkpoint import load_model
 from lib.configurator import at_least, configure, did_you_mean, one_of, user_errors
-from lib.decoding import Sampling, beam_search
+from lib.decoding import Sampling, beam_search, start_token
 from lib.machine import keep_freed_memory, resolve_device
 from lib.tokenizer import BytePairTokenizer, get_tokenizer
 from model import GPT
@@ -113,9 +113,8 @@ def encode_prompts(prompts: list[str], tokenizer, device: str) -> tuple[torch.Te
     """Return token ids (B, T), padded at the left, and the number of padding tokens (B,)."""
     if tokenizer.eot >= 0:  # in training every document follows it
         rows = [[tokenizer.eot, *tokenizer.encode(prompt)] for prompt in prompts]
-    else:  # start an empty prompt with a newline, as nanoGPT does, else a space or token 0
-        start = tokenizer.ids.get("\n", tokenizer.ids.get(" ", 0))
-        rows = [tokenizer.encode(prompt) or [start] for prompt in prompts]
+    else:
+        rows = [tokenizer.encode(prompt) or [start_token(tokenizer)] for prompt in prompts]
     T = max(map(len, rows))
     idx = torch.tensor([[0] * (T - len(row)) + row for row in rows], device=device)
     return idx, torch.tensor([T - len(row) for row in rows], device=device)
@@ -229,15 +228,19 @@ def read_prompt(start: str) -> str:
         raise ValueError(f"the prompt is not UTF-8 text: {error}") from None
 
 
-def describe(model: GPT, checkpoint: dict) -> str:
-    """Return a line with the file, step, size, dataset and, where known, loss of a model."""
+def describe(name: str, model: GPT, checkpoint: dict) -> str:
+    """
+    Return a line with the file, step, size, dataset and, where known, loss of a model.
+
+    name: shown instead of the path of a Hugging Face folder.
+    """
     path, step = Path(checkpoint["path"]), checkpoint["step"]
     dataset = Path(checkpoint["config"]["dataset"]).name
     in_int8 = model.lm_head.weight.dtype == torch.int8
     loss = checkpoint.get("best_val_loss", math.inf)
     has_loss = path.name == "best.pt" and not in_int8 and math.isfinite(loss)
-    parts = [str(path) if path.is_file() else out_dir, f"step {step:,}" if step else "",
-             f"{model.num_params():,} parameters" + " in int8" * in_int8,
+    parts = [str(path) if path.is_file() else name, f"step {step:,}" if step else "",
+             f"{model.num_params():,} parameters{' in int8' if in_int8 else ''}",
              f"trained on {dataset}" if dataset else "",
              f"validation loss {loss:.4f}" if has_loss else ""]
     return "model: " + ", ".join(filter(None, parts))
@@ -318,7 +321,7 @@ if __name__ == "__main__":
         sampler = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, no_repeat_ngram)
         prompt = read_prompt(start)
         model, tokenizer, checkpoint = load(out_dir, device, quantize)
-    print(describe(model, checkpoint), file=sys.stderr, flush=True)
+    print(describe(out_dir, model, checkpoint), file=sys.stderr, flush=True)
     sampler.generator = torch.Generator(model.device).manual_seed(seed)
     if interactive:
         respond_to_all(model, tokenizer, sampler)

@@ -12,7 +12,7 @@ batch_size = 6  # about 750 tokens per step: in three minutes, many small steps 
 block_size = 192  # longer than any fable
 
 n_layer = 2
-n_head = 2  # 40 wide: narrower heads are slow to learn to copy a name
+n_head = 2  # each of width 40: narrower heads are slow to learn to copy a name
 n_embd = 80  # 96 and 128 make fewer steps in the same time and end at a higher loss
 dropout = 0.0  # no fable is seen twice
 bias = True

@@ -10,7 +10,8 @@ value wins, and --key alone sets a bool to True. A config file is Python. It run
 its own, and every public name that it leaves there must be a setting of the script.
 
 `--help` prints the docstring and the settings with their defaults and comments, which are read from
-the script's source. A comment line such as `# data` above a setting starts a group.
+the script's source. A comment line such as `# data` above a setting starts a group, unless it ends
+in a period.
 """
 import ast
 import contextlib
@@ -23,8 +24,9 @@ import textwrap
 import time
 import traceback
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple, NoReturn
 
 RENAMED = {"softmax_words": "softmax_tokens"}  # old names of settings
 # options of nanoGPT's scripts that do not exist here, with a hint; ignored in config files
@@ -54,7 +56,7 @@ def one_line(message: object, length: int | None = None) -> str:
     return " ".join(str(message).split())[:length]
 
 
-def fail(message: object) -> None:
+def fail(message: object) -> NoReturn:
     """Print one error line and exit with status 2. Of many ranks only rank 0 prints."""
     if os.environ.get("RANK", "0") == "0":
         print("error: " + one_line(message), file=sys.stderr, flush=True)
@@ -98,42 +100,28 @@ def one_of(*choices: str) -> Callable:
     return check
 
 
-def assignments(source: str) -> Iterator[tuple[str, ast.Assign]]:
-    """Yield the settings in the source of a script, its globals above configure()."""
+class Setting(NamedTuple):
+    name: str
+    group: str
+    comment: str
+
+
+def read_settings(script: str | Path) -> list[Setting]:
+    """Return the settings of a script, its lower-case globals above configure(), in order."""
+    source = Path(script).read_text(encoding="utf-8")
+    lines, settings, group = source.splitlines(), [], "settings"
     for node in ast.parse(source).body:
         if isinstance(node, (ast.Assign, ast.Expr, ast.If)) and "configure(" in ast.unparse(node):
-            return
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            if (name := node.targets[0].id).islower():
-                yield name, node
-
-
-def settings_of(script: str | Path) -> dict[str, str]:
-    """Return the names and comments of a script's settings."""
-    source = Path(script).read_text(encoding="utf-8")
-    lines = source.splitlines()
-    found = {}
-    for name, node in assignments(source):
-        comment = lines[node.end_lineno - 1].encode()[node.end_col_offset:].decode()
-        found[name] = comment.strip().lstrip("# ")
-    return found
-
-
-def groups_of(script: str | Path) -> dict[str, list[str]]:
-    """
-    Return the names of a script's settings by group.
-
-    A comment line above a setting is the name of a group unless it ends in a period.
-    """
-    source = Path(script).read_text(encoding="utf-8")
-    lines = source.splitlines()
-    groups, group = {}, "settings"
-    for name, node in assignments(source):
+            break
+        name = getattr(node.targets[0], "id", "") if isinstance(node, ast.Assign) else ""
+        if not name.islower():
+            continue
         above = lines[node.lineno - 2]
         if above.startswith("# ") and not above.startswith("# --") and above[-1] != ".":
             group = above[2:]
-        groups.setdefault(group, []).append(name)
-    return groups
+        comment = lines[node.end_lineno - 1].encode()[node.end_col_offset:].decode()
+        settings.append(Setting(name, group, comment.strip().lstrip("# ")))
+    return settings
 
 
 def coerce(name: str, value: object, default: object) -> object:
@@ -201,15 +189,16 @@ def nanogpt_defaults(values: dict, settings: dict, given: set[str]) -> dict[str,
 def print_help(script: str, doc: str, settings: dict) -> None:
     """Print the docstring of a script and its settings in groups, 100 columns wide or less."""
     print(f"{doc.strip()}\n\nusage: python {sys.argv[0]} [config/file.py ...] [--key=value ...]")
-    comments = settings_of(script)
     columns = min(100, shutil.get_terminal_size((100, 24)).columns)
     indent = 6 + max(len(f"{name}={value}") for name, value in settings.items())
-    for group, names in groups_of(script).items():
-        print(f"\n{group}")
-        for name in names:
-            option = f"  --{name}={settings[name]}".ljust(indent)
-            lines = textwrap.wrap(comments[name], max(30, columns - indent), break_on_hyphens=False)
-            print((option + f"\n{' ' * indent}".join(lines)).rstrip())
+    group = ""
+    for setting in read_settings(script):
+        if setting.group != group:
+            group = setting.group
+            print(f"\n{group}")
+        option = f"  --{setting.name}={settings[setting.name]}".ljust(indent)
+        lines = textwrap.wrap(setting.comment, max(30, columns - indent), break_on_hyphens=False)
+        print((option + f"\n{' ' * indent}".join(lines)).rstrip())
 
 
 def configure(namespace: dict[str, object], skip_settings_of: str = "", announce: bool = False,
@@ -225,12 +214,13 @@ def configure(namespace: dict[str, object], skip_settings_of: str = "", announce
     defaults. rules: for some settings, at_least() or one_of().
     """
     script = str(namespace["__file__"])
-    defaults = {name: namespace[name] for name in settings_of(script)}
+    defaults = {setting.name: namespace[setting.name] for setting in read_settings(script)}
     settings, given, old_names = dict(defaults), set(), set()
     rank0 = os.environ.get("RANK", "0") == "0"
     ignored = set(NANOGPT_ONLY)
     if skip_settings_of:
-        others = set(settings_of(Path(script).with_name(skip_settings_of)))
+        with user_errors():  # the other script may be missing beside a copy of this one
+            others = {s.name for s in read_settings(Path(script).with_name(skip_settings_of))}
         ignored |= others | {old for old, new in RENAMED.items() if new in others}
     if "--help" in sys.argv[1:] or "-h" in sys.argv[1:]:
         with contextlib.suppress(BrokenPipeError):  # a reader such as head may have seen enough
@@ -278,9 +268,9 @@ def configure(namespace: dict[str, object], skip_settings_of: str = "", announce
                 more = nanogpt_defaults(values, settings, given)
                 settings.update(more)
                 if more and rank0:
-                    wandb = "; add --logger=wandb to log to wandb" * bool(values.get("wandb_log"))
+                    hint = "; add --logger=wandb to log to wandb" if values.get("wandb_log") else ""
                     print(f"{arg} is a config file of nanoGPT: using nanoGPT's defaults for "
-                          f"{', '.join(more)}{wandb}")
+                          f"{', '.join(more)}{hint}")
         except (ValueError, OSError) as error:
             fail(f"{arg}: {error}")
     with user_errors():

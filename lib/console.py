@@ -12,7 +12,8 @@ def progress(items: Iterable | None, task: str, **options) -> tqdm:
     """Show a progress bar. Where stderr is not a terminal, print one line instead."""
     if not sys.stderr.isatty():
         print(f"{task} ...", flush=True)
-    return tqdm(items, desc=task, disable=None, dynamic_ncols=True, **options)  # None: if no terminal
+    # disable=None: no bar where stderr is not a terminal
+    return tqdm(items, desc=task, disable=None, dynamic_ncols=True, **options)
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:

@@ -6,7 +6,7 @@ keeps apart what we stack: queries, keys and values, and the two halves of a Swi
 """
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
@@ -15,6 +15,9 @@ from lib.configurator import one_line
 from lib.tokenizer import meta_of, read_nanogpt_characters, read_tokenizer_json
 from model import GPT, GPTConfig
 
+# fields of GPTConfig that other programs also have, or that follow from those
+EXPORTED = {"arch", "block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias",
+            "gelu", "n_kv_head", "head_dim", "n_inner", "rope_theta", "tied"}
 OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # their names on the Hugging Face hub
 
 QWEN3_BLOCK = {
@@ -126,8 +129,18 @@ def config_from_hf(theirs: dict) -> GPTConfig:
     return GPTConfig(**args, arch=theirs["model_type"], vocab_size=theirs["vocab_size"])
 
 
+def check_exportable(config: GPTConfig) -> None:
+    """Raise ValueError if a field that other programs do not have differs from its default."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name not in EXPORTED and value != field.default:
+            raise ValueError(f"other programs do not have {field.name}={value!r} of this model: it "
+                             "cannot be exported")
+
+
 def config_to_hf(c: GPTConfig, eot: int, dtype: str) -> dict:
     """Return the config.json of GPT2LMHeadModel or Qwen3ForCausalLM."""
+    check_exportable(c)
     ends = {"bos_token_id": eot, "eos_token_id": eot} if eot >= 0 else {}
     if c.arch == "gpt2":
         return {

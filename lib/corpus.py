@@ -25,14 +25,7 @@ from lib.configurator import one_line
 from lib.console import progress
 from lib.dataset import split_files
 from lib.files import open_synced
-from lib.tokenizer import (
-    EOT,
-    KINDS,
-    leading,
-    meta_of,
-    read_nanogpt_characters,
-    train_tokenizer,
-)
+from lib.tokenizer import EOT, KINDS, leading, meta_of, read_nanogpt_characters
 
 FORMAT_VERSION = 1  # of meta.json
 PART = 16_000_000  # characters that are tokenized at a time
@@ -282,14 +275,6 @@ def hub_documents(name: str, split: str, column: str = "text", subset: str = "")
 # -----------------------------------------------------------------------------
 # Token files
 
-def learn_tokenizer(kind: str, documents: Iterable[str], vocab_size: int,
-                    specials: tuple[str, ...] | None = None):
-    """Like train_tokenizer, but show progress: all kinds except gpt2 read the documents."""
-    if kind != "gpt2":
-        documents = progress(documents, "training the tokenizer", unit=" documents")
-    return train_tokenizer(kind, documents, vocab_size, specials)
-
-
 def tokenized(documents: Iterable[str], tokenizer) -> Iterator[tuple[np.ndarray, Counter]]:
     """
     Yield the ids of about PART characters of documents at a time, and their counts for meta.json.
@@ -390,10 +375,10 @@ def finish_dataset(folder: Path, tokenizer, splits: dict[str, dict], **more) -> 
     for split, counts in splits.items():
         n, documents, unknown = counts["tokens"], counts["documents"], counts.get("unknown", 0)
         note = f"; {unknown:,} of the tokens ({unknown / n:.2%}) are unknown" if unknown else ""
-        ends = [f"{split}.bin"]
-        if "shards" in counts:
-            ends = sorted({f"{split}_{i:03}.bin" for i in (0, counts["shards"] - 1)})
-        print(f"{folder / ' to '.join(ends)}: {n:,} tokens, {documents:,} documents{note}")
+        names = [f"{split}.bin"]
+        if "shards" in counts:  # the first and the last shard
+            names = sorted({f"{split}_{i:03}.bin" for i in (0, counts["shards"] - 1)})
+        print(f"{folder / ' to '.join(names)}: {n:,} tokens, {documents:,} documents{note}")
 
 
 # -----------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 """
-Files that are never half written, and the lock on a run.
+Files that are never half written, the place of results, and the lock on a run.
 """
 import contextlib
 import os
@@ -33,6 +33,19 @@ def replace_atomically(path: Path, mode: str = "w") -> Iterator[IO]:
 def write_atomically(path: Path, text: str) -> None:
     with replace_atomically(path) as file:
         file.write(text)
+
+
+def results_file(model: str, checkpoint: Path, name: str) -> Path:
+    """
+    Return where eval.py writes `name` for a model: in the folder of its run.
+
+    checkpoint: what was loaded, a file or a Hugging Face folder. Results of a single checkpoint
+    file get its name as a prefix, so that they do not replace those of the run:
+    step_001000_metrics_summary.json.
+    """
+    if Path(model).is_file():
+        return checkpoint.with_name(f"{checkpoint.stem}_{name}")
+    return (checkpoint if checkpoint.is_dir() else checkpoint.parent) / name
 
 
 def sync_file(path: Path) -> None:

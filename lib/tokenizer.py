@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from lib.configurator import one_line
+from lib.console import progress
 
 EOT = "<|endoftext|>"
 PAD, UNK = "<PAD>", "<UNK>"
@@ -301,7 +302,7 @@ def train_tokenizer(kind: str, texts: Iterable[str], vocab_size: int = 0,
         raise ValueError(f"vocab_size must be at least 0 and at most 65,536, got {vocab_size}")
     if kind == "gpt2":
         return gpt2_tokenizer()
-    texts = leading(texts, SAMPLE)
+    texts = leading(progress(texts, "training the tokenizer", unit=" documents"), SAMPLE)
     if kind == "bpe":
         return train_bpe(texts, vocab_size or 4096)
     if specials is None:

@@ -187,7 +187,7 @@ def test_runs_are_listed_and_described(server, runs):
     assert [value for _, value in update["choices"]] == ["damaged", "deep/letters", "fables"]
     facts, chart, *examples = ask(server, "show", ["fables", "cpu", False, "Once"], "facts")
     model, checkpoint = load_model(runs / "fables", "cpu")
-    for fact in ("gpt2, 2 layers, 2 heads, 16 wide", f"{model.num_params():,}", "1.2346", "3.44",
+    for fact in ("gpt2, 2 layers, 2 heads, width 16", f"{model.num_params():,}", "1.2346", "3.44",
                  "0.7100", "50.0%", "12,345 tokens"):
         assert f"<td>{fact}</td>" in facts
     assert "None" not in facts and "valid" not in facts
@@ -452,6 +452,19 @@ def test_a_space_says_where_to_listen():
     shown = run("app.py", "--help", GRADIO_SERVER_NAME="0.0.0.0", GRADIO_SERVER_PORT="7").stdout
     assert "--host=0.0.0.0 " in shown and "--port=7 " in shown
     assert "GRADIO_SERVER_PORT takes int" in run("app.py", GRADIO_SERVER_PORT="x").stderr
+
+
+def test_a_space_needs_the_files_that_the_docstring_names(tmp_path):
+    for name in ("app.py", "sample.py", "model.py", "train.py"):
+        assert name in app.__doc__
+        shutil.copy(HERE / name, tmp_path)
+    shutil.copytree(HERE / "lib", tmp_path / "lib", ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, str(tmp_path / "app.py"), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "--queue_size=50 " in done.stdout, done.stderr
+    (tmp_path / "train.py").unlink()
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and re.fullmatch("error: .*train.py'\n", done.stderr), done.stderr
 
 
 def test_an_empty_folder_says_how_to_fill_it(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 
 import pytest
 
@@ -87,7 +88,7 @@ def test_bench_of_the_way_to_a_loss(tmp_path, fables_data):
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.strip().splitlines()[-1])
     ours, theirs = result["ours"], result["theirs"]
-    table = done.stdout.split("\n\n")[2].splitlines()
+    table, by_seed = (part.splitlines() for part in done.stdout.split("\n\n")[2:4])
     assert [line.split()[-1] for line in table] == ["seeds", "2", "2", "2", "2"]
     assert "{:.4f} +- {:.4f}".format(*theirs["final_loss"]) in table[3]
     assert table[2].split()[:2] == ["to", f"{result['target_loss']:.4f}"]
@@ -100,6 +101,11 @@ def test_bench_of_the_way_to_a_loss(tmp_path, fables_data):
         ours["reached"] == theirs["reached"] == 2
         and ours["final_loss"][0] < theirs["final_loss"][0]
     )
+    assert by_seed[0].split()[-2:] == ["1337", "1338"]
+    for line, row in zip(by_seed[1:], (ours, theirs), strict=True):
+        assert line.split()[-2:] == [f"{loss:.4f}" for loss in row["losses"]]
+        mean, deviation = statistics.mean(row["losses"]), statistics.stdev(row["losses"])
+        assert row["final_loss"] == pytest.approx([mean, deviation])
     assert ours["tokens"][0] == 2 * 2 * 16 and theirs["tokens"] == [6 * 2 * 16, 0]
     assert result["ratio"] == pytest.approx(ours["seconds"][0] / theirs["seconds"][0])
 

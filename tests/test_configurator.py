@@ -12,15 +12,8 @@ import pytest
 import torch
 
 from helpers import HERE, SCRIPTS, TINY, one_line_error, run
-from lib.configurator import (
-    at_least,
-    coerce,
-    from_text,
-    one_of,
-    print_table,
-    progress,
-    settings_of,
-)
+from lib.configurator import at_least, coerce, from_text, one_of, read_settings
+from lib.console import print_table, progress
 from lib.corpus import load_meta
 from lib.dataset import TokenStream
 
@@ -213,7 +206,10 @@ def test_help_lists_every_setting_with_its_reason_under_its_group(script):
         assert section.count("\n  --") == len(settings)
     assert all(len(line) <= 100 for line in done.stdout.splitlines())
     names = [name for settings in groups.values() for name in settings]
-    assert names == list(settings_of(HERE / script)) and len(names) >= 2
+    read = read_settings(HERE / script)
+    assert read == [(name, group, comment) for group, settings in groups.items()
+                    for name, comment in settings.items()]
+    assert len(names) >= 2
     assert len(names) <= 8 or len(groups) > 1
     narrow = run(script, "--help", COLUMNS="70").stdout
     assert max(map(len, narrow[len(doc):].splitlines())) <= 70
@@ -221,15 +217,15 @@ def test_help_lists_every_setting_with_its_reason_under_its_group(script):
 
 @pytest.mark.parametrize("script", [script for script in SCRIPTS if script != "train.py"])
 def test_every_setting_has_a_comment(script):
-    assert all(settings_of(HERE / script).values())
+    assert all(setting.comment for setting in read_settings(HERE / script))
 
 
 def test_configs_fit_every_script():
-    trainers = settings_of(HERE / "train.py")
+    trainers = {setting.name for setting in read_settings(HERE / "train.py")}
     for path in (HERE / "config").glob("*.py"):
         namespace = {}
         exec(path.read_text(), namespace)
-        assert {name for name in namespace if not name.startswith("_")} <= set(trainers), path
+        assert {name for name in namespace if not name.startswith("_")} <= trainers, path
 
 
 def test_defaults_have_the_size_of_train_small():

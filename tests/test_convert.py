@@ -3,6 +3,7 @@ import json
 import pickle
 import re
 import shutil
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from export import write_hf_tokenizer
 from helpers import PROMPT, TEXT, export, run, tiny, train, transformers_of
 from lib.checkpoint import load_checkpoint, load_model
-from lib.convert import from_hf, to_hf
+from lib.convert import EXPORTED, config_to_hf, from_hf, to_hf
 from lib.tokenizer import EOT, get_tokenizer, gpt2_tokenizer, read_tokenizer_json
 from model import GPT, GPTConfig
 from sample import generate_text
@@ -23,6 +24,22 @@ def test_missing_weights_are_named():
     del weights["model.layers.1.mlp.up_proj.weight"], weights["model.norm.weight"]
     with pytest.raises(ValueError, match=r"missing: model.norm.weight and 1 more"):
         from_hf(weights, tiny(arch="qwen3").config)
+
+
+def test_a_field_that_transformers_does_not_have_is_named():
+    @dataclass
+    class WithWindow(GPTConfig):
+        window: int = 0
+
+    for arch in ("gpt2", "qwen3"):
+        plain = config_to_hf(GPTConfig(arch), 0, "float32")
+        assert config_to_hf(WithWindow(arch), 0, "float32") == plain
+        with pytest.raises(ValueError, match="do not have window=8 of this model"):
+            config_to_hf(WithWindow(arch, window=8), 0, "float32")
+
+
+def test_every_field_of_the_model_is_exported():
+    assert EXPORTED == {field.name for field in fields(GPTConfig)}
 
 
 def test_hugging_face_folders_load(openai_folder, tmp_path):

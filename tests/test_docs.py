@@ -123,7 +123,7 @@ def check_links(name: str, text: str) -> list[str]:
 def defaults_and_rules(script: str) -> tuple[dict, dict]:
     """Return a script's settings with their defaults, and the arguments of its configure()."""
     tree = ast.parse((HERE / script).read_text(encoding="utf-8"))
-    missing, values = set(configurator.settings_of(HERE / script)), {}
+    missing, values = {s.name for s in configurator.read_settings(HERE / script)}, {}
     for node in tree.body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") in missing:
             values[node.targets[0].id] = ast.literal_eval(node.value)

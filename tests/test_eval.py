@@ -83,7 +83,8 @@ def test_metrics_equal_a_plain_computation(trained, fables_data, tmp_path, batch
     assert printed["valid fables"] == "0.0% of the samples"
     assert printed["in int8"] == f"{summary['size_int8_bytes'] / 1e6:.2f} MB"
     if batching == "by_length":
-        assert printed["above the floor"] == f"{loss / meta['floor'] - 1:.1%}"
+        assert summary["above_floor"] == pytest.approx(loss / meta["floor"] - 1, rel=1e-4)
+        assert printed["above the floor"] == f"{summary['above_floor']:.1%}"
     how = {"windows": "windows", "by_length": "one document per row"}[batching]
     assert printed["model"] == f"{out}/best.pt, step 6"
     assert printed["data"] == f"fables, val split, {n:,} tokens, {how}"
@@ -94,7 +95,7 @@ def test_metrics_equal_a_plain_computation(trained, fables_data, tmp_path, batch
     assert summary["generation_tokens_per_second"] > 1
     assert summary["rouge1"] is summary["stride"] is None
     settings = f"settings: out_dir={out}, batching={batching}, batch_size=3, valid_samples=5, "
-    assert " ".join(done.stdout.split()).startswith(settings + "dtype=float32 measuring")
+    assert " ".join(done.stdout.split()).startswith(settings + f"dtype=float32 measuring {out}")
 
 
 def test_a_model_that_knows_its_fable_is_valid(tmp_path):
@@ -377,6 +378,9 @@ def test_compare_reuses_a_summary_that_is_up_to_date(trained, fables_data, tmp_p
     for key in ("quantize", "eval_iters"):  # a summary that an older version wrote
         path.write_text(json.dumps({k: v for k, v in measured.items() if k != key} | {"loss": 99}))
         assert evaluation.measure(out)["loss"] != 99
+    old = {key: value for key, value in measured.items() if key != "above_floor"}
+    path.write_text(json.dumps(old | {"loss": 3.0, "floor": 2.0}))
+    assert evaluation.measure(out)["above_floor"] == 0.5
     for damaged in ("{", "[]", "5"):
         path.write_text(damaged)
         assert evaluation.measure(out)["loss"] == measured["loss"]

@@ -25,8 +25,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 from lib.configurator import at_least, configure, one_of, user_errors
-from lib.corpus import finish_dataset, learn_tokenizer, remove_temporary_files, write_split
-from lib.tokenizer import EOT, KINDS
+from lib.corpus import finish_dataset, remove_temporary_files, write_split
+from lib.tokenizer import EOT, KINDS, train_tokenizer
 
 # -----------------------------------------------------------------------------
 train_stories = 50000  # about 130 tokens each
@@ -487,17 +487,18 @@ def prepare(folder: Path, train_stories: int, val_stories: int, seed: int, kind:
     stories = {split: write_stories(f"{seed} {split}", n) for split, n in sizes.items()}
     texts = {split: [text for text, _ in stories[split]] for split in sizes}
     specials = None if kind == "word" else (EOT,)
-    made = learn_tokenizer(kind, texts["train"] + texts["val"], vocab_size, specials)
+    trained = train_tokenizer(kind, texts["train"] + texts["val"], vocab_size, specials)
     with remove_temporary_files(folder):
-        splits = {split: write_split(folder, split, texts[split], made, n)
+        splits = {split: write_split(folder, split, texts[split], trained, n)
                   for split, n in sizes.items()}
-        if made.unk >= 0:  # without capitals and rare words the entropy is another
-            finish_dataset(folder, made, splits)
+        if trained.unk >= 0:  # without capitals and rare words the entropy is another
+            finish_dataset(folder, trained, splits)
             return
         nats = math.fsum(nats for _, nats in stories["val"])
         floor = nats / splits["val"]["tokens"]
         floor_bits_per_byte = nats / math.log(2) / splits["val"]["bytes"]
-        finish_dataset(folder, made, splits, floor=floor, floor_bits_per_byte=floor_bits_per_byte)
+        finish_dataset(folder, trained, splits, floor=floor,
+                       floor_bits_per_byte=floor_bits_per_byte)
     print(f"entropy of the validation split, the lowest possible loss: {floor:.4f} nats per token")
 
 

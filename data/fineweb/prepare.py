@@ -25,14 +25,13 @@ from lib.corpus import (
     ask_hub,
     finish_dataset,
     import_datasets,
-    learn_tokenizer,
     stripped,
     tokenized,
     write_split,
     write_tokens,
 )
 from lib.files import write_atomically
-from lib.tokenizer import KINDS, get_tokenizer
+from lib.tokenizer import KINDS, get_tokenizer, train_tokenizer
 
 # -----------------------------------------------------------------------------
 source = ""  # a local copy: a folder of .parquet or .jsonl files, column text (empty: the hub)
@@ -82,7 +81,7 @@ def prepare(folder: Path, name: str, subset: str, source: str, kind: str, vocab_
     asked = [name, subset, source, files, kind, vocab_size, shard_tokens, validation]
     digest, written = hashlib.sha256(), []
     if saved.get("asked") == asked:
-        made, train, val = get_tokenizer(saved), Counter(saved["train"]), saved["val"]
+        trained, train, val = get_tokenizer(saved), Counter(saved["train"]), saved["val"]
         written = [folder / f"train_{i:03}.bin.tmp" for i in range(saved["shards"])]
         for path in written:
             digest.update(path.read_bytes())
@@ -90,11 +89,11 @@ def prepare(folder: Path, name: str, subset: str, source: str, kind: str, vocab_
         documents = documents_of(rows, where)
         print(f"resuming after {len(written)} shards, {train['tokens']:,} tokens", file=sys.stderr)
     else:
-        made, train = learn_tokenizer(kind, documents_of(rows, where), vocab_size), Counter()
+        trained, train = train_tokenizer(kind, documents_of(rows, where), vocab_size), Counter()
         documents = documents_of(rows, where)
-        val = write_split(folder, "val", islice(documents, validation), made)
+        val = write_split(folder, "val", islice(documents, validation), trained)
     bar = progress(documents, "tokenizing train", unit=" documents", smoothing=0)
-    parts = tokenized(bar, made)
+    parts = tokenized(bar, trained)
     while not shards or len(written) < shards:
         path = folder / f"train_{len(written):03}.bin.tmp"
         counts = write_tokens(path, parts, digest, shard_tokens)
@@ -103,14 +102,14 @@ def prepare(folder: Path, name: str, subset: str, source: str, kind: str, vocab_
             break
         train.update(counts)
         written.append(path)
-        saved = dict(asked=asked, tokenizer=made.spec, train=train, val=val,
+        saved = dict(asked=asked, tokenizer=trained.spec, train=train, val=val,
                      shards=len(written), stream=rows.state_dict())
         write_atomically(progress_file, json.dumps(saved))
     if not written:
         raise ValueError(f"{where} has no more than the {val['documents']:,} documents for "
                          "validation")
     train = {**train, "sha256": digest.hexdigest(), "shards": len(written)}
-    finish_dataset(folder, made, {"train": train, "val": val})
+    finish_dataset(folder, trained, {"train": train, "val": val})
     progress_file.unlink()
     del documents, parts, rows
     gc.collect()  # a reader that is still running when Python exits would abort it

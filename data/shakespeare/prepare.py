@@ -16,8 +16,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 from lib.configurator import at_least, configure, one_of, user_errors
-from lib.corpus import learn_tokenizer, open_text, write_dataset
-from lib.tokenizer import KINDS
+from lib.corpus import open_text, write_dataset
+from lib.tokenizer import KINDS, train_tokenizer
 
 # -----------------------------------------------------------------------------
 source = ""  # a local copy, or any other text file (empty: download it)
@@ -57,10 +57,10 @@ def prepare(folder: Path, source: str, kind: str, vocab_size: int) -> None:
     border = int(len(text) * 0.9)
     parts = {"train": text[:border], "val": text[border:]}
     if kind == "char":  # nanoGPT's ids: the characters of the whole text, and no other tokens
-        made = learn_tokenizer(kind, [text], vocab_size, specials=())
+        trained = train_tokenizer(kind, [text], vocab_size, specials=())
     else:
-        made = learn_tokenizer(kind, [parts["train"]], vocab_size)
-    write_dataset(folder, lambda split: [parts[split]] if parts[split] else [], made)
+        trained = train_tokenizer(kind, [parts["train"]], vocab_size)
+    write_dataset(folder, lambda split: [parts[split]] if parts[split] else [], trained)
 
 
 if __name__ == "__main__":

@@ -22,14 +22,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 from lib.configurator import at_least, configure, one_of, user_errors
-from lib.corpus import (
-    SUFFIXES,
-    hub_documents,
-    learn_tokenizer,
-    local_documents,
-    write_dataset,
-)
-from lib.tokenizer import KINDS
+from lib.corpus import SUFFIXES, hub_documents, local_documents, write_dataset
+from lib.tokenizer import KINDS, train_tokenizer
 
 # -----------------------------------------------------------------------------
 source = ""  # a file, a folder or the name of a dataset on the hub
@@ -69,7 +63,7 @@ with user_errors():
         "".encode(encoding)
     except LookupError as error:
         raise ValueError(f"--encoding={encoding}: {error}") from None
-    made = learn_tokenizer(tokenizer, documents("train"), vocab_size)
+    trained = train_tokenizer(tokenizer, documents("train"), vocab_size)
     folder = Path(out_dir) if out_dir else HERE
-    write_dataset(folder, documents, made)
+    write_dataset(folder, documents, trained)
     print(f"next: {next_command(folder.resolve())}")

@@ -14,8 +14,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 from lib.configurator import at_least, configure, one_of, user_errors
-from lib.corpus import hub_documents, learn_tokenizer, local_documents, write_dataset
-from lib.tokenizer import KINDS
+from lib.corpus import hub_documents, local_documents, write_dataset
+from lib.tokenizer import KINDS, train_tokenizer
 
 # -----------------------------------------------------------------------------
 source = ""  # a local copy: a file or a folder of .txt, .jsonl or .parquet files (empty: the hub)
@@ -33,5 +33,5 @@ def documents(split: str) -> Iterator[str]:
 
 
 with user_errors():
-    made = learn_tokenizer(tokenizer, documents("train"), vocab_size)
-    write_dataset(Path(out_dir) if out_dir else HERE, documents, made)
+    trained = train_tokenizer(tokenizer, documents("train"), vocab_size)
+    write_dataset(Path(out_dir) if out_dir else HERE, documents, trained)

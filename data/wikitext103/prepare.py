@@ -24,14 +24,13 @@ from lib.configurator import at_least, configure, one_of, user_errors
 from lib.corpus import (
     finish_dataset,
     hub_rows,
-    learn_tokenizer,
     read_rows,
     remove_temporary_files,
     split_of,
     text_files,
     write_split,
 )
-from lib.tokenizer import KINDS
+from lib.tokenizer import KINDS, train_tokenizer
 
 # -----------------------------------------------------------------------------
 source = ""  # a local copy: a folder of wiki.train.raw, ... or of .parquet files (empty: the hub)
@@ -94,14 +93,14 @@ def articles(lines: Iterable[str]) -> Iterator[str]:
 
 
 def prepare(folder: Path, subset: str, source: str, kind: str, vocab_size: int) -> None:
-    made = learn_tokenizer(kind, articles(lines_of("train", source, subset)), vocab_size)
+    trained = train_tokenizer(kind, articles(lines_of("train", source, subset)), vocab_size)
     splits = {}
     with remove_temporary_files(folder):
         for split in ("train", "val", "test"):
-            counts = write_split(folder, split, articles(lines_of(split, source, subset)), made)
+            counts = write_split(folder, split, articles(lines_of(split, source, subset)), trained)
             words = sum(len(line.split()) + 1 for line in lines_of(split, source, subset))
             splits[split] = counts | {"words": words}
-        finish_dataset(folder, made, splits, note=NOTE)
+        finish_dataset(folder, trained, splits, note=NOTE)
 
 
 if __name__ == "__main__":
