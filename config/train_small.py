@@ -1,4 +1,4 @@
-# 30M parameters on TinyStories: half a day on a good GPU.
+# 30M parameters on TinyStories: some hours on a good GPU.
 #     python data/tinystories/prepare.py
 #     python train.py config/train_small.py
 # Tokens per step: 32 x 32 x 128 = 131,072; 20,000 steps see 2.6 billion tokens, six epochs.
