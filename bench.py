@@ -117,7 +117,7 @@ class Side:
 
     def compile(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """Compile the model on one batch, where that works."""
-        self.model = machine.compile_or_eager(
+        self.model, _ = machine.compile_or_eager(
             self.raw_model, lambda compiled: self.forward_backward(compiled, x, y, 1),
             lambda line: print(f"{self.name}: {line}"))
 

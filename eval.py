@@ -377,7 +377,7 @@ def measure(path: str) -> dict[str, object]:
         **sizes(model.config),
         "tokens_per_second": sums["tokens"] / seconds,
         # of the process: of several runs it would be that of the largest so far
-        "peak_memory_bytes": None if compare else machine.peak_memory(device),
+        "peak_memory_bytes": None if compare else machine.peak_memory(device) or None,
         "generation_tokens_per_second": generation_speed(model),
         **dict.fromkeys(METRICS["continuations"]),
         "note": meta.get("note"),

@@ -117,7 +117,8 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.update(self.layer, k, v)  # (B, n_kv_head, cache.length + T, hs)
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None and k.size(2) == T,  # a single new query attends to all keys
+            # after cached tokens, a single query attends to all keys; more queries have a mask
+            is_causal=mask is None and (cache is None or cache.length == 0),
             enable_gqa=self.n_kv_head < self.n_head)
         y = y.transpose(1, 2).contiguous().view(B, T, -1)  # (B, T, n_head * hs)
         return self.resid_dropout(self.c_proj(y))

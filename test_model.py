@@ -425,3 +425,16 @@ def test_remat_does_not_change_generation():
     expected = model.generate(idx, 8, temperature=0)
     model.remat = True
     assert model.generate(idx, 8, temperature=0).equal(expected)
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
+def test_rows_of_many_lengths_compile_to_two_graphs(arch):
+    """One for the first length and one for all others, without a break."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = torch.compile(tiny(arch=arch), backend="eager")
+    for T in (8, 9, 7, 5, 6, 4):
+        idx = torch.zeros(2, T, dtype=torch.long)
+        model(idx, idx)[1].backward()
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]

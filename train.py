@@ -14,7 +14,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from lib import checkpoint as ckpt
 from lib import machine, optim, runlog
@@ -118,7 +117,7 @@ def micro_batches(batches: TrainBatches, step: int, ranks: Ranks) -> Iterator:
 
 def forward_backward(model, x, y, weight, autocast, scaler, micro_steps: int) -> torch.Tensor:
     """Add the gradient of a micro-batch, one of micro_steps; return its share of the loss."""
-    with autocast:
+    with machine.out_of_memory_errors(), autocast:
         loss = model(x, y)[1] * weight / micro_steps
         scaler.scale(loss).backward()
     return loss.detach()
@@ -161,7 +160,7 @@ say = print if ranks.master else lambda text: None
 with user_errors():
     device = machine.resolve_device(device)
     dtype = machine.resolve_dtype(dtype, device)
-device = ranks.start(device, backend)
+ranks.start(device, backend)
 device_type = device.split(":")[0]
 ranks.check_same({name: value for name, value in config.items() if name != "device"})
 with ranks.user_errors():
@@ -266,15 +265,13 @@ say(named_lines(
 # -----------------------------------------------------------------------------
 # Compile
 micro_steps = gradient_accumulation_steps // ranks.world_size
-model = raw_model
 if compile:
     first = [t.to(device) for t in next(micro_batches(batches, 0, ranks))]
-    model = machine.compile_or_eager(
-        raw_model, lambda compiled: forward_backward(compiled, *first, autocast, scaler, 1), say)
-form = "eager" if model is raw_model else "compiled"
-if ranks.distributed:
-    device_ids = [ranks.local_rank] if device_type == "cuda" else None
-    model = DistributedDataParallel(model, device_ids=device_ids)
+    model, form = machine.compile_or_eager(
+        raw_model, lambda compiled: forward_backward(compiled, *first, autocast, scaler, 1), say,
+        ranks.wrap)
+else:
+    model, form = ranks.wrap(raw_model), "eager"
 peak, peak_source = machine.peak_flops(device, dtype)
 ranks_note = f", {ranks.world_size} ranks" if ranks.distributed else ""
 say(named_lines(device=f"{device}, {dtype}, {form}{ranks_note}",
@@ -404,8 +401,8 @@ elif resuming and state.step == first_step and not eval_only:
         "increase the limit, for example --max_iters")
 elif not eval_only:
     say(named_lines(
-        done=f"step {state.step}{why}, {duration(timer.seconds)}, "
-             f"{machine.peak_memory(device) / 1e9:.1f} GB peak memory",
+        done=f"step {state.step}{why}, {duration(timer.seconds)}"
+             f"{machine.describe_peak_memory(device)}",
         best=f"validation loss {state.best_val_loss:.4f}, {out_dir}/best.pt",
         curve=f"{out_dir}/loss.png",
         next=f"python eval.py --out_dir={out_dir}\npython sample.py --out_dir={out_dir}"))

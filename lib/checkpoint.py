@@ -294,7 +294,8 @@ def restore(checkpoint: dict, model: GPT, optimizers: list[torch.optim.Optimizer
         model.load_state_dict(checkpoint["model"])
         for optimizer, saved in zip(optimizers, checkpoint["optimizer"], strict=True):
             optimizer.load_state_dict(saved)
-        scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint["scaler"]:  # empty unless the run was in float16
+            scaler.load_state_dict(checkpoint["scaler"])
         return RunState.from_checkpoint(checkpoint, device)
     except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(f"the checkpoint of step {checkpoint['step']} cannot be resumed "

@@ -307,12 +307,13 @@ def eval_batches(stream: TokenStream, block_size: int, batch_size: int, batching
 
 def prefetch(batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
              device: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield the batches on the device, preparing the next one in a thread (pinned for CUDA)."""
-    batches = iter(batches)
+    """Yield the batches on the device, preparing the next one in a thread."""
+    # CUDA copies without waiting, from pinned memory, which lives until the copy has ended
+    batches, cuda = iter(batches), device.startswith("cuda")
 
     def load():
         batch = next(batches, None)
-        if batch and device.startswith("cuda"):
+        if batch and cuda:
             return tuple(t.pin_memory() for t in batch)
         return batch
 
@@ -320,4 +321,4 @@ def prefetch(batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
         ahead = thread.submit(load)
         while batch := ahead.result():
             ahead = thread.submit(load)
-            yield tuple(t.to(device, non_blocking=True) for t in batch)
+            yield tuple(t.to(device, non_blocking=cuda) for t in batch)

@@ -58,7 +58,8 @@ class Sampling:
             return logits.argmax(dim=-1)
         logits, candidates = self.candidates(logits)
         p = logits.softmax(dim=-1)
-        noise = torch.empty_like(p).exponential_(generator=self.generator)
+        # Apple's GPUs can return 0, and 0 / 0 would win; probabilities stay above this bound
+        noise = torch.empty_like(p).exponential_(generator=self.generator).clamp(min=2**-24)
         sampled = (p / noise).argmax(dim=-1, keepdim=True)  # (B, 1), distributed as p
         return (sampled if candidates is None else candidates.gather(1, sampled))[:, 0]
 

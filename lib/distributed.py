@@ -12,6 +12,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from lib.configurator import fail
 
@@ -36,17 +37,14 @@ class Ranks:
         """Whether this process prints, logs and saves."""
         return self.rank == 0
 
-    def start(self, device: str, backend: str = "auto") -> str:
+    def start(self, device: str, backend: str = "auto") -> None:
         """
-        Connect the ranks and return this rank's device.
+        Connect the ranks.
 
         backend 'auto': nccl on CUDA, gloo elsewhere. A failure ends the process with one line.
         """
-        if device == "cuda":
-            device = f"cuda:{self.local_rank}"
-            torch.cuda.set_device(device)
         if not self.distributed:
-            return device
+            return
         if backend == "auto":
             backend = "nccl" if device.startswith("cuda") else "gloo"
         try:
@@ -60,7 +58,14 @@ class Ranks:
                                     world_size=self.world_size, timeout=timedelta(minutes=10))
         except (RuntimeError, ValueError) as error:
             fail(f"backend {backend!r} does not work here: {error}")
-        return device
+
+    def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
+        """Return the model in DDP, which averages gradients over the ranks, if there are ranks."""
+        if not self.distributed:
+            return model
+        wrapped = DistributedDataParallel(model)
+        wrapped.broadcast_buffers = False  # all ranks have the same ones, which never change
+        return wrapped
 
     def stop(self) -> None:
         """Disconnect the ranks."""

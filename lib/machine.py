@@ -3,10 +3,11 @@ The device: which one, its data type, its speed and its memory.
 """
 import contextlib
 import ctypes
+import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -21,12 +22,20 @@ PEAK_FLOPS = {
 
 
 def resolve_device(device: str) -> str:
-    """Resolve 'auto': cuda, else mps, else cpu. Raise ValueError if a device cannot be used."""
+    """
+    Resolve 'auto': cuda, else mps, else cpu. Raise ValueError if a device cannot be used.
+
+    'cuda' is this rank's GPU, 'cuda:1' the second one; it becomes torch's current GPU, to which
+    its name, capability, memory and synchronization refer.
+    """
     if device == "auto":
-        if torch.cuda.is_available():
-            return "cuda"
-        return "mps" if torch.backends.mps.is_available() else "cpu"
+        device = ("cuda" if torch.cuda.is_available() else
+                  "mps" if torch.backends.mps.is_available() else "cpu")
     try:
+        if device == "cuda":
+            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        if device.startswith("cuda"):
+            torch.cuda.set_device(device)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
@@ -88,24 +97,47 @@ def resolve_loss_chunk(loss_chunk: int, device: str, vocab_size: int) -> int:
     return 256 if device == "cpu" and vocab_size >= 4096 else 0
 
 
+@contextlib.contextmanager
+def out_of_memory_errors() -> Iterator[None]:
+    """End the process with one line that says what helps if the device is out of memory."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error).lower()
+        if not isinstance(error, torch.OutOfMemoryError) and not any(
+                words in text for words in ("out of memory", "can't allocate memory")):
+            raise
+        rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""  # any rank prints it
+        print(f"error: {rank}out of memory: halve --batch_size and double "
+              "--gradient_accumulation_steps, or add --loss_chunk=256 or --remat; python plan.py "
+              "with the same settings and --device_memory=8GB predicts what fits",
+              file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
 def compile_or_eager(model: torch.nn.Module, attempt: Callable[[torch.nn.Module], None],
-                     report: Callable[[str], None] = print) -> torch.nn.Module:
+                     report: Callable[[str], None] = print,
+                     wrap: Callable[[torch.nn.Module], torch.nn.Module] = lambda model: model
+                     ) -> tuple[torch.nn.Module, str]:
     """
-    Return the compiled model, or the model itself where compiling fails.
+    Return the compiled model and 'compiled', or the model and 'eager' where compiling fails.
 
     attempt: a call of the compiled model, which compiles it. report: receives a line before and, if
-    it fails, one that says why: a missing C compiler, an old GPU or an unknown operation.
+    it fails, one that says why: a missing C compiler, an old GPU or an unknown operation. wrap:
+    applied to the result. DDP has to be outside: it divides the graph, so that gradients are
+    exchanged during the backward pass.
     """
     report("compiling the model ...")
     try:
-        compiled = torch.compile(model)
-        attempt(compiled)
-        return compiled
+        compiled = wrap(torch.compile(model))
+        with getattr(compiled, "no_sync", contextlib.nullcontext)():
+            attempt(compiled)
+        return compiled, "compiled"
     except Exception as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), "")
         report(f"torch.compile does not work here ({type(error).__name__}: {reason[:80]}); "
                "continuing in eager mode")
-        return model
+        return wrap(model), "eager"
     finally:
         model.zero_grad(set_to_none=True)
 
@@ -127,10 +159,8 @@ def keep_freed_memory(keep: bool = True) -> None:
 
 def synchronize(device: str) -> None:
     """Wait until a GPU has finished its work."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    elif device.startswith("mps"):
-        torch.mps.synchronize()
+    if not device.startswith("cpu"):
+        torch.accelerator.synchronize()
 
 
 def seconds_of(f: Callable[[], object], device: str = "cpu") -> float:
@@ -181,10 +211,22 @@ def peak_flops(device: str, dtype: str) -> tuple[float, str]:
 
 
 def peak_memory(device: str) -> int:
-    """Return the most memory in bytes that was used so far: of the GPU, else of this process."""
+    """
+    Return the most memory in bytes that was used so far: of the GPU, else of this process.
+
+    0 if it is unknown, as on Windows.
+    """
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
-    import resource
-
+    try:
+        import resource
+    except ImportError:
+        return 0
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss: bytes on macOS, else kB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def describe_peak_memory(device: str) -> str:
+    """Return text such as ', 0.6 GB peak memory', or '' if it is unknown."""
+    memory = peak_memory(device)
+    return f", {memory / 1e9:.1f} GB peak memory" if memory else ""

@@ -128,8 +128,10 @@ class Int8Linear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.packed is None:
             # a slice at a time, so that a wide head is never converted as a whole
-            parts = [F.linear(x, w.to(x.dtype)) for w in self.weight.split(8192)]
-            y = torch.cat(parts, dim=-1) * self.weight_scale
+            # scaled before the product: sums of whole numbers can be too large for float16
+            parts = [F.linear(x, (w * scale[:, None]).to(x.dtype)) for w, scale
+                     in zip(self.weight.split(8192), self.weight_scale.split(8192))]
+            y = torch.cat(parts, dim=-1)
             return y if self.bias is None else y + self.bias
         linear = torch.ops.quantized.linear_dynamic
         # reduce_range: activations of 7 bits, as sums of 8-bit products can overflow

@@ -7,8 +7,9 @@ import sys
 import pytest
 import torch
 
-from helpers import HERE, assert_same, damage_by, one_line_error, read_log, run
+from helpers import HERE, assert_same, damage_by, one_line_error, read_log, run, tiny
 from lib.checkpoint import (
+    RunState,
     build_model,
     find_resumable,
     load_checkpoint,
@@ -235,3 +236,17 @@ assert all(loaded[name].equal(weight) for name, weight in weights.items())
 assert "torch._dynamo" not in sys.modules"""
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_run_without_a_scaler_is_resumed_in_float16():
+    """As on a GPU without bfloat16, after one that has it."""
+    model = tiny()
+    optimizers = make_optimizers(model, "adamw", 0.1, 1e-3, (0.9, 0.99), "cpu")
+    enabled = torch.amp.GradScaler("cpu", enabled=True, init_scale=2.0**10)
+    disabled = torch.amp.GradScaler("cpu", enabled=False)
+    checkpoint = {"model": model.state_dict(), "step": 3, "best_val_loss": 1.0,
+                  "optimizer": [o.state_dict() for o in optimizers],
+                  **RunState.start("cpu").to_dict()}
+    restore(checkpoint | {"scaler": disabled.state_dict()}, model, optimizers, enabled, "cpu")
+    assert enabled.get_scale() == 2.0**10
+    restore(checkpoint | {"scaler": enabled.state_dict()}, model, optimizers, disabled, "cpu")

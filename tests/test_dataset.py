@@ -288,3 +288,23 @@ def test_too_short_for_a_window_and_no_documents(tmp_path):
         TrainBatches(stream, 2, 1, 0, "by_length", eot=-1)
     with pytest.raises(ValueError, match="windows.*by_length"):
         TrainBatches(stream, 2, 1, 0, "randomly")
+
+
+class Traced:
+    """A tensor that records how it is copied."""
+
+    def __init__(self, pinned=False):
+        self.pinned, self.copies = pinned, []
+
+    def pin_memory(self):
+        return Traced(pinned=True)
+
+    def to(self, device, non_blocking=False):
+        return device, self.pinned, non_blocking
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "mps", "cpu"])
+def test_only_pinned_memory_is_copied_without_waiting(device):
+    """Memory that is not pinned may be freed and reused before such a copy has ended."""
+    cuda = device == "cuda:0"
+    assert list(prefetch([(Traced(), Traced())] * 2, device)) == [((device, cuda, cuda),) * 2] * 2

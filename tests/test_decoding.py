@@ -130,3 +130,12 @@ def test_topk_is_that_of_torch(V, k):
     logits = torch.randn(3, V, generator=torch.Generator().manual_seed(0))
     for mine, theirs in zip(topk(logits, k), logits.topk(k)):
         assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("settings", [dict(top_k=2), dict(top_p=0.5), dict(min_p=0.5)])
+def test_a_random_generator_that_returns_zero_samples_no_forbidden_token(monkeypatch, settings):
+    """On Apple's GPUs exponential_ can be 0, and 0 / 0 would win."""
+    monkeypatch.setattr(torch.Tensor, "exponential_",
+                        lambda self, generator=None: self.zero_())
+    logits = torch.tensor([[0.0, 5.0, 4.9, -math.inf, 1.0]])
+    assert Sampling(**settings)(logits, torch.zeros(1, 1, dtype=torch.long)).item() in (1, 2)

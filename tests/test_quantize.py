@@ -97,3 +97,16 @@ def test_nothing_of_an_int8_model_is_float_but_gains_biases_and_scales():
     assert measure_dtype(int8) == "float32"
     out = int8.generate(torch.zeros(2, 1, dtype=torch.long), 5, top_k=3)
     assert out.shape == (2, 6)
+
+
+def test_int8_does_not_overflow_in_float16():
+    """A sum of whole numbers would be 127 * 127 * 64, more than float16 holds."""
+    linear = torch.nn.Linear(64, 8)
+    layer = Int8Linear(linear)
+    layer.weight.data.fill_(127)
+    layer.weight_scale.fill_(1 / 127)
+    layer.bias.data.zero_()
+    x = torch.full((2, 64), 127.0)
+    with torch.autocast("cpu", torch.float16):
+        y = layer(x.half())
+    assert torch.allclose(y.float(), torch.full((2, 8), 127.0 * 64), rtol=1e-2)
