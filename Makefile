@@ -9,6 +9,7 @@ demo: venv
 	.venv/bin/python train.py config/train_fables.py
 	.venv/bin/python eval.py --out_dir=out-fables
 	.venv/bin/python sample.py --out_dir=out-fables
+	@echo "to run more commands, activate the environment: source .venv/bin/activate"
 
 test: .venv/dev
 	.venv/bin/python -m pytest

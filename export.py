@@ -279,7 +279,8 @@ def measured_table(checkpoint: dict) -> str:
         summary = json.loads(path.read_text(encoding="utf-8"))
     rows = [f"| {key} | {summary[key]:.4f} |" for key in METRICS
             if isinstance(summary.get(key), float)]
-    if not rows or summary.get("step") != checkpoint["step"]:
+    partly = summary.get("quantize") or summary.get("eval_iters")  # not of this model or split
+    if not rows or partly or summary.get("step") != checkpoint["step"]:
         return ""
     head = (f"\nMeasured over {summary['tokens']:,} tokens of {summary['dataset']}, split "
             f"{summary['split']}; the loss is in nats per token:\n")

@@ -224,6 +224,8 @@ def read_prompt(start: str) -> str:
             return Path(start[5:]).read_text(encoding="utf-8")
         only_newlines = not start.replace("\\n", "")
         return start.replace("\\n", "\n") if only_newlines else start
+    except FileNotFoundError:
+        raise ValueError(f"there is no file {start[5:]} with a prompt") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"the prompt is not UTF-8 text: {error}") from None
 

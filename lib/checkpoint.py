@@ -263,7 +263,8 @@ def config_to_resume(checkpoint: dict, new: GPTConfig, settings: dict, given: se
                          "these settings or give the same values")
     if checkpoint["meta"].get("tokenizer") != meta["tokenizer"]:
         raise ValueError(f"{dataset} has another tokenizer than the run in {out_dir}: resume with "
-                         "the --dataset that it was trained on")
+                         "the dataset that it was trained on, choose another --out_dir, or replace "
+                         "it with --init_from=scratch --overwrite=True")
     for split in ("train", "val"):
         old_sha, new_sha = (m.get("splits", {}).get(split, {}).get("sha256")
                             for m in (checkpoint["meta"], meta))

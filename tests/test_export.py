@@ -319,10 +319,12 @@ def test_model_card_has_the_metrics_of_its_step(runs, tmp_path):
     shutil.copytree(runs["untied-pieces"][0], out)
     summary = {"step": 7, "tokens": 1234, "dataset": "tales", "split": "val", "loss": 1.25,
                "floor": None}
-    for step, is_shown in ((7, True), (6, False)):
-        (out / "metrics_summary.json").write_text(json.dumps(summary | {"step": step}))
-        export(out, tmp_path / f"hf{step}")
-        card = (tmp_path / f"hf{step}" / "README.md").read_text()
+    of_other_weights, of_a_part = {"quantize": "int8"}, {"eval_iters": 2}
+    for i, (changes, is_shown) in enumerate([
+            ({}, True), ({"step": 6}, False), (of_other_weights, False), (of_a_part, False)]):
+        (out / "metrics_summary.json").write_text(json.dumps(summary | changes))
+        export(out, tmp_path / f"hf{i}")
+        card = (tmp_path / f"hf{i}" / "README.md").read_text()
         assert "in a prompt is read as text" in card
         assert ("| loss | 1.2500 |" in card and "1,234 tokens of tales" in card) == is_shown
         assert "floor" not in card

@@ -36,7 +36,7 @@ from lib.tokenizer import KINDS, get_tokenizer, train_tokenizer
 # -----------------------------------------------------------------------------
 source = ""  # a local copy: a folder of .parquet or .jsonl files, column text (empty: the hub)
 shards = 0  # stop after this many (0: the whole text)
-tokenizer = "gpt2"  # or bpe, char or word, learned from the first pages
+tokenizer = "gpt2"  # or bpe, char, word or pieces, learned from the first pages
 vocab_size = 0  # at most this many tokens (0: 4,096 of bpe, 10,000 words, all characters)
 out_dir = ""  # where to write (empty: this folder)
 # -----------------------------------------------------------------------------

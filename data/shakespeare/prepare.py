@@ -21,7 +21,7 @@ from lib.tokenizer import KINDS, train_tokenizer
 
 # -----------------------------------------------------------------------------
 source = ""  # a local copy, or any other text file (empty: download it)
-tokenizer = "gpt2"  # or bpe, char or word, learned from the text
+tokenizer = "gpt2"  # or bpe, char, word or pieces, learned from the text
 vocab_size = 0  # at most this many tokens (0: 4,096 of bpe, 10,000 words, all characters)
 out_dir = ""  # where to write (empty: this folder)
 # -----------------------------------------------------------------------------

@@ -30,7 +30,7 @@ source = ""  # a file, a folder or the name of a dataset on the hub
 column = "text"  # the column to read; in local files also a nested field: message.content
 encoding = "utf-8"  # of text, JSON and CSV files, such as windows-1252 or utf-16
 subset = ""  # of a hub dataset with several subsets
-tokenizer = "gpt2"  # or bpe, char or word, learned from the text
+tokenizer = "gpt2"  # or bpe, char, word or pieces, learned from the text
 vocab_size = 0  # at most this many tokens (0: 4,096 of bpe, 10,000 words, all characters)
 out_dir = ""  # where to write (empty: this folder)
 configure(globals(), tokenizer=one_of(*KINDS), vocab_size=at_least(0, at_most=65536))

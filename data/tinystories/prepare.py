@@ -18,8 +18,8 @@ from lib.corpus import hub_documents, local_documents, write_dataset
 from lib.tokenizer import KINDS, train_tokenizer
 
 # -----------------------------------------------------------------------------
-source = ""  # a local copy: a file or a folder of .txt, .jsonl or .parquet files (empty: the hub)
-tokenizer = "gpt2"  # or bpe, char or word, learned from the stories
+source = ""  # a local copy: a file or a folder of .txt, .jsonl, .csv or .parquet (empty: the hub)
+tokenizer = "gpt2"  # or bpe, char, word or pieces, learned from the stories
 vocab_size = 0  # at most this many tokens (0: 4,096 of bpe, 10,000 words, all characters)
 out_dir = ""  # where to write (empty: this folder)
 configure(globals(), tokenizer=one_of(*KINDS), vocab_size=at_least(0, at_most=65536))

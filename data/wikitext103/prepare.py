@@ -34,7 +34,7 @@ from lib.tokenizer import KINDS, train_tokenizer
 
 # -----------------------------------------------------------------------------
 source = ""  # a local copy: a folder of wiki.train.raw, ... or of .parquet files (empty: the hub)
-tokenizer = "gpt2"  # or bpe, char or word, learned from the articles
+tokenizer = "gpt2"  # or bpe, char, word or pieces, learned from the articles
 vocab_size = 0  # at most this many tokens (0: 4,096 of bpe, 10,000 words, all characters)
 out_dir = ""  # where to write (empty: this folder)
 # -----------------------------------------------------------------------------
