@@ -1,4 +1,6 @@
 """Device, dtype and the measured peak of the machine."""
+import sys
+
 import pytest
 import torch
 
@@ -97,3 +99,10 @@ def test_out_of_memory_is_one_line_and_not_tried_in_eager_mode(capsys, monkeypat
         assert hint in said
     with pytest.raises(RuntimeError, match="shape"), machine.out_of_memory_errors():
         raise RuntimeError("wrong shape")
+
+
+def test_unknown_peak_memory_is_not_printed(monkeypatch):
+    """Windows has no module `resource`."""
+    assert machine.describe_peak_memory("cpu").endswith(" GB peak memory")
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert machine.peak_memory("cpu") == 0 and machine.describe_peak_memory("cpu") == ""
