@@ -8,9 +8,10 @@ Measure the speed of training, of the batches alone or of generation, or the tim
     python bench.py --mode=generate --against=hf
     python bench.py --mode=generate --run=out --against=out-q8_0.gguf --texts=1
 
-Training is measured on random tokens. `--against` measures another program in turns with this one:
-eager and compiled, in nanoGPT's own data type (bfloat16 on CUDA, float32 elsewhere). The faster of
-the two is compared. The last line of output is a JSON object; its ratios are ours over theirs.
+Training is measured on random tokens. `--against` measures another program alternately with this
+one: eager and compiled, in nanoGPT's own data type (bfloat16 on CUDA, float32 elsewhere). The
+faster of the two is compared. The last line of output is a JSON object; its ratios are ours over
+theirs.
 """
 import importlib.util
 import json
@@ -288,7 +289,7 @@ def bench_train(c: SimpleNamespace, peer) -> dict:
             side.compile(*batch)
         side.step([batch], 1e-4, grad_clip)
     for _ in progress(range(rounds), f"measuring {plural(rounds, 'round')}"):
-        for side in sides:  # in turns, so that a busy or throttled machine slows all
+        for side in sides:  # alternately, so that a busy or throttled machine slows all
             machine.keep_freed_memory(side.ours)  # as its own script does
             side.seconds.append(sum(timed(side.step, [batch], 1e-4, grad_clip)
                                     for _ in range(steps)))

@@ -24,6 +24,7 @@ import torch
 import lib.tokenizer
 from lib.checkpoint import build_model, load_checkpoint, save_checkpoint
 from lib.configurator import configure, one_line, one_of, user_errors
+from lib.console import hide_hub_progress
 from lib.convert import check_exportable, config_to_hf, is_transposed, to_hf
 from lib.files import results_file, sync_file
 from lib.quantize import quantize_int8
@@ -425,10 +426,8 @@ def load_float_model(checkpoint: dict) -> tuple[GPT, object]:
 def upload(files: list[Path], name: str) -> object:
     """Upload files of one folder, and no others, to a model on the hub. Return its address."""
     from huggingface_hub import HfApi
-    from huggingface_hub.utils import disable_progress_bars
 
-    if not sys.stderr.isatty():
-        disable_progress_bars()
+    hide_hub_progress()
     names = [file.name for file in files]
     print(f"uploading {', '.join(names)} to {name} ...", file=sys.stderr)
     try:

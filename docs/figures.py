@@ -14,7 +14,7 @@ may run on the machine.
     shakespeare  the time to nanoGPT's loss on Shakespeare, seven minutes
     tinystories  the time to nanoGPT's loss on TinyStories, and training speed, half an hour
     ten_minutes  the loss after ten minutes on TinyStories
-    sampling     tokens per second beside nanoGPT, ten minutes
+    sampling     tokens per second compared with nanoGPT, ten minutes
 """
 import json
 import math
@@ -64,8 +64,9 @@ def run(command: str) -> list[tuple[float, str]]:
     start, lines = time.time(), [(0.0, f"$ python {command}")]
     process = subprocess.Popen([sys.executable, "-u", *shlex.split(command)], cwd=folder, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    here = f"{Path(folder).resolve()}/"  # no path of this machine in the recording
     for line in process.stdout:
-        lines.append((time.time() - start, line.rstrip("\n")))
+        lines.append((time.time() - start, line.rstrip("\n").replace(here, "")))
     if process.wait():
         raise ValueError(f"python {command} failed: {lines[-1][1]}")
     return lines

@@ -16,6 +16,14 @@ def progress(items: Iterable | None, task: str, **options) -> tqdm:
     return tqdm(items, desc=task, disable=None, dynamic_ncols=True, **options)
 
 
+def hide_hub_progress() -> None:
+    """Where stderr is not a terminal, switch off the progress bars of the Hugging Face hub."""
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+
+
 def print_table(rows: Sequence[Sequence[str]]) -> None:
     """Print rows in columns, the first left-aligned, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]

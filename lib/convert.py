@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from lib.configurator import one_line
+from lib.console import hide_hub_progress
 from lib.tokenizer import meta_of, read_nanogpt_characters, read_tokenizer_json
 from model import GPT, GPTConfig
 
@@ -168,10 +169,8 @@ def config_to_hf(c: GPTConfig, eot: int, dtype: str) -> dict:
 def download_openai(name: str) -> Path:
     """Download one of OpenAI's models from the Hugging Face hub; return its folder."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import disable_progress_bars
 
-    if not sys.stderr.isatty():
-        disable_progress_bars()
+    hide_hub_progress()
     print(f"downloading {name} from the Hugging Face hub ...", file=sys.stderr)
     try:
         return Path(snapshot_download(f"openai-community/{name}",

@@ -11,6 +11,7 @@ import json
 from itertools import product
 
 import torch
+from torch import library
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils.backend_registration import (
@@ -26,6 +27,7 @@ from lib.quantize import use_int8_layers
 from model import GPT, GPTConfig
 
 GPU = "fakegpu"
+KERNELS = library.Library("_", "IMPL")  # what it registers ends with it
 
 
 class Backend(_DummyBackendModule):
@@ -52,9 +54,7 @@ class Waits(TorchFunctionMode):
 def register() -> None:
     _setup_privateuseone_for_python_backend(GPU, Backend())
     # autocast can be entered, and changes no type
-    library = torch.library.Library("_", "IMPL")
-    library.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
-    register.library = library  # which must not be freed
+    KERNELS.fallback(library.fallthrough_kernel, "AutocastPrivateUse1")
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=GPU)
 
 

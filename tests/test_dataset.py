@@ -83,7 +83,7 @@ def test_short_streams_have_windows(tmp_path, length):
 @pytest.mark.parametrize("batching", ["windows", "by_length"])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_global_batch_is_the_same_for_any_number_of_ranks(tmp_path, batching, world_size):
-    """Ranks take the micro-batches of a step in turns, as train.py does."""
+    """Ranks alternate in taking the micro-batches of a step, as train.py does."""
     ids = np.random.default_rng(0).integers(1, 9, 500)
     ids[::7] = 0
     stream = TokenStream(tmp_path, "train", bins(tmp_path, train=ids))
@@ -103,7 +103,7 @@ def test_global_batch_is_the_same_for_any_number_of_ranks(tmp_path, batching, wo
 @pytest.mark.parametrize("batching", ["windows", "by_length"])
 @pytest.mark.parametrize("n_documents", [2000, 97, 5])  # more than a pool, less, less than a step
 def test_a_step_has_the_same_rows_for_any_batch_size(tmp_path, batching, n_documents):
-    """And each target has the same weight; what an epoch leaves empty has none."""
+    """And each target has the same weight; empty rows at the end of an epoch count 0."""
     rng = np.random.default_rng(0)
     documents = [[*rng.integers(1, 50, n), 0] for n in rng.integers(6, 60, n_documents)]
     stream = TokenStream(tmp_path, "train", bins(tmp_path, train=sum(documents, [])))

@@ -455,7 +455,7 @@ def parse(text: str) -> tuple[list[int], float]:
     """
     Return the choices that make a text, as indices of options, and its -log p in nats.
 
-    Raises NotAFable if there are none.
+    Raises NotAFable if no choices make it.
     """
     choices, nats = [], 0.0
 
