@@ -112,13 +112,14 @@ class Side:
         self.name, self.compute_dtype, self.ours = name, compute_dtype, ours
         self.optimizers = optimizers
         self.raw_model = self.model = model  # compile() may replace self.model
+        self.form = "eager"
         self.autocast = machine.autocast(device, compute_dtype)
         self.scaler = torch.amp.GradScaler(device_type, enabled=compute_dtype == "float16")
         self.seconds: list[float] = []  # of its rounds
 
     def compile(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """Compile the model on one batch, where that works."""
-        self.model, _ = machine.compile_or_eager(
+        self.model, self.form = machine.compile_or_eager(
             self.raw_model, lambda compiled: self.forward_backward(compiled, x, y, 1),
             lambda line: print(f"{self.name}: {line}"))
 
@@ -299,7 +300,7 @@ def bench_train(c: SimpleNamespace, peer) -> dict:
     peak = max(peak, speeds[0] * flops)  # a measured peak can be too low
     mfu, n_params = speeds[0] * flops / peak, mine.raw_model.num_params()
     spreads = [max(side.seconds) / min(side.seconds) - 1 for side in sides]
-    forms = ["eager" if side.model is side.raw_model else "compiled" for side in sides]
+    forms = [side.form for side in sides]
     print(f"\n{n_params:,} parameters, {batch_size} x {block_size} tokens per step, {device}, "
           f"torch {torch.__version__}\n"
           f"median of {plural(rounds, 'round')} of {plural(steps, 'step')}\n")

@@ -31,15 +31,16 @@ def resolve_device(device: str) -> str:
     if device == "auto":
         device = ("cuda" if torch.cuda.is_available() else
                   "mps" if torch.backends.mps.is_available() else "cpu")
+    asked = device
     try:
         if device == "cuda":
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.zeros(1, device=device)
         if device.startswith("cuda"):
             torch.cuda.set_device(device)
-        torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"device {device!r} cannot be used here: {reason}") from None
+        raise ValueError(f"device {asked!r} cannot be used here: {reason}") from None
     return device
 
 

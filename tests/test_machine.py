@@ -18,6 +18,10 @@ def test_device_and_dtype():
         resolve_dtype("float64", "cpu")
     with pytest.raises(ValueError, match="toaster"):
         resolve_device("toaster")
+    if not torch.cuda.is_available():
+        for device in ("cuda", "cuda:1"):
+            with pytest.raises(ValueError, match=f"device '{device}' cannot be used here"):
+                resolve_device(device)
     flops, source = peak_flops("cpu", "float32")
     assert flops > 1e8 and "measured" in source
     assert median_seconds(lambda: None) < 1
