@@ -24,7 +24,7 @@ from model import GPT, GPTConfig
 
 # -----------------------------------------------------------------------------
 # what to plan
-device_memory = ""  # what training must fit into: 4GB, 24 GB, 512MB, or bytes (empty: unknown)
+device_memory = ""  # what training must fit into: 4GB, 24 GB, or bytes (empty: this GPU's memory)
 gpu = ""  # T4, A100, RTX 3060, ... (empty: this machine)
 mfu = 0.3  # share of the GPU's peak that training reaches; `python bench.py` measures it
 tokens = 0  # tokens to train on (0: those of max_iters steps or max_epochs)
@@ -206,12 +206,45 @@ def print_memory(memory: dict[str, int], kind: str) -> None:
           f"{GAPS[kind]:.0%} of the peak)")
 
 
+def print_cards(model: GPT, compute_dtype: str) -> None:
+    """Print the largest micro-batches for GPUs of usual sizes."""
+    rows = batch_size * gradient_accumulation_steps
+    table = [["largest micro-batch", "--batch_size", "--gradient_accumulation_steps", "memory"]]
+    for gigabytes in (16, 24, 40, 80):
+        best, memory = plan_batch(model, compute_dtype, "cuda", gigabytes * 1e9)
+        cells = [str(best), str(rows // best)] if best else ["none fits", ""]
+        table.append([f"  on {gigabytes} GB", *cells, f"{memory['with_runtime'] / 1e9:.3f} GB"])
+    print()
+    print_table(table)
+
+
+def print_fit(model: GPT, memory: dict[str, int], compute_dtype: str, kind: str,
+              limit: float) -> int:
+    """Print whether training fits into limit bytes, and what would. Return the rows of that."""
+    rows = batch_size * gradient_accumulation_steps
+    fits = memory["with_runtime"] <= limit
+    best, memory_of_best = plan_batch(model, compute_dtype, kind, limit)
+    print(f"\n{'fits' if fits else 'does not fit'} into {limit / 1e9:.3g} GB")
+    if best:
+        print(f"  largest micro-batch that fits: --batch_size={best} "
+              f"--gradient_accumulation_steps={rows // best}, "
+              f"{memory_of_best['with_runtime'] / 1e9:.3f} GB")
+    else:
+        chunk = machine.resolve_loss_chunk(loss_chunk, kind, model.config.vocab_size)
+        ways = ["--loss_chunk=256"] * (not chunk) + ["--remat=True"] * (not remat)
+        print(f"  a single row takes {memory_of_best['with_runtime'] / 1e9:.3f} GB\n"
+              f"  try {', '.join([*ways, 'a smaller --block_size'])} or a smaller model")
+    return best
+
+
 def main() -> None:
     with user_errors():
         if not mfu:
             raise ValueError(f"mfu must be above 0 and at most 1, got {mfu}")
         here = machine.resolve_device(device)
-        chip, limit = chip_of(gpu), bytes_of(device_memory) if device_memory else 0.0
+        chip = chip_of(gpu)
+        limit = (bytes_of(device_memory) if device_memory else
+                 0 if chip else machine.gpu_memory(here))
         check_softmax_tokens(softmax_tokens, batch_size * block_size)
         kind = "cuda" if chip else here.split(":")[0]
         compute_dtype = machine.resolve_dtype(dtype, here)
@@ -241,17 +274,9 @@ def main() -> None:
     fits, best = None, batch_size
     if limit:
         fits = memory["with_runtime"] <= limit
-        best, memory_of_best = plan_batch(model, compute_dtype, kind, limit)
-        print(f"\n{'fits' if fits else 'does not fit'} into {limit / 1e9:g} GB")
-        if best:
-            print(f"  largest micro-batch that fits: --batch_size={best} "
-                  f"--gradient_accumulation_steps={rows // best}, "
-                  f"{memory_of_best['with_runtime'] / 1e9:.3f} GB")
-        else:
-            chunk = machine.resolve_loss_chunk(loss_chunk, kind, V)
-            ways = ["--loss_chunk=256"] * (not chunk) + ["--remat=True"] * (not remat)
-            print(f"  a single row takes {memory_of_best['with_runtime'] / 1e9:.3f} GB\n"
-                  f"  try {', '.join([*ways, 'a smaller --block_size'])} or a smaller model")
+        best = print_fit(model, memory, compute_dtype, kind, limit)
+    elif kind == "cuda":
+        print_cards(model, compute_dtype)
 
     epoch = meta["splits"].get("train", {}).get("tokens", 0) if meta else 0
     if max_epochs and not tokens and not epoch:

@@ -8,18 +8,21 @@ Train a GPT from scratch, resume a run, or fine-tune a model.
 import contextlib
 import functools
 import math
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+if sys.platform == "linux":  # fewer gaps in a GPU's memory; read when torch is imported
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 import torch
 
 from lib import checkpoint as ckpt
 from lib import machine, optim, runlog
 from lib.configurator import at_least, configure, one_of, user_errors
 from lib.console import duration, named_lines
-from lib.corpus import load_meta
+from lib.corpus import check_once, load_meta
 from lib.dataset import TokenStream, TrainBatches, eval_batches, eval_spans, prefetch
 from lib.decoding import short_sample
 from lib.distributed import Ranks, StopSignal
@@ -82,6 +85,7 @@ backend = "auto"  # of torch.distributed: nccl on CUDA, gloo elsewhere
 device = "auto"  # cuda, else mps, else cpu; or 'cpu', 'cuda:1', ...
 dtype = "auto"  # fastest safe type on the device; or 'float32', 'bfloat16', 'float16'
 compile = True  # torch.compile, where it works
+deterministic = False  # the same bits in every run also on a GPU, where it is slower
 remat = False  # recompute activations in the backward pass: less memory, a third more time
 softmax_tokens = 0  # tokens in the training softmax (0: all); logs slightly low training losses
 loss_chunk = -1  # compute the logits of this many tokens at a time (0: all; -1: 256 if faster)
@@ -179,13 +183,12 @@ with ranks.user_errors():
                  for split in streams]
     if ranks.local_rank == 0:
         for split, stream in streams.items():  # nanoGPT's data has no checksums: add them
-            meta["splits"].setdefault(split, {})["sha256"] = stream.check(meta)
+            meta["splits"].setdefault(split, {})["sha256"] = check_once(stream, meta)
 ranks.check_same({"the data": checksums})
 
 # -----------------------------------------------------------------------------
 # Model
-machine.keep_freed_memory()
-torch.set_float32_matmul_precision("high")  # TF32 on CUDA
+machine.set_up_torch(many_shapes=batching == "by_length", deterministic=deterministic)
 with ranks.user_errors():
     resuming = ckpt.should_resume(out_dir, init_from, overwrite or eval_only)
     finetuned, checkpoint, saved_config = None, None, {}
@@ -229,9 +232,8 @@ with ranks.user_errors():
     raw_model.loss_fn = make_loss(
         machine.resolve_loss_chunk(loss_chunk, device, vocab_size), softmax_tokens,
         streams["train"].token_counts(vocab_size).to(device) if softmax_tokens else None)
-    if dtype == "auto" and checkpoint and checkpoint["config"].get("device") == device_type:
-        dtype = checkpoint["config"].get("dtype")  # a new measurement could differ
-    dtype = machine.resolve_dtype_for(raw_model, dtype, device)
+    saved_dtype = saved_config.get("dtype", "") if saved_config.get("device") == "cpu" else ""
+    dtype = machine.resolve_dtype_for(raw_model, dtype, device, saved_dtype)
 dtype = ranks.gather(dtype)[0]  # ranks that share a CPU would measure differently
 autocast = machine.autocast(device, dtype)
 config.update(device=device_type, dtype=dtype)

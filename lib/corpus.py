@@ -23,13 +23,14 @@ import numpy as np
 
 from lib.configurator import one_line
 from lib.console import progress
-from lib.dataset import split_files
-from lib.files import open_synced
+from lib.dataset import TokenStream, split_files
+from lib.files import open_synced, write_atomically
 from lib.tokenizer import EOT, KINDS, leading, meta_of, read_nanogpt_characters
 
 FORMAT_VERSION = 1  # of meta.json
 PART = 16_000_000  # characters that are tokenized at a time
 LONGEST = 4_000_000  # characters of a document in a text file
+LARGE = 1 << 28  # bytes of a split whose checksum is remembered: reading them takes a second
 TABLES = (".jsonl", ".json", ".csv", ".parquet")
 SUFFIXES = (".txt", ".md", *TABLES)
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -415,6 +416,30 @@ def load_meta(folder: Path) -> dict:
         raise ValueError(f"{folder}/meta.json is damaged ({error}): run `{prepare}` "
                          "again") from None
     return meta
+
+
+def check_once(stream: TokenStream, meta: dict) -> str:
+    """
+    Like stream.check(), but remember the result for a large split, which takes minutes to read.
+
+    <split>.checked.json has it, with the sizes and times of the files that it is about.
+    """
+    folder = Path(stream.name).parent
+    stats = [(path.name, path.stat()) for path in split_files(folder, stream.split)]
+    if sum(stat.st_size for _, stat in stats) < LARGE:
+        return stream.check(meta)
+    condition = {"files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
+                 "vocab_size": meta["vocab_size"],
+                 "expected": meta["splits"].get(stream.split, {}).get("sha256")}
+    path = folder / f"{stream.split}.checked.json"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        checked = json.loads(path.read_text(encoding="utf-8"))
+        if checked["condition"] == condition:
+            return checked["sha256"]
+    sha256 = stream.check(meta)
+    with contextlib.suppress(OSError):  # a folder that cannot be written: check again next time
+        write_atomically(path, json.dumps({"condition": condition, "sha256": sha256}))
+    return sha256
 
 
 def check_meta(meta: dict) -> None:

@@ -59,13 +59,17 @@ def resolve_dtype(dtype: str, device: str) -> str:
     return "float32"
 
 
-def resolve_dtype_for(model: torch.nn.Module, dtype: str, device: str) -> str:
-    """Like resolve_dtype, but on a CPU measure which type is faster for this model."""
+def resolve_dtype_for(model: torch.nn.Module, dtype: str, device: str, saved: str = "") -> str:
+    """
+    Like resolve_dtype, but on a CPU measure which type is faster for this model.
+
+    saved: the type that a resumed run had on a CPU. It is kept unless the other is clearly faster.
+    """
     dtype = resolve_dtype(dtype, device)
-    return measure_dtype(model) if dtype == "auto" else dtype
+    return measure_dtype(model, saved) if dtype == "auto" else dtype
 
 
-def measure_dtype(model: torch.nn.Module) -> str:
+def measure_dtype(model: torch.nn.Module, saved: str = "") -> str:
     """Return float32 or bfloat16, whichever trains this GPT faster on the CPU."""
     if model.lm_head.weight.dtype == torch.int8:
         return "float32"  # its products are of integers, and it has no backward pass
@@ -80,8 +84,9 @@ def measure_dtype(model: torch.nn.Module) -> str:
     # the fastest of many calls, as other programs may slow down some of them
     float32 = best_seconds(lambda: forward_and_backward("float32"), at_least=0.2)
     bfloat16 = best_seconds(lambda: forward_and_backward("bfloat16"), at_least=0.2)
-    # the margin keeps float32 where the difference is noise
-    return "bfloat16" if 1.2 * bfloat16 < float32 else "float32"
+    # the margin keeps float32, or what the run had, where the difference is noise
+    margin = {"float32": 1.5, "bfloat16": 0.8}.get(saved, 1.2)
+    return "bfloat16" if margin * bfloat16 < float32 else "float32"
 
 
 def autocast(device: str, dtype: str) -> contextlib.AbstractContextManager:
@@ -141,6 +146,22 @@ def compile_or_eager(model: torch.nn.Module, attempt: Callable[[torch.nn.Module]
         return wrap(model), "eager"
     finally:
         model.zero_grad(set_to_none=True)
+
+
+def set_up_torch(many_shapes: bool = False, deterministic: bool = False) -> None:
+    """
+    Set torch's switches for training.
+
+    many_shapes: batches have many lengths. deterministic: use only kernels that give the same bits
+    in every run, or raise an error. Without it, sums on a GPU can differ in their last bits.
+    """
+    keep_freed_memory()
+    torch.set_float32_matmul_precision("high")  # TF32 on CUDA
+    if many_shapes:  # cuDNN's attention, the default on H100, plans anew for each shape
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it for this
+        torch.use_deterministic_algorithms(True)
 
 
 def keep_freed_memory(keep: bool = True) -> None:
@@ -225,6 +246,13 @@ def peak_memory(device: str) -> int:
         return 0
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss: bytes on macOS, else kB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def gpu_memory(device: str) -> int:
+    """Return the bytes of memory that a GPU has, 0 for a CPU or if it is unknown."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_properties(device).total_memory
+    return torch.mps.recommended_max_memory() if device == "mps" else 0
 
 
 def describe_peak_memory(device: str) -> str:

@@ -574,6 +574,34 @@ def test_an_interrupted_stream_resumes(tmp_path, monkeypatch, layout, stops):
     assert not list(out.glob("*.tmp"))
 
 
+def test_the_checksum_of_a_large_split_is_remembered(tmp_path, monkeypatch, fables_data):
+    out = tmp_path / "fables"
+    shutil.copytree(fables_data, out)
+    meta, n_reads, check = load_meta(out), [], TokenStream.check
+    monkeypatch.setattr(TokenStream, "check", lambda self, meta: n_reads.append(1) or check(
+        self, meta))
+
+    def check_again(meta: dict = meta) -> str:
+        return corpus.check_once(TokenStream(out, "train", meta), meta)
+
+    sha256 = meta["splits"]["train"]["sha256"]
+    assert check_again() == check_again() == sha256 and len(n_reads) == 2  # a small one: each time
+    assert not (out / "train.checked.json").exists()
+    monkeypatch.setattr(corpus, "LARGE", 1)
+    for _ in range(3):
+        assert check_again() == sha256 and len(n_reads) == 3
+    (out / "train.checked.json").write_text("damaged")
+    assert check_again() == check_again() == sha256 and len(n_reads) == 4
+    with pytest.raises(ValueError, match="vocabulary has only 10"):
+        check_again(meta | {"vocab_size": 10})
+    damaged = bytearray((out / "train.bin").read_bytes())
+    damaged[100] ^= 1
+    (out / "train.bin").write_bytes(damaged)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="SHA-256 differs"):
+            check_again()
+
+
 def test_shakespeare_is_split_as_nanogpt_does(tmp_path):
     text = "To be, or not to be.\nThat is the question: " * 50
     (tmp_path / "input.txt").write_text(text)

@@ -78,6 +78,31 @@ LOSSES = {
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_loss_under_autocast(arch, loss, dtype):
+    """Loss and gradients are float32, and near those without autocast."""
+    model = tiny(arch=arch).train()
+    model.loss_fn = make_loss(**LOSSES[loss])
+    idx, targets = torch.randint(61, (2, 2, 16)).unbind()
+    targets[0, 5:9] = -1
+    results = []
+    for enabled in (False, True):
+        torch.manual_seed(0)  # the sampled tokens
+        scaler = torch.amp.GradScaler("cpu", enabled=enabled and dtype == torch.float16)
+        with torch.autocast("cpu", dtype, enabled=enabled):
+            value = model(idx, targets)[1]
+        scaler.scale(value).backward()
+        grads = torch.cat([p.grad.flatten() for p in model.parameters()]) / scaler.get_scale()
+        assert value.dtype == grads.dtype == torch.float32
+        results.append((value.item(), grads))
+        model.zero_grad()
+    (loss32, grads32), (loss16, grads16) = results
+    assert loss16 == pytest.approx(loss32, rel=0.005) and loss16 != loss32
+    assert (grads16 - grads32).norm() < 0.03 * grads32.norm()
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
 @pytest.mark.parametrize("remat", [False, True])
 @pytest.mark.parametrize(
     "loss, graphs, breaks", [("whole", 1, 0), ("chunked", 2, 2), ("sampled", 1, 0)]

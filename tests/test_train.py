@@ -178,6 +178,14 @@ def test_mixed_precision_stays_close_to_float32(tmp_path, fables_data, trained, 
     )
 
 
+def test_deterministic_kernels_change_nothing_on_a_cpu(tmp_path, fables_data, trained):
+    train(fables_data, tmp_path / "out", "--deterministic=True")
+    assert_same(
+        read_checkpoint(tmp_path / "out/last.pt")["model"],
+        read_checkpoint(trained / "last.pt")["model"],
+    )
+
+
 def test_compiled_equals_eager(tmp_path, fables_data, trained):
     if not shutil.which("g++"):
         pytest.skip("no C++ compiler")
