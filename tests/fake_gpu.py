@@ -3,9 +3,10 @@ Run the model, a training step and generation on a GPU that only pretends: its t
 a type and a device, but no numbers. test_fake_gpu.py runs this file, as a process can have only one
 such device.
 
-It finds tensors that were left on the CPU, and counts reads of a number on the device, each of
-which makes the host wait. It does not see kernels, numbers, the types of autocast, memory or NCCL,
-and cannot run a beam search, whose shapes depend on numbers.
+It finds tensors that were left on the CPU, counts reads of a number on the device, each of which
+makes the host wait, and rejects float64, which Apple's GPUs do not have. It does not see kernels,
+numbers, the types of autocast, memory or NCCL, and cannot run a beam search, whose shapes depend on
+numbers.
 """
 import json
 from itertools import product
@@ -36,19 +37,23 @@ class Backend(_DummyBackendModule):
 
 
 class Waits(TorchFunctionMode):
-    """Count reads of a number on the device, and answer 0 or False."""
+    """Count reads of a number on the device, and answer 0 or False. By default, reject float64 there."""
     answers = {"item": 0.0, "tolist": [0.0] * 5, "__bool__": False, "__int__": 0, "__float__": 0.0,
                "__index__": 0}
 
-    def __init__(self):
+    def __init__(self, float64: bool = False):
         super().__init__()
-        self.count = 0
+        self.count, self.float64 = 0, float64
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func.__name__ in self.answers and args[0].device.type == GPU:
             self.count += 1
             return self.answers[func.__name__]
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        is_float64 = getattr(result, "dtype", None) == torch.float64 and result.device.type == GPU
+        if is_float64 and not self.float64:
+            raise TypeError(f"{func.__name__} gives float64, which MPS does not have")
+        return result
 
 
 def register() -> None:
@@ -68,7 +73,7 @@ def training_waits(arch: str, optimizer: str, dtype: str, loss_chunk: int, softm
     optimizers = optim.make_optimizers(model, optimizer, 0.1, 1e-3, (0.9, 0.95), GPU)
     scaler = torch.amp.GradScaler(GPU, enabled=dtype == "float16")
     cpu = torch.zeros(4, 16, dtype=torch.long)
-    with Waits() as waits:
+    with Waits(float64=dtype == "float16") as waits:  # torch's own scaler uses it
         loss = torch.zeros((), device=GPU)
         for x, y, weight in prefetch([(cpu, cpu, torch.ones(()))] * 2, GPU):
             with torch.autocast(GPU, getattr(torch, dtype), enabled=dtype != "float32"):
@@ -111,7 +116,7 @@ def to_int8(model: GPT) -> None:
 
 
 def mistakes_found(model: GPT) -> int:
-    """Return how many of two planted mistakes are noticed: a tensor on the CPU, and a wait."""
+    """Return how many planted mistakes are noticed: a tensor on the CPU, a wait and float64."""
     found = 0
     try:
         model(torch.zeros(4, 16, dtype=torch.long))
@@ -119,6 +124,10 @@ def mistakes_found(model: GPT) -> int:
         found += "same device" in str(error)
     with Waits() as waits:
         float(torch.zeros((), device=GPU))
+        try:
+            torch.zeros((), device=GPU).double()
+        except TypeError:
+            found += 1
     return found + waits.count
 
 

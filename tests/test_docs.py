@@ -1,10 +1,10 @@
 """
 Links, commands, options, paths and figures in the documents belong to this repository.
 
-Checked are the pages, the docstrings of the scripts and the comments of the configs. The script's
-own configure() judges a command, so config files, names, types and ranges must be right. A word in
-capitals (FOLDER, N, PATH/model.py), ../path, <name>, `...` and $variable stand for anything. A line
-of a code block that starts with "error: " is not checked.
+Checked are the pages, the docstrings of the scripts, the comments of the configs and the commands
+of the workflow. The script's own configure() judges a command, so config files, names, types and
+ranges must be right. A word in capitals (FOLDER, N, PATH/model.py), ../path, <name>, `...` and
+$variable stand for anything. A line of a code block that starts with "error: " is not checked.
 """
 
 import ast
@@ -41,6 +41,7 @@ LAUNCHER = r"(?<![\w.-])(?:\S*[/\\])?(?:python[\d.]*(?:\.exe)?|torchrun|uv run)\
 BEFORE = r"\s*(?:\$ )?(?:\w+=\S* )*(?:srun )?"  # of a command at the start of its line
 PLACEHOLDER = re.compile(
     r"(?:.*/)?[A-Z][A-Z_]*(?:/.*|\.py)?|.*(?:<.*>|\.\.\.|…|[$*[\]]).*|\.\./.*|")
+WORKFLOW = ".github/workflows/test.yml"
 SPAN = r"(`+)(.+?)\1"
 FENCE = re.compile(r"^ *```[^\n]*\n(.*?)^ *```", re.M | re.S)
 
@@ -58,6 +59,8 @@ def all_texts() -> dict[str, str]:
     scripts = itertools.chain.from_iterable(
         HERE.glob(pattern) for pattern in ("*.py", "docs/*.py", "data/*/prepare.py", "config/*.py"))
     pages = {name: (HERE / name).read_text(encoding="utf-8") for name in PAGES}
+    workflow = (HERE / WORKFLOW).read_text(encoding="utf-8")
+    pages[WORKFLOW] = "\n".join(re.findall(r"- run: (.*)", workflow))
     return pages | {path.relative_to(HERE).as_posix(): comments_of(path) for path in scripts}
 
 

@@ -35,5 +35,5 @@ def test_decoding_waits_only_for_the_end(waits):
         assert n == per_token + ("pad" in name), name
 
 
-def test_a_tensor_on_the_cpu_is_found(waits):
-    assert waits["mistakes found"] == 2
+def test_planted_mistakes_are_found(waits):
+    assert waits["mistakes found"] == 3
