@@ -37,7 +37,7 @@ class Backend(_DummyBackendModule):
 
 
 class Waits(TorchFunctionMode):
-    """Count reads of a number on the device, and answer 0 or False. By default, reject float64 there."""
+    """Count reads of a number on the device, answering 0 or False; reject float64 by default."""
     answers = {"item": 0.0, "tolist": [0.0] * 5, "__bool__": False, "__int__": 0, "__float__": 0.0,
                "__index__": 0}
 
