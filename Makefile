@@ -3,7 +3,7 @@ PYTHON ?= python3
 INSTALL = .venv/bin/python -m pip install --quiet --constraint constraints.txt
 
 # GPT-2's smallest size where there is an NVIDIA GPU, else a model that a CPU measures in minutes.
-SMALL = config/train_nano.py --batch_size=8 --max_new_tokens=32
+SMALL = config/train_nano.py --batch_size=8 --rounds=3 --max_new_tokens=32
 BENCH = $(if $(shell command -v nvidia-smi 2>/dev/null),config/train_gpt2_124m.py,$(SMALL))
 
 .PHONY: bench demo figures test test-slow lint venv

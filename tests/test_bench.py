@@ -260,13 +260,16 @@ def test_bench_report_on_a_pretended_gpu(tmp_path):
 
 
 def test_out_of_memory_is_one_line(tmp_path):
-    (tmp_path / "model.py").write_text((HERE / "model.py").read_text() + """
-class GPT(GPT):
-    def forward(self, *args):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-""")
-    error = one_line_error(run("bench.py", *REPORT, f"--against={tmp_path}/model.py"))
-    assert "out of memory" in error and "--batch_size" in error
+    """While this model is compiled, which is not tried in eager mode, and in another's step."""
+    out = 'raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")'
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import torch\ndef out(*args):\n    {out}\ntorch.compile = lambda model: out\n")
+    (tmp_path / "model.py").write_text((HERE / "model.py").read_text() +
+        f"class GPT(GPT):\n    def forward(self, *args):\n        {out}\n")
+    for done in (run("bench.py", *REPORT, "--compile=True", PYTHONPATH=str(tmp_path)),
+                 run("bench.py", *REPORT, f"--against={tmp_path}/model.py")):
+        error = one_line_error(done)
+        assert "out of memory" in error and "--batch_size" in error and "eager" not in done.stdout
 
 
 @pytest.mark.parametrize(
