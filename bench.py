@@ -470,14 +470,15 @@ def bench_generate(c: SimpleNamespace, peer, trained: GPT | None) -> dict:
         speeds = [B * max_new_tokens / (statistics.median(seconds[1:]) - start)
                   for seconds, start in zip(whole, to_first)]
         row = dict(weights_read_per_second=weight_bytes[0] * speeds[0] / B)
-        for prefix, speed, start in zip(prefixes, speeds, to_first):
-            row |= {f"{prefix}tokens_per_second": speed, f"{prefix}first_token_ms": 1000 * start}
-            row |= {f"{prefix}ratio": speed / speeds[-1]} if peer and prefix != "their_" else {}
         for i, side in enumerate(sides):
-            cells = [side.name, str(B), f"{1000 * to_first[i]:,.1f} ms", f"{speeds[i]:,.1f}"]
+            prefix, speed, start = prefixes[i], speeds[i], 1000 * to_first[i]
+            row |= {f"{prefix}tokens_per_second": speed, f"{prefix}first_token_ms": start}
+            cells = [side.name, str(B), f"{start:,.1f} ms", f"{speed:,.1f}"]
             if side.ours:
-                cells.append(f"{weight_bytes[i] * speeds[i] / B / 1e9:.1f} GB/s")
-                cells += [f"{speeds[i] / speeds[-1]:.2f}x"] if peer else []
+                cells.append(f"{weight_bytes[i] * speed / B / 1e9:.1f} GB/s")
+            if side.ours and peer:
+                row[f"{prefix}ratio"] = speed / speeds[-1]
+                cells.append(f"{speed / speeds[-1]:.2f}x")
             table.append(cells)
         result[f"batch_{B}"] = row
     print(f"\n{n_params:,} parameters, {device}, torch {torch.__version__}; the memory can be read "
@@ -489,9 +490,6 @@ def bench_generate(c: SimpleNamespace, peer, trained: GPT | None) -> dict:
     print_table(table)
     return result
 
-
-# -----------------------------------------------------------------------------
-# Report
 
 def predicted_memory(c: SimpleNamespace, compute_dtype: str) -> int:
     """
