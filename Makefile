@@ -2,7 +2,11 @@
 PYTHON ?= python3
 INSTALL = .venv/bin/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo figures test test-slow lint venv
+# GPT-2's smallest size where there is an NVIDIA GPU, else a model that a CPU measures in minutes.
+SMALL = config/train_nano.py --batch_size=8 --rounds=3 --max_new_tokens=32
+BENCH = $(if $(shell command -v nvidia-smi 2>/dev/null),config/train_gpt2_124m.py,$(SMALL))
+
+.PHONY: bench demo figures test test-slow lint venv
 
 demo: venv
 	.venv/bin/python data/fables/prepare.py
@@ -10,6 +14,10 @@ demo: venv
 	.venv/bin/python eval.py --out_dir=out-fables
 	.venv/bin/python sample.py --out_dir=out-fables
 	@echo "to run more commands, activate the environment: source .venv/bin/activate"
+
+# Print a table to paste into a GitHub issue; AGAINST=PATH/nanoGPT/model.py also measures nanoGPT.
+bench: venv
+	.venv/bin/python bench.py --mode=report $(BENCH) --against="$(AGAINST)"
 
 test: .venv/dev
 	.venv/bin/python -m pytest

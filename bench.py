@@ -7,15 +7,20 @@ Measure the speed of training, of the batches alone or of generation, or the tim
     python bench.py --mode=loss config/train_fables.py --max_iters=300 --eval_interval=100 --seeds=3
     python bench.py --mode=generate --against=hf
     python bench.py --mode=generate --run=out --against=out-q8_0.gguf --texts=1
+    python bench.py --mode=report config/train_gpt2_124m.py
 
 Training is measured on random tokens. `--against` measures another program alternately with this
 one: eager and compiled, in nanoGPT's own data type (bfloat16 on CUDA, float32 elsewhere). The
-faster of the two is compared. The last line of output is a JSON object; its ratios are ours over
-theirs.
+faster of the two is compared. `--mode=report` measures training, its memory and generation, and
+prints a table for a GitHub issue. The last line of output is a JSON object; its ratios are ours
+over theirs.
 """
+import copy
 import importlib.util
 import json
+import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -40,10 +45,10 @@ from model import GPT, GPTConfig
 
 # -----------------------------------------------------------------------------
 # what to measure
-mode = "train"  # 'train': tokens per second; 'data': of the batches alone; 'generate'; 'loss'
+mode = "train"  # 'train'; 'data': batches alone; 'generate'; 'loss'; 'report': train and generate
 against = ""  # a nanoGPT-style model.py; 'hf': transformers' GPT2LMHeadModel; FILE.gguf: llama.cpp
-rounds = 5  # train, data, generate: timed rounds; the result is their median
-steps = 5  # train, data: steps per round
+rounds = 5  # all but loss: timed rounds; the result is their median
+steps = 5  # train, data, report: steps per round
 # time to a loss
 target_loss = 0.0  # nats per token on the whole validation split (0: the other's last loss)
 their_config = ""  # config file of the other program (empty: our settings)
@@ -92,7 +97,7 @@ if "--mode=plan" in sys.argv:
     configurator.fail("plans have a script of their own: python plan.py, with the same settings")
 config, _ = configure(
     globals(), skip_settings_of="train.py", announce=True,
-    mode=one_of("train", "data", "generate", "loss"),
+    mode=one_of("train", "data", "generate", "loss", "report"),
     rounds=at_least(1), steps=at_least(1), target_loss=at_least(0), seeds=at_least(1),
     max_new_tokens=at_least(1), gradient_accumulation_steps=at_least(1), batch_size=at_least(1),
     vocab_size=at_least(0), optimizer=one_of("adamw", "muon"), learning_rate=at_least(0),
@@ -123,11 +128,13 @@ class Side:
             self.raw_model, lambda compiled: self.forward_backward(compiled, x, y, 1),
             lambda line: print(f"{self.name}: {line}"))
 
+    @machine.out_of_memory_errors()
     def forward_backward(self, model, x: torch.Tensor, y: torch.Tensor, micro_steps: int) -> None:
         with self.autocast:
             _, loss = model(x, y)
         self.scaler.scale(loss / micro_steps).backward()
 
+    @machine.out_of_memory_errors()
     def step(self, micro_batches: list[tuple], lr: float, clip: float) -> None:
         for group in (group for o in self.optimizers for group in o.param_groups):
             group["lr"] = lr
@@ -277,18 +284,24 @@ def mean_and_deviation(values: list[float]) -> tuple[float, float]:
 
 
 def bench_train(c: SimpleNamespace, peer) -> dict:
-    """Measure tokens per second of training steps on one batch of random tokens."""
+    """Measure tokens per second and memory of training steps on one batch of random tokens."""
     torch.manual_seed(seed)
     data = torch.randint(c.vocab_size, (batch_size, block_size + 1), device=device)
     batch = data[:, :-1].contiguous(), data[:, 1:].contiguous()
-    mine = our_side(c, seed, torch.zeros(c.vocab_size, device=device))
+
+    def warm_up(side: Side, compiled: bool) -> Side:
+        if compiled:
+            side.compile(*batch)
+        for _ in range(2):  # only the second step starts with the optimizer's states in memory
+            side.step([batch], 1e-4, grad_clip)
+        return side
+
+    mine = warm_up(our_side(c, seed, torch.zeros(c.vocab_size, device=device)), compile)
+    peak_memory = machine.peak_memory(device)  # before another program is loaded
     sides = [mine]
     if peer:
-        sides += [peer_side(peer, c, seed) for _ in range(1 + compile)]
-    for side in sides:
-        if compile and (side.ours or side is sides[1]):
-            side.compile(*batch)
-        side.step([batch], 1e-4, grad_clip)
+        sides += [warm_up(peer_side(peer, c, seed), compiled)
+                  for compiled in ([True, False] if compile else [False])]
     for _ in progress(range(rounds), f"measuring {plural(rounds, 'round')}"):
         for side in sides:  # alternately, so that a busy or throttled machine slows all
             machine.keep_freed_memory(side.ours)  # as its own script does
@@ -309,7 +322,8 @@ def bench_train(c: SimpleNamespace, peer) -> dict:
         for side, form, speed, spread in zip(sides, forms, speeds, spreads)])
     print(f"\nMFU of this model: {mfu:.1%} of {peak / 1e12:.3g} TFLOP/s ({peak_source})")
     result = dict(parameters=n_params, dtype=mine.compute_dtype, compiled=forms[0] == "compiled",
-                  tokens_per_second=speeds[0], spread=spreads[0], mfu=mfu)
+                  tokens_per_second=speeds[0], spread=spreads[0], mfu=mfu, peak_flops=peak,
+                  peak_flops_source=peak_source, peak_memory_bytes=peak_memory)
     if peer:
         theirs = max(speeds[1:])
         result |= dict(against=against, their_tokens_per_second=theirs, ratio=speeds[0] / theirs)
@@ -419,21 +433,26 @@ def bench_loss(c: SimpleNamespace, peer, theirs: SimpleNamespace, meta: dict,
 
 def bench_generate(c: SimpleNamespace, peer, trained: GPT | None) -> dict:
     """
-    Measure tokens per second after random prompts, with float32 weights and with int8.
+    Measure tokens per second after random prompts, with weights in float32 and in int8.
 
-    The time to the first token is subtracted, so that the rate is that of the later tokens.
+    On a GPU with bfloat16 units, also with weights in bfloat16. The time to the first token is
+    subtracted, so that the rate is that of the later tokens.
     """
     model = trained or GPT(our_config(c)).to(device)
-    int8 = model_from_weights(model.config, quantize_int8(model.state_dict()), device)
-    prepare_for_inference(model)
-    prepare_for_inference(int8)
-    sides = [Side("this model", model, [], "float32", ours=True),
-             Side("this model, int8", int8, [], "float32", ours=True)]
+    n_params, prompt = model.num_params(), max(1, c.block_size // 4)
+    forms = {"": model}
+    if machine.resolve_dtype("auto", device) == "bfloat16":
+        forms["bfloat16"] = copy.deepcopy(model).bfloat16()
+    forms["int8"] = model_from_weights(model.config, quantize_int8(model.state_dict()), device)
+    for form in forms.values():
+        prepare_for_inference(form)
+    sides = [Side(f"this model{name and ', '}{name}", form, [], "float32", ours=True)
+             for name, form in forms.items()]
+    weight_bytes = [{"": 4, "bfloat16": 2, "int8": 1}[name] * n_params for name in forms]  # about
+    prefixes = [f"{name}{name and '_'}" for name in [*forms, "their"]]  # of keys in the result
     if peer:
         sides.append(peer_side(peer, c, seed))
         sides[-1].autocast = machine.autocast(device, "float32")
-    n_params, prompt = model.num_params(), max(1, c.block_size // 4)
-    weight_bytes = [4 * n_params, n_params]  # about, of the two forms
     numbers = torch.randn(64 << 20, device=device)  # 256 MB, more than a cache holds
     bandwidth = 4 * numbers.numel() / machine.median_seconds(numbers.sum, device=device)
     result = dict(parameters=n_params, bandwidth=bandwidth)
@@ -451,15 +470,15 @@ def bench_generate(c: SimpleNamespace, peer, trained: GPT | None) -> dict:
         speeds = [B * max_new_tokens / (statistics.median(seconds[1:]) - start)
                   for seconds, start in zip(whole, to_first)]
         row = dict(weights_read_per_second=weight_bytes[0] * speeds[0] / B)
-        for name, speed, start in zip(("", "int8_", "their_"), speeds, to_first):
-            row |= {f"{name}tokens_per_second": speed, f"{name}first_token_ms": 1000 * start}
-        if peer:
-            row |= dict(ratio=speeds[0] / speeds[2], int8_ratio=speeds[1] / speeds[2])
         for i, side in enumerate(sides):
-            cells = [side.name, str(B), f"{1000 * to_first[i]:,.1f} ms", f"{speeds[i]:,.1f}"]
+            prefix, speed, start = prefixes[i], speeds[i], 1000 * to_first[i]
+            row |= {f"{prefix}tokens_per_second": speed, f"{prefix}first_token_ms": start}
+            cells = [side.name, str(B), f"{start:,.1f} ms", f"{speed:,.1f}"]
             if side.ours:
-                cells.append(f"{weight_bytes[i] * speeds[i] / B / 1e9:.1f} GB/s")
-                cells += [f"{speeds[i] / speeds[2]:.2f}x"] if peer else []
+                cells.append(f"{weight_bytes[i] * speed / B / 1e9:.1f} GB/s")
+            if side.ours and peer:
+                row[f"{prefix}ratio"] = speed / speeds[-1]
+                cells.append(f"{speed / speeds[-1]:.2f}x")
             table.append(cells)
         result[f"batch_{B}"] = row
     print(f"\n{n_params:,} parameters, {device}, torch {torch.__version__}; the memory can be read "
@@ -470,6 +489,59 @@ def bench_generate(c: SimpleNamespace, peer, trained: GPT | None) -> dict:
         table[0].pop()
     print_table(table)
     return result
+
+
+def predicted_memory(c: SimpleNamespace, compute_dtype: str) -> int:
+    """
+    Return the bytes that plan.py predicts for eager steps of one micro-batch.
+
+    On CUDA these are the bytes of all tensors, else those of the process, as in peak_memory().
+    """
+    plan = Path(__file__).with_name("plan.py")
+    known = {setting.name for setting in configurator.read_settings(plan)}
+    same = vars(c) | dict(device=device, dtype=compute_dtype, gradient_accumulation_steps=1)
+    args = [f"--{name}={value}" for name, value in same.items() if name in known]
+    done = subprocess.run([sys.executable, plan, *args], capture_output=True, text=True)
+    if done.returncode:
+        configurator.fail(f"plan.py: {done.stderr}")
+    key = "memory_bytes" if device_type == "cuda" else "with_runtime_bytes"
+    return json.loads(done.stdout.splitlines()[-1])[key]
+
+
+def bench_report(c: SimpleNamespace, peer) -> dict:
+    """Measure training, its memory and generation. Print them as a table in Markdown."""
+    training = bench_train(c, peer)
+    torch.cuda.empty_cache()  # plan.py also uses the GPU
+    predicted = predicted_memory(c, training["dtype"])
+    generation = bench_generate(c, None, None)
+    chip = (torch.cuda.get_device_name() if device_type == "cuda" else
+            f"{device} ({platform.processor() or platform.machine()}), "
+            f"{plural(torch.get_num_threads(), 'thread')}")
+    of = "tensors" if device_type == "cuda" else "the process"
+    form = "compiled" if training["compiled"] else "eager"
+    peak = training["peak_memory_bytes"]
+    rows = [["device", chip], ["torch", torch.__version__],
+            ["model", f"{c.arch}, {plural(c.n_layer, 'layer')}, width {c.n_embd}, "
+                      f"{plural(training['parameters'], 'parameter')}"],
+            ["training", f"{form}, {training['dtype']}, {batch_size} x {block_size} tokens"],
+            ["speed", f"{training['tokens_per_second']:,.0f} tokens/s"],
+            ["MFU", f"{training['mfu']:.1%} of {training['peak_flops'] / 1e12:.3g} TFLOP/s"]]
+    if peer:
+        theirs = training["their_tokens_per_second"]
+        rows += [[f"speed of {their_name()}", f"{theirs:,.0f} tokens/s"],
+                 ["ratio of the speeds", f"{training['ratio']:.2f}"]]
+    rows += [["peak memory", f"{peak / 1e9:.2f} GB of {of}" if peak else "unknown"],
+             ["predicted by plan.py, eager", f"{predicted / 1e9:.2f} GB of {of}"]]
+    for prefix, name in (("", "float32"), ("bfloat16_", "bfloat16"), ("int8_", "int8")):
+        for B in map(int, texts.split(",")):
+            speed = generation[f"batch_{B}"].get(f"{prefix}tokens_per_second")
+            if speed:
+                rows.append([f"generation, {name}, {plural(B, 'text')}", f"{speed:,.1f} tokens/s"])
+    left, right = (max(map(len, column)) for column in zip(*rows))
+    rows.insert(1, ["-" * left, "-" * (right - 1) + ":"])
+    print("\n" + "\n".join(f"| {name:<{left}} | {value:>{right}} |" for name, value in rows))
+    return dict(chip=chip, training=training, predicted_memory_bytes=predicted,
+                generation=generation)
 
 
 # -----------------------------------------------------------------------------
@@ -497,9 +569,10 @@ with user_errors():
     trained = load_model(run, device)[0] if run else None
     shape = asdict(trained.config) if trained else {}
     settings = SimpleNamespace(**config | dict(vocab_size=n_vocab) | shape)
-    if mode == "generate" and settings.block_size // 4 + 1 + max_new_tokens > settings.block_size:
+    T = settings.block_size
+    if mode in ("generate", "report") and T // 4 + 1 + max_new_tokens > T:
         raise ValueError(f"max_new_tokens ({max_new_tokens}) must fit after a prompt of a quarter "
-                         f"of block_size ({settings.block_size})")
+                         f"of block_size ({T})")
     theirs = configurator.read_config_file(their_config) if their_config else {}
     theirs = SimpleNamespace(**vars(settings) | {
         name: configurator.coerce(name, value, config[name])
@@ -512,7 +585,9 @@ elif mode == "data":
     result = bench_data(meta, streams)
 elif mode == "loss":
     result = bench_loss(settings, peer, theirs, meta, streams)
-else:
+elif mode == "generate":
     result = bench_generate(settings, peer, trained)
+else:
+    result = bench_report(settings, peer)
 print()
 print(json.dumps({"mode": mode, "device": device, "torch": torch.__version__} | result))

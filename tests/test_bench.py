@@ -10,19 +10,17 @@ from helpers import HERE, one_line_error, run
 from lib.checkpoint import load_model
 from lib.corpus import load_meta
 
-BENCH = [
+PLAN = [  # what plan.py knows too
     "--n_layer=1",
     "--n_head=2",
     "--n_embd=16",
     "--block_size=16",
     "--batch_size=2",
     "--vocab_size=50",
-    "--rounds=3",
-    "--steps=2",
-    "--compile=False",
     "--device=cpu",
     "--dtype=float32",
 ]
+BENCH = [*PLAN, "--rounds=3", "--steps=2", "--compile=False"]
 
 
 def test_bench_beside_another_model(tmp_path):
@@ -168,6 +166,112 @@ def test_bench_takes_training_configs(tmp_path):
     )
 
 
+REPORT = [*BENCH, "--mode=report", "--rounds=1", "--max_new_tokens=11", "--texts=1,3"]
+
+
+def table_of(done) -> dict[str, str]:
+    """Return the rows of the Markdown table before the last line, which must be well-formed."""
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.split("\n\n")[-2].splitlines()
+    assert len({len(line) for line in lines}) == 1  # also reads in a terminal
+    rows = [[cell.strip() for cell in line.split("|")] for line in lines]
+    assert all(len(row) == 4 and row[0] == row[3] == "" for row in rows)
+    assert [cell.strip("-") for cell in rows.pop(1)] == ["", "", ":", ""]
+    return {name: value for _, name, value, _ in rows}
+
+
+def planned(*args: str) -> dict:
+    done = run("plan.py", *PLAN, "--gradient_accumulation_steps=1", *args)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+HEAVY = """
+class GPT(GPT):
+    def __init__(self, config):
+        super().__init__(config)
+        self.ballast = torch.ones(10**8)
+"""
+# `str.split` is how bench.py finds that a device is a GPU; everything else stays on the CPU
+PRETENDED_GPU = """
+import torch
+from lib import machine
+
+class Device(str):
+    def split(self, separator):
+        return ["cuda"]
+
+machine.resolve_device = Device
+machine.resolve_dtype = lambda dtype, device: "bfloat16" if dtype == "auto" else dtype
+torch.cuda.get_device_name = lambda: "NVIDIA GeForce RTX 4090"
+"""
+
+
+def test_bench_report(tmp_path):
+    (tmp_path / "model.py").write_text((HERE / "model.py").read_text() + HEAVY)
+    done = run("bench.py", *REPORT, f"--against={tmp_path}/model.py")
+    table, result = table_of(done), json.loads(done.stdout.splitlines()[-1])
+    training, generation = result["training"], result["generation"]
+    theirs = f"{tmp_path.name}/model.py"
+    assert [*table] == [
+        "device", "torch", "model", "training", "speed", "MFU", f"speed of {theirs}",
+        "ratio of the speeds", "peak memory", "predicted by plan.py, eager",
+        "generation, float32, 1 text", "generation, float32, 3 texts",
+        "generation, int8, 1 text", "generation, int8, 3 texts"]
+    assert table["device"] == result["chip"] and "cpu (" in result["chip"]
+    assert table["training"] == "eager, float32, 2 x 16 tokens"
+    assert table["model"] == "gpt2, 1 layer, width 16, 4,368 parameters"
+    assert table["speed"] == f"{training['tokens_per_second']:,.0f} tokens/s"
+    assert table["MFU"].startswith(f"{training['mfu']:.1%} of ")
+    assert table[f"speed of {theirs}"] == f"{training['their_tokens_per_second']:,.0f} tokens/s"
+    assert table["ratio of the speeds"] == f"{training['ratio']:.2f}"
+    assert table["peak memory"] == f"{training['peak_memory_bytes'] / 1e9:.2f} GB of the process"
+    for B, texts in ((1, "1 text"), (3, "3 texts")):
+        for prefix, dtype in (("", "float32"), ("int8_", "int8")):
+            speed = generation[f"batch_{B}"][f"{prefix}tokens_per_second"]
+            assert table[f"generation, {dtype}, {texts}"] == f"{speed:,.1f} tokens/s"
+    assert result["predicted_memory_bytes"] == planned()["with_runtime_bytes"]
+
+    # the other program is not in our peak
+    alone = run("bench.py", *BENCH, "--rounds=1")
+    alone = json.loads(alone.stdout.splitlines()[-1])["peak_memory_bytes"]
+    assert training["peak_memory_bytes"] == pytest.approx(alone, abs=2e8)
+
+
+def test_bench_report_on_a_pretended_gpu(tmp_path):
+    """It has a name, weights in bfloat16 for generation, and the memory of tensors."""
+    (tmp_path / "sitecustomize.py").write_text(PRETENDED_GPU)
+    done = run("bench.py", *REPORT, "--arch=qwen3", PYTHONPATH=str(tmp_path))
+    table, result = table_of(done), json.loads(done.stdout.splitlines()[-1])
+    assert table["device"] == "NVIDIA GeForce RTX 4090" and table["peak memory"].endswith("tensors")
+    predicted = planned("--arch=qwen3")["memory_bytes"]
+    assert result["predicted_memory_bytes"] == predicted
+    assert table["predicted by plan.py, eager"] == f"{predicted / 1e9:.2f} GB of tensors"
+    assert [name for name in table if name.startswith("generation")] == [
+        f"generation, {dtype}, {texts}" for dtype in ("float32", "bfloat16", "int8")
+        for texts in ("1 text", "3 texts")]
+    row = result["generation"]["batch_3"]
+    for dtype in ("bfloat16", "int8"):
+        speed = row[f"{dtype}_tokens_per_second"]
+        assert table[f"generation, {dtype}, 3 texts"] == f"{speed:,.1f} tokens/s"
+        # the table before has the same speed beside the same name
+        lines = [line.split() for line in done.stdout.splitlines()
+                 if line.startswith(f"this model, {dtype} ")]
+        assert lines[1][3] == "3" and lines[1][6] == f"{speed:,.1f}"
+
+
+def test_out_of_memory_is_one_line(tmp_path):
+    """While this model is compiled, which is not tried in eager mode, and in another's step."""
+    out = 'raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")'
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import torch\ndef out(*args):\n    {out}\ntorch.compile = lambda model: out\n")
+    (tmp_path / "model.py").write_text((HERE / "model.py").read_text() +
+        f"class GPT(GPT):\n    def forward(self, *args):\n        {out}\n")
+    for done in (run("bench.py", *REPORT, "--compile=True", PYTHONPATH=str(tmp_path)),
+                 run("bench.py", *REPORT, f"--against={tmp_path}/model.py")):
+        error = one_line_error(done)
+        assert "out of memory" in error and "--batch_size" in error and "eager" not in done.stdout
+
+
 @pytest.mark.parametrize(
     "args, says",
     [
@@ -183,6 +287,7 @@ def test_bench_takes_training_configs(tmp_path):
         (["--patience=1"], "no setting 'patience'"),
         (["--their_config=none.py"], "no such config file"),
         (["--mode=generate", "--max_new_tokens=12"], "must fit after"),
+        (["--mode=report", "--max_new_tokens=12"], "must fit after"),
         (["--run=out"], "run is for --mode=generate"),
         (["--mode=generate", "--run=none"], "no checkpoint in none"),
         (["--texts=1;8"], "texts takes numbers"),
