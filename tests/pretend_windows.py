@@ -28,24 +28,14 @@ import types
 import warnings
 from pathlib import Path
 
-import torch._dynamo  # noqa: F401  so that it sees the real modules
+import torch._dynamo  # noqa: F401  before the imports are patched
 
 HERE = Path(__file__).parent.parent
-REFUSED = {"crypt", "curses", "fcntl", "grp", "posix", "pty", "pwd", "readline", "resource",
-           "syslog", "termios", "tty"}
-MISSING = {
-    "os": """O_CLOEXEC O_DIRECTORY O_NOFOLLOW O_NONBLOCK WNOHANG chown confstr fchmod fchown
-    fdatasync fork forkpty getegid geteuid getgid getgroups getloadavg getpgid getuid killpg mkfifo
-    nice openpty posix_fadvise posix_fallocate pread preadv pwrite sched_getaffinity
-    sched_setaffinity sendfile setsid statvfs sync sysconf uname wait waitid""",
-    "signal": """SIGALRM SIGCHLD SIGCONT SIGHUP SIGKILL SIGPIPE SIGQUIT SIGSTOP SIGTSTP SIGUSR1
-    SIGUSR2 alarm pause pthread_kill pthread_sigmask setitimer siginterrupt sigwait""",
-    "socket": "AF_UNIX recv_fds send_fds",
-}
+REFUSED = {"fcntl", "grp", "posix", "pty", "pwd", "readline", "resource", "termios", "tty"}
 
 
 class StandIn(types.ModuleType):
-    """A module with some names missing or replaced."""
+    """A module of which some names are missing or replaced."""
 
     def __init__(self, name: str, missing: str = "", **replaced: object):
         super().__init__(name)
@@ -58,33 +48,36 @@ class StandIn(types.ModuleType):
         return getattr(self.real, name)
 
 
-def get_context(method: str = "spawn"):
-    if method != "spawn":
-        raise ValueError(f"cannot find context for {method!r}")
+def get_context(method: str = "spawn") -> None:
+    raise ValueError(f"cannot find context for {method!r}")
 
 
 def locking(file: int, mode: int, size: int) -> None:
     """Lock the next bytes for this open file, or raise PermissionError, as msvcrt does."""
     start = os.lseek(file, 0, os.SEEK_CUR)
+    assert start > os.fstat(file).st_size + 1000, "other processes could not read the file"
+    lock = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, start, size, 0)
     try:
-        fcntl.fcntl(file, fcntl.F_OFD_SETLK,
-                    struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, start, size, 0))
+        fcntl.fcntl(file, fcntl.F_OFD_SETLK, lock)
     except OSError:
         raise PermissionError(errno.EACCES, "Permission denied") from None
 
 
-STAND_INS = {name: StandIn(name, missing) for name, missing in MISSING.items()} | {
-    "sys": StandIn("sys", platform="win32"),
-    "time": StandIn("time", sleep=lambda seconds: None),
-    "multiprocessing": StandIn("multiprocessing", get_context=get_context,
-                               get_all_start_methods=lambda: ["spawn"]),
-    "msvcrt": StandIn("msvcrt", LK_NBLCK=2, locking=locking),
-}
+STAND_INS = {module.__name__: module for module in (
+    StandIn("os", """O_DIRECTORY O_NOFOLLOW O_NONBLOCK WNOHANG chown fork forkpty getegid geteuid
+            getgid getloadavg getpgid getuid killpg mkfifo nice openpty posix_fadvise pread pwrite
+            sched_getaffinity sendfile setsid statvfs sync sysconf uname wait"""),
+    StandIn("signal", """SIGALRM SIGCHLD SIGCONT SIGHUP SIGKILL SIGPIPE SIGQUIT SIGSTOP SIGUSR1
+            SIGUSR2 alarm pause pthread_kill pthread_sigmask setitimer sigwait"""),
+    StandIn("sys", platform="win32"),
+    StandIn("time", sleep=lambda seconds: None),  # nothing here waits for another process
+    StandIn("multiprocessing", get_context=get_context, get_all_start_methods=lambda: ["spawn"]),
+    StandIn("msvcrt", LK_NBLCK=2, locking=locking))}
 
 
 def pretend_import(name: str, globals: dict | None = None, *args: object,
                    **options: object) -> types.ModuleType:
-    """Import a module as Windows would for a file of this project."""
+    """Import a module as Windows does for a file of this project."""
     file = Path((globals or {}).get("__file__") or "/")
     if file.is_relative_to(HERE) and not file.is_relative_to(sys.prefix):
         if name in REFUSED:
@@ -94,23 +87,20 @@ def pretend_import(name: str, globals: dict | None = None, *args: object,
     return real_import(name, globals, *args, **options)
 
 
-def is_in_use(path: str | os.PathLike) -> bool:
+def is_in_use(path: str) -> bool:
     """Return whether this process has a file open or mapped."""
-    path = os.path.realpath(path)
-    links = [f"/proc/self/fd/{n}" for n in os.listdir("/proc/self/fd")]
+    opened = {os.path.realpath(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd")}
     mapped = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
-    return (path in [os.readlink(link) for link in links if os.path.islink(link)]
-            or f" {path}\n" in mapped)
+    return os.path.realpath(path) in opened or f" {os.path.realpath(path)}\n" in mapped
 
 
 def refuse_files_in_use(function):
-    def on_windows(*paths, **options):
-        names = [path for path in paths if isinstance(path, (str, os.PathLike))]
-        if not options and any(map(is_in_use, names)):
-            raise PermissionError(errno.EACCES, "Access is denied", str(names[0]))
-        return function(*paths, **options)
+    def checked(*paths: str | os.PathLike, **options: object) -> None:
+        if not options and any(map(is_in_use, paths)):  # options: paths relative to a folder
+            raise PermissionError(errno.EACCES, "Access is denied", os.fspath(paths[0]))
+        function(*paths, **options)
 
-    return on_windows
+    return checked
 
 
 def fsync(file: int) -> None:
@@ -120,41 +110,37 @@ def fsync(file: int) -> None:
 
 
 def run(command: list[str]) -> dict[str, object]:
-    """Run a command as `python *command`; return its status and what it printed."""
-    script, *sys.argv[1:] = command
-    sys.argv[0], status = script, 0
+    """Do what `python *command` does; return the exit status and what it printed."""
+    gc.freeze()  # so that below only what the script makes is collected, which is faster
+    sys.argv[:], status = command, 0
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    output = [io.TextIOWrapper(io.BytesIO(), "cp1252", errors)
-              for errors in ("strict", "backslashreplace")]
-    sys.stdout, sys.stderr = output
+    sys.stdout = stdout = io.TextIOWrapper(io.BytesIO(), "cp1252", "strict")
+    sys.stderr = stderr = io.TextIOWrapper(io.BytesIO(), "cp1252", "backslashreplace")
     try:
-        if script == "-c":
+        if command[0] == "-c":
             exec(command[1], {"__name__": "__main__", "__file__": str(HERE / "code.py")})
         else:
-            runpy.run_path(str(HERE / script), run_name="__main__")
-    except SystemExit as error:
-        status = error.code or 0
+            runpy.run_path(command[0], run_name="__main__")
+    except SystemExit as end:
+        status = end.code or 0
     except BaseException:
         traceback.print_exc()
         status = 1
-    finally:
-        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
-    gc.collect()  # closes what the script had open, as the end of a process does
-    texts = []
-    for stream in output:
-        stream.flush()
-        texts.append(stream.buffer.getvalue().decode("cp1252"))
-    return {"command": command, "status": status, "stdout": texts[0], "stderr": texts[1]}
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+    stdout.flush(), stderr.flush()
+    gc.collect()  # closes what the script has left open, as the end of a process does
+    return dict(status=status, stdout=stdout.buffer.getvalue().decode("cp1252"),
+                stderr=stderr.buffer.getvalue().decode("cp1252"))
 
 
 real_import, real_fsync = builtins.__import__, os.fsync
 if __name__ == "__main__":
     sys.path.insert(0, str(HERE))
+    commands = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     builtins.__import__, os.fsync = pretend_import, fsync
     for name in ("remove", "rename", "replace", "unlink"):
         setattr(os, name, refuse_files_in_use(getattr(os, name)))
     warnings.filterwarnings("ignore", category=EncodingWarning)
-    warnings.filterwarnings("error", category=EncodingWarning, module=r"__main__|lib\.|data\.|app|"
-                                                                      "sample|model")
-    commands = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    ours = r"__main__$|lib\.|data\.|model$|sample$"
+    warnings.filterwarnings("error", category=EncodingWarning, module=ours)
     print(json.dumps([run(command) for command in commands]))
