@@ -64,6 +64,17 @@ sys.argv[:] = ["data/text/prepare.py", "--source={folder}/text.txt", "--tokenize
                "--out_dir={folder}/char"]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+FULL_DISK = """
+import runpy, sys
+from gguf import GGUFWriter
+
+def fail(writer):
+    raise OSError("the disk is full")
+
+GGUFWriter.write_kv_data_to_file = fail
+sys.argv[:] = ["export.py", "--out_dir={folder}/run", "--format=gguf", "--to={folder}/full.gguf"]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 LOCK_TWICE = """
 import os
 from lib.files import lock_run
@@ -104,6 +115,7 @@ def commands(folder: Path) -> dict[str, list[str]]:
         "plan": ["plan.py", f"--dataset={folder}/fables", *SHAPE, *MACHINE],
         "app": ["-c", APP.replace("{folder}", str(folder))],
         "prepare again": ["-c", PREPARE_AGAIN.replace("{folder}", str(folder))],
+        "full disk": ["-c", FULL_DISK.replace("{folder}", str(folder))],
         "lock twice": ["-c", LOCK_TWICE.replace("{folder}", str(folder))],
         **{code: ["-c", code.replace("'old'", f"'{folder}/old'").replace("'mapped'",
                                                                          f"'{folder}/mapped'")]
@@ -131,8 +143,8 @@ def results(folder) -> dict[str, SimpleNamespace]:
     return {name: SimpleNamespace(**result) for name, result in zip(asked, json.loads(done.stdout))}
 
 
-SCRIPTS = [name for name in commands(Path()) if name not in (*MISTAKES, "prepare again",
-                                                             "lock twice")]
+FAILING = ("prepare again", "full disk", "lock twice", *MISTAKES)
+SCRIPTS = [name for name in commands(Path()) if name not in FAILING]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -177,6 +189,12 @@ def test_dataset_in_use_is_an_error_that_says_what_to_do(results, folder):
     assert done.status == 2 and done.stderr == (
         f"error: {folder}/char/train.bin cannot be replaced (Access is denied): close the programs "
         "that use it, then try again\n")
+
+
+def test_unfinished_export_is_closed_and_removed(results, folder):
+    done = results["full disk"]
+    assert done.status == 2 and done.stderr == "error: the disk is full\n"
+    assert not (folder / "full.gguf.tmp").exists()
 
 
 def test_run_is_locked(results, folder):
