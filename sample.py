@@ -219,7 +219,7 @@ def read_prompt(start: str) -> str:
     """Return the prompt that `start` describes. A start of only \\n's is that many newlines."""
     try:
         if start == "-":
-            sys.stdin.reconfigure(encoding="utf-8-sig")  # Windows may begin it with a sign of UTF-8
+            sys.stdin.reconfigure(encoding="utf-8-sig")  # Windows may add a byte order mark
             return sys.stdin.read()
         if start.startswith("FILE:"):
             return Path(start[5:]).read_text(encoding="utf-8-sig")

@@ -39,15 +39,14 @@ def replace_file(source: Path, target: Path) -> None:
     On Windows this fails while a program has one of the two open. Programs such as a virus scanner
     or sample.py close it soon, so this retries for 20 seconds.
     """
-    for _ in range(100 if sys.platform == "win32" else 0):
+    if sys.platform != "win32":
+        return os.replace(source, target)
+    for _ in range(100):
         with contextlib.suppress(PermissionError):
             return os.replace(source, target)
         time.sleep(0.2)
-    try:
-        os.replace(source, target)
-    except PermissionError as error:
-        raise PermissionError(f"{target} cannot be replaced ({error.strerror}): close the programs "
-                              "that use it, then try again") from None
+    raise PermissionError(f"{target} cannot be replaced: close the programs that use it, then try "
+                          "again")
 
 
 def write_atomically(path: Path, text: str) -> None:

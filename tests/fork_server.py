@@ -55,7 +55,7 @@ def child(command: list[str], env: dict[str, str], streams: list[int]) -> int:
         os.dup2(stream, number)
         os.close(stream)
     sys.stdin = open(0)
-    # not the old one, which may think that it can seek
+    # the old one remembers whether its file could seek
     sys.stdout = open(1, "w", encoding=sys.stdout.encoding, closefd=False)
     os.environ.update(env)
     if "PYTHONPATH" in env:

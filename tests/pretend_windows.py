@@ -21,7 +21,6 @@ import json
 import os
 import runpy
 import signal
-import struct
 import sys
 import traceback
 import types
@@ -53,22 +52,20 @@ def get_context(method: str = "spawn") -> None:
 
 
 def locking(file: int, mode: int, size: int) -> None:
-    """Lock the next bytes for this open file, or raise PermissionError, as msvcrt does."""
-    start = os.lseek(file, 0, os.SEEK_CUR)
-    assert start > os.fstat(file).st_size + 1000, "other processes could not read the file"
-    lock = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, start, size, 0)
+    """Lock the bytes from the position of a file on, or raise PermissionError, as msvcrt does."""
+    assert os.lseek(file, 0, os.SEEK_CUR) > 10**6, "other processes could not read the file"
     try:
-        fcntl.fcntl(file, fcntl.F_OFD_SETLK, lock)
-    except OSError:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
         raise PermissionError(errno.EACCES, "Permission denied") from None
 
 
 STAND_INS = {module.__name__: module for module in (
-    StandIn("os", """O_DIRECTORY O_NOFOLLOW O_NONBLOCK WNOHANG chown fork forkpty getegid geteuid
-            getgid getloadavg getpgid getuid killpg mkfifo nice openpty posix_fadvise pread pwrite
-            sched_getaffinity sendfile setsid statvfs sync sysconf uname wait"""),
-    StandIn("signal", """SIGALRM SIGCHLD SIGCONT SIGHUP SIGKILL SIGPIPE SIGQUIT SIGSTOP SIGUSR1
-            SIGUSR2 alarm pause pthread_kill pthread_sigmask setitimer sigwait"""),
+    StandIn("os", """O_DIRECTORY O_NOFOLLOW WNOHANG chown fork geteuid getloadavg getuid killpg
+            mkfifo nice posix_fadvise pread pwrite sched_getaffinity sendfile setsid statvfs sysconf
+            uname wait"""),
+    StandIn("signal", """SIGALRM SIGCHLD SIGHUP SIGKILL SIGPIPE SIGQUIT SIGSTOP SIGUSR1 SIGUSR2
+            alarm pause pthread_kill setitimer sigwait"""),
     StandIn("sys", platform="win32"),
     StandIn("time", sleep=lambda seconds: None),  # nothing here waits for another process
     StandIn("multiprocessing", get_context=get_context, get_all_start_methods=lambda: ["spawn"]),
@@ -111,7 +108,7 @@ def fsync(file: int) -> None:
 
 def run(command: list[str]) -> dict[str, object]:
     """Do what `python *command` does; return the exit status and what it printed."""
-    gc.freeze()  # so that below only what the script makes is collected, which is faster
+    gc.freeze()  # so that only what the script makes is collected below
     sys.argv[:], status = command, 0
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdout = stdout = io.TextIOWrapper(io.BytesIO(), "cp1252", "strict")

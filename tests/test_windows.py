@@ -134,6 +134,8 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def results(folder) -> dict[str, SimpleNamespace]:
     """The status, stdout and stderr of each command."""
+    if sys.platform != "linux":
+        pytest.skip("pretend_windows.py reads /proc")
     asked = commands(folder)
     (folder / "commands.json").write_text(json.dumps(list(asked.values())), encoding="utf-8")
     done = subprocess.run(
@@ -187,8 +189,8 @@ def test_app_serves_the_page_until_ctrl_c(results):
 def test_dataset_in_use_is_an_error_that_says_what_to_do(results, folder):
     done = results["prepare again"]
     assert done.status == 2 and done.stderr == (
-        f"error: {folder}/char/train.bin cannot be replaced (Access is denied): close the programs "
-        "that use it, then try again\n")
+        f"error: {folder}/char/train.bin cannot be replaced: close the programs that use it, then "
+        "try again\n")
 
 
 def test_unfinished_export_is_closed_and_removed(results, folder):
@@ -206,7 +208,7 @@ def test_run_is_locked(results, folder):
 # -----------------------------------------------------------------------------
 # Without a pretended Windows
 
-@pytest.mark.parametrize("failures, slept", [(0, 0), (3, 3), (1000, 100)])
+@pytest.mark.parametrize("failures, slept", [(0, 0), (3, 3), (99, 99), (100, 100)])
 def test_replacing_waits_for_other_programs(monkeypatch, tmp_path, failures, slept):
     sleeps, left, replace = [], iter(range(failures)), os.replace
 
@@ -236,7 +238,6 @@ def test_viewer_that_holds_the_chart_does_not_end_the_run(monkeypatch, tmp_path)
 
 def test_source_is_ascii():
     """exec(open(...).read()) in a config reads the encoding of the system."""
-    for path in [*HERE.glob("*.py"), *HERE.glob("*/*.py"), *HERE.glob("data/*/*.py")]:
-        if path.is_relative_to(HERE / "tests"):
-            continue
-        assert path.read_bytes().isascii(), path
+    for pattern in ("*.py", "lib/*.py", "config/*.py", "data/*/*.py"):
+        for path in HERE.glob(pattern):
+            assert path.read_bytes().isascii(), path
