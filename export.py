@@ -12,7 +12,6 @@ import contextlib
 import importlib
 import inspect
 import json
-import os
 import re
 import shutil
 import sys
@@ -26,7 +25,7 @@ from lib.checkpoint import build_model, load_checkpoint, save_checkpoint
 from lib.configurator import configure, one_line, one_of, user_errors
 from lib.console import hide_hub_progress
 from lib.convert import check_exportable, config_to_hf, is_transposed, to_hf
-from lib.files import results_file, sync_file
+from lib.files import replace_file, results_file, sync_file
 from lib.quantize import quantize_int8
 from lib.tokenizer import EOT, LETTER_OF_BYTE, PIECE, UNK, BytePairTokenizer, get_tokenizer
 from model import GPT
@@ -317,7 +316,7 @@ def export_hf(checkpoint: dict, folder: Path, dtype: str) -> list[Path]:
         order = {"model.safetensors": 0, "config.json": 2}  # config.json makes it a model
         files = sorted(new.iterdir(), key=lambda file: order.get(file.name, 1))
         for file in files:
-            os.replace(file, folder / file.name)
+            replace_file(file, folder / file.name)
     return [folder / file.name for file in files]
 
 
@@ -346,8 +345,9 @@ def export_gguf(checkpoint: dict, path: Path, dtype: str) -> list[Path]:
         writer.write_tensors_to_file()
         writer.close()
         sync_file(temporary)
-        os.replace(temporary, path)
+        replace_file(temporary, path)
     finally:
+        writer.close()  # also after an error: Windows removes no open file
         temporary.unlink(missing_ok=True)
     return [path]
 
@@ -455,7 +455,7 @@ def resolve_weight_dtype() -> str:
 
 def resolve_path(dtype: str) -> Path:
     """Return the folder or file to write. Raise ValueError if that would destroy something."""
-    name = out_dir.rstrip("/").removesuffix(".pt")
+    name = str(Path(out_dir)).removesuffix(".pt")  # without a slash at the end
     path = Path(to or (f"{name}-{dtype}.gguf" if format == "gguf" else f"{name}-{format}"))
     if (path.is_file() or path.is_dir() and any(path.iterdir())) and not overwrite:
         raise ValueError(f"{path} exists already: --overwrite=True replaces it, --to=OTHER writes "

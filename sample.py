@@ -219,9 +219,10 @@ def read_prompt(start: str) -> str:
     """Return the prompt that `start` describes. A start of only \\n's is that many newlines."""
     try:
         if start == "-":
-            return sys.stdin.buffer.read().decode("utf-8")
+            sys.stdin.reconfigure(encoding="utf-8-sig")  # Windows may add a byte order mark
+            return sys.stdin.read()
         if start.startswith("FILE:"):
-            return Path(start[5:]).read_text(encoding="utf-8")
+            return Path(start[5:]).read_text(encoding="utf-8-sig")
         only_newlines = not start.replace("\\n", "")
         return start.replace("\\n", "\n") if only_newlines else start
     except FileNotFoundError:

@@ -15,7 +15,6 @@ into place once complete. Keys:
     optimizer, scaler   to resume; not in best.pt and step_001000.pt, like the rest of RunState
 """
 import math
-import os
 import sys
 import zipfile
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from lib.configurator import one_line
 from lib.convert import OPENAI, download_openai, from_nanogpt, read_hugging_face
-from lib.files import open_synced
+from lib.files import open_synced, replace_file
 from lib.quantize import prepare_for_inference, quantize_int8, use_int8_layers
 from model import GPT, GPTConfig
 
@@ -102,8 +101,8 @@ def save_checkpoint(out_dir: str | Path, name: str, checkpoint: dict) -> None:
                           "before are unchanged") from None
         raise
     if name == "last.pt" and path.exists():
-        os.replace(path, path.with_name("prev.pt"))
-    os.replace(temporary, path)
+        replace_file(path, path.with_name("prev.pt"))
+    replace_file(temporary, path)
     if name == "last.pt":
         path.with_name("stop.pt").unlink(missing_ok=True)
 

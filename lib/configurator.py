@@ -222,8 +222,10 @@ def configure(namespace: dict[str, object], skip_settings_of: str = "", announce
         with user_errors():  # the other script may be missing beside a copy of this one
             others = {s.name for s in read_settings(Path(script).with_name(skip_settings_of))}
         ignored |= others | {old for old, new in RENAMED.items() if new in others}
+    if hasattr(sys.stdout, "reconfigure"):  # print ? for what its encoding cannot represent
+        sys.stdout.reconfigure(errors="replace")
     if "--help" in sys.argv[1:] or "-h" in sys.argv[1:]:
-        with contextlib.suppress(BrokenPipeError):  # a reader such as head may have seen enough
+        with contextlib.suppress(OSError):  # a reader such as head may have seen enough
             print_help(script, str(namespace.get("__doc__") or ""), settings)
             sys.stdout.flush()
         os._exit(0)

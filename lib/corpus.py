@@ -24,7 +24,7 @@ import numpy as np
 from lib.configurator import one_line
 from lib.console import progress
 from lib.dataset import TokenStream, split_files
-from lib.files import open_synced, write_atomically
+from lib.files import open_synced, replace_file, write_atomically
 from lib.tokenizer import EOT, KINDS, leading, meta_of, read_nanogpt_characters
 
 FORMAT_VERSION = 1  # of meta.json
@@ -371,8 +371,8 @@ def finish_dataset(folder: Path, tokenizer, splits: dict[str, dict], **more) -> 
         for old in set(split_files(folder, split)) - {folder / name for name in names}:
             old.unlink()  # of a dataset that this one replaces
         for name in names:
-            os.replace(folder / f"{name}.tmp", folder / name)
-    os.replace(temporary, folder / "meta.json")
+            replace_file(folder / f"{name}.tmp", folder / name)
+    replace_file(temporary, folder / "meta.json")
     for split, counts in splits.items():
         n, documents, unknown = counts["tokens"], counts["documents"], counts.get("unknown", 0)
         note = f"; {unknown:,} of the tokens ({unknown / n:.2%}) are unknown" if unknown else ""

@@ -3,6 +3,8 @@ Files that are never half written, the place of results, and the lock on a run.
 """
 import contextlib
 import os
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -27,7 +29,24 @@ def replace_atomically(path: Path, mode: str = "w") -> Iterator[IO]:
     temporary = path.with_name(path.name + ".tmp")
     with open_synced(temporary, mode) as file:
         yield file
-    os.replace(temporary, path)
+    replace_file(temporary, path)
+
+
+def replace_file(source: Path, target: Path) -> None:
+    """
+    Rename a file, replacing an existing one.
+
+    On Windows this fails while a program has one of the two open. Programs such as a virus scanner
+    or sample.py close it soon, so this retries for 20 seconds.
+    """
+    if sys.platform != "win32":
+        return os.replace(source, target)
+    for _ in range(100):
+        with contextlib.suppress(PermissionError):
+            return os.replace(source, target)
+        time.sleep(0.2)
+    raise PermissionError(f"{target} cannot be replaced: close the programs that use it, then try "
+                          "again")
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -50,28 +69,35 @@ def results_file(model: str, checkpoint: Path, name: str) -> Path:
 
 def sync_file(path: Path) -> None:
     """Wait until the content of a file that a library wrote is on the disk."""
-    with open(path, "rb") as file:
+    with open(path, "r+b") as file:  # Windows does not sync a file that is open only for reading
         os.fsync(file.fileno())
 
 
-def lock_run(out_dir: str | Path) -> IO:
+def lock_run(out_dir: str | Path) -> IO[bytes]:
     """
     Create out_dir and hold the lock on it until this process ends. Return the open lock file.
 
-    The kernel releases the lock however the process ends, so no lock is ever stale. The file holds
+    The system releases the lock however the process ends, so no lock is ever stale. The file holds
     the process id for the message to other processes. Raises ValueError where one holds the lock.
     """
     os.makedirs(out_dir, exist_ok=True)
-    file = open(Path(out_dir) / "lock", "a+")
-    with contextlib.suppress(ImportError):  # Windows has no flock, so there is no lock
-        import fcntl
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise ValueError(f"process {file.read().strip() or '?'} is training in {out_dir}: wait "
-                             "for it or stop it, or choose another --out_dir") from None
+    file = open(Path(out_dir) / "lock", "ab+", buffering=0)
+    try:
+        lock_file(file)
+    except (BlockingIOError, PermissionError):  # on Linux and macOS, on Windows
+        file.seek(0)
+        raise ValueError(f"process {file.read().decode() or '?'} is training in {out_dir}: wait "
+                         "for it or stop it, or choose another --out_dir") from None
     file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
+    file.write(str(os.getpid()).encode())
     return file
+
+
+def lock_file(file: IO[bytes]) -> None:
+    """Lock an open file without waiting. Raise OSError if another process has locked it."""
+    if sys.platform != "win32":
+        import fcntl
+        return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    import msvcrt
+    file.seek(1 << 30)  # no other process can read a locked byte, so lock one far beyond the end
+    msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)

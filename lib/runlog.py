@@ -6,14 +6,13 @@ import contextlib
 import json
 import math
 import statistics
-import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lib import machine
-from lib.configurator import one_line
+from lib.configurator import one_line, user_errors
 from lib.console import duration
 from lib.files import replace_atomically, write_atomically
 from lib.tokenizer import get_tokenizer
@@ -50,8 +49,7 @@ def eval_line(step: int, last_step: float, losses: dict[str, float], note: str =
 
 def sample_lines(step: int, last_step: float, text: str) -> str:
     """Return one or two lines with the start of a sample, aligned with the line of a step."""
-    indent, encoding = len(first_column("step", step, last_step)), sys.stdout.encoding or "utf-8"
-    text = text.encode(encoding, "replace").decode(encoding)  # what the terminal cannot show
+    indent = len(first_column("step", step, last_step))
     text = one_line("".join(c if c.isprintable() else " " for c in text)) or "(empty)"
     lines = textwrap.wrap(text, WIDTH - indent - 3, max_lines=2, placeholder=" ...")
     return "\n".join(f"{name:<{indent}} | {line}" for name, line in zip(("sample", ""), lines))
@@ -158,14 +156,16 @@ class RunLog:
         if not self.write:
             return
         metrics = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-        with open(self.path, "a") as file:
+        with user_errors(), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
         self.send(step, metrics)
 
     def records(self) -> list[dict]:
         """Return all records; lines truncated by a kill are skipped."""
         found = []
-        for line in open(self.path, errors="replace") if self.path.exists() else ():
+        if not self.path.exists():
+            return found
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(ValueError, TypeError):
                 record = json.loads(line)
                 if "step" in record:
@@ -245,5 +245,6 @@ def draw_losses(log: RunLog, title: str, floor: float | None = None, log_x: bool
     ax.yaxis.set_minor_locator(ticker.NullLocator())
     ax.legend()
     ax.grid(alpha=0.3)
-    with replace_atomically(log.path.with_name("loss.png"), "wb") as file:
-        fig.savefig(file, format="png", dpi=120)
+    with contextlib.suppress(PermissionError):  # on Windows, while a viewer has the file open
+        with replace_atomically(log.path.with_name("loss.png"), "wb") as file:
+            fig.savefig(file, format="png", dpi=120)

@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import pickle
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
@@ -206,8 +207,12 @@ def thread_pool() -> Executor:
 
 @functools.lru_cache
 def process_pool() -> Executor:
-    """Return processes for NLTK, which holds Python's lock, or threads where fork is missing."""
-    if "fork" not in multiprocessing.get_all_start_methods():
+    """
+    Return processes for NLTK, which holds Python's lock; slower threads on macOS and Windows.
+
+    A fork may crash in the libraries of macOS and does not exist on Windows.
+    """
+    if sys.platform != "linux":
         return thread_pool()
     return ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork"))
 

@@ -55,6 +55,8 @@ def child(command: list[str], env: dict[str, str], streams: list[int]) -> int:
         os.dup2(stream, number)
         os.close(stream)
     sys.stdin = open(0)
+    # the old one remembers whether its file could seek
+    sys.stdout = open(1, "w", encoding=sys.stdout.encoding, closefd=False)
     os.environ.update(env)
     if "PYTHONPATH" in env:
         sys.path[1:1] = env["PYTHONPATH"].split(os.pathsep)

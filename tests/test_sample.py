@@ -238,6 +238,9 @@ def test_prompts_typed_in_or_piped_and_next_tokens(trained):
     args = [f"--out_dir={trained}", "--num_samples=1", "--max_new_tokens=4", "--temperature=0"]
     sample = run("sample.py", *args, "--start=Once upon").stdout
     assert run("sample.py", *args, "--start=-", stdin="Once upon").stdout == sample
+    unix, windows = (run("sample.py", *args, "--start=-", stdin=stdin)
+                     for stdin in ("Once upon\n\n", "\ufeffOnce upon\r\n\r\n"))
+    assert unix.returncode == 0 and unix.stdout == windows.stdout
     stdin = "Once upon\nQwertyuiop\nOnce upon\n"
     typed = run("sample.py", *args[:1], *args[2:], "--interactive=True", stdin=stdin)
     text, line = sample.splitlines()

@@ -1,5 +1,7 @@
 """Tokenizers: round trips of any text, known ids, and errors."""
 import json
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -23,6 +25,13 @@ def test_text_round_trips(kind):
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
         assert tokenizer.eot not in ids and all(0 <= i < tokenizer.vocab_size for i in ids)
+
+
+@pytest.mark.parametrize("platform, pool", [
+    ("linux", ProcessPoolExecutor), ("darwin", ThreadPoolExecutor), ("win32", ThreadPoolExecutor)])
+def test_words_are_split_in_processes_only_where_fork_is_safe(monkeypatch, platform, pool):
+    monkeypatch.setattr(tokenizer_module, "sys", SimpleNamespace(platform=platform))
+    assert isinstance(tokenizer_module.process_pool.__wrapped__(), pool)
 
 
 def test_gpt2_ids_are_the_known_ones():
