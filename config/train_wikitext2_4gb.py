@@ -28,4 +28,3 @@ patience = 5
 always_save_checkpoint = False
 loss_chunk = 256  # the logits of 256 tokens at a time: saves memory
 remat = True  # activations are computed again in the backward pass: saves memory
-compile = False  # rows of many lengths
