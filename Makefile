@@ -2,9 +2,10 @@
 PYTHON ?= python3
 INSTALL = .venv/bin/python -m pip install --quiet --constraint constraints.txt
 
-# GPT-2's smallest size where there is an NVIDIA GPU, else a model that a CPU measures in minutes.
+# GPT-2's smallest size if torch has a CUDA GPU, else a model that a CPU measures in minutes.
 SMALL = config/train_nano.py --batch_size=8 --rounds=3 --max_new_tokens=32
-BENCH = $(if $(shell command -v nvidia-smi 2>/dev/null),config/train_gpt2_124m.py,$(SMALL))
+HAS_GPU = $(shell .venv/bin/python -c "import torch; print(int(torch.cuda.is_available()))")
+BENCH = $(if $(filter 1,$(HAS_GPU)),config/train_gpt2_124m.py,$(SMALL))
 
 .PHONY: bench demo figures test test-slow lint venv
 

@@ -128,13 +128,11 @@ class Side:
             self.raw_model, lambda compiled: self.forward_backward(compiled, x, y, 1),
             lambda line: print(f"{self.name}: {line}"))
 
-    @machine.out_of_memory_errors()
     def forward_backward(self, model, x: torch.Tensor, y: torch.Tensor, micro_steps: int) -> None:
         with self.autocast:
             _, loss = model(x, y)
         self.scaler.scale(loss / micro_steps).backward()
 
-    @machine.out_of_memory_errors()
     def step(self, micro_batches: list[tuple], lr: float, clip: float) -> None:
         for group in (group for o in self.optimizers for group in o.param_groups):
             group["lr"] = lr

@@ -26,7 +26,7 @@ from lib.checkpoint import load_model
 from lib.configurator import at_least, configure, one_of, user_errors
 from lib.console import named_lines, print_table, progress
 from lib.convert import OPENAI
-from lib.corpus import load_meta
+from lib.corpus import check_once, load_meta
 from lib.dataset import TokenStream, eval_batches, prefetch
 from lib.decoding import Sampling
 from lib.files import results_file, write_atomically
@@ -302,7 +302,7 @@ def open_dataset(path: str, model: GPT, checkpoint: dict) -> tuple[Path, dict, T
     if split not in splits:
         raise ValueError(f"split must be {' or '.join(splits)} of {folder}, got {split!r}")
     stream = TokenStream(folder, split, meta)
-    stream.check(meta)
+    check_once(stream, meta)
     return folder, meta, stream
 
 

@@ -336,10 +336,10 @@ def export_gguf(checkpoint: dict, path: Path, dtype: str) -> list[Path]:
     temporary = path.with_name(path.name + ".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(temporary, c.arch)
-    add_gguf_fields(writer, path.stem, model, dtype)
-    add_gguf_tokenizer(writer, tokenizer, c.vocab_size)
-    add_gguf_tensors(writer, model, dtype)
     try:
+        add_gguf_fields(writer, path.stem, model, dtype)
+        add_gguf_tokenizer(writer, tokenizer, c.vocab_size)
+        add_gguf_tensors(writer, model, dtype)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -347,7 +347,7 @@ def export_gguf(checkpoint: dict, path: Path, dtype: str) -> list[Path]:
         sync_file(temporary)
         replace_file(temporary, path)
     finally:
-        writer.close()  # also after an error: Windows removes no open file
+        writer.close()  # also after an error: Windows cannot remove an open file
         temporary.unlink(missing_ok=True)
     return [path]
 

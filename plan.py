@@ -70,7 +70,8 @@ def bytes_of(text: str) -> float:
     """Return the bytes of '4GB', '24 GB', '512MB' or '1000000'; a GB is 10**9, a GiB 2**30."""
     amount, unit = re.fullmatch(r"([\d.]*)\s*(.*)", text.strip().upper(), re.DOTALL).groups()
     units = {"": 1, "B": 1, "MB": 1e6, "GB": 1e9, "MIB": 2**20, "GIB": 2**30}
-    if not re.fullmatch(r"\d+(\.\d+)?", amount) or float(amount) == 0 or unit not in units:
+    if (not re.fullmatch(r"\d+(\.\d+)?", amount) or unit not in units
+            or float(amount) * units[unit] < 1e6):
         raise ValueError(f"device_memory takes a size such as 4GB, 512MB or a number of bytes, "
                          f"got {text!r}")
     return float(amount) * units[unit]
@@ -78,11 +79,12 @@ def bytes_of(text: str) -> float:
 
 def chip_of(name: str) -> str:
     """Return the name of a chip as PEAK_FLOPS has it, or '' for ''."""
-    names = {"": ""} | {chip.lower(): chip for chip in machine.PEAK_FLOPS}
-    if name.lower() not in names:
+    names = {"": ""} | {chip.lower().replace(" ", ""): chip for chip in machine.PEAK_FLOPS}
+    name = re.sub("[ _-]", "", name.lower())
+    if name not in names:
         raise ValueError(f"gpu must be one of {', '.join(machine.PEAK_FLOPS)}, or empty for this "
                          f"machine; got {name!r}")
-    return names[name.lower()]
+    return names[name]
 
 
 def block_activations(c: GPTConfig, n: int, size: int, on_cpu: bool) -> int:
@@ -206,8 +208,8 @@ def print_memory(memory: dict[str, int], kind: str) -> None:
           f"{GAPS[kind]:.0%} of the peak)")
 
 
-def print_cards(model: GPT, compute_dtype: str) -> None:
-    """Print the largest micro-batches for GPUs of usual sizes."""
+def print_gpu_sizes(model: GPT, compute_dtype: str) -> None:
+    """Print the largest micro-batch for common sizes of GPU memory."""
     rows = batch_size * gradient_accumulation_steps
     table = [["largest micro-batch", "--batch_size", "--gradient_accumulation_steps", "memory"]]
     for gigabytes in (16, 24, 40, 80):
@@ -219,8 +221,12 @@ def print_cards(model: GPT, compute_dtype: str) -> None:
 
 
 def print_fit(model: GPT, memory: dict[str, int], compute_dtype: str, kind: str,
-              limit: float) -> int:
-    """Print whether training fits into limit bytes, and what would. Return the rows of that."""
+              limit: float) -> tuple[bool, int]:
+    """
+    Print whether training fits into limit bytes, and the largest micro-batch that does.
+
+    Return both; the rows are 0 if not even one fits.
+    """
     rows = batch_size * gradient_accumulation_steps
     fits = memory["with_runtime"] <= limit
     best, memory_of_best = plan_batch(model, compute_dtype, kind, limit)
@@ -234,21 +240,21 @@ def print_fit(model: GPT, memory: dict[str, int], compute_dtype: str, kind: str,
         ways = ["--loss_chunk=256"] * (not chunk) + ["--remat=True"] * (not remat)
         print(f"  a single row takes {memory_of_best['with_runtime'] / 1e9:.3f} GB\n"
               f"  try {', '.join([*ways, 'a smaller --block_size'])} or a smaller model")
-    return best
+    return fits, best
 
 
 def main() -> None:
     with user_errors():
         if not mfu:
             raise ValueError(f"mfu must be above 0 and at most 1, got {mfu}")
-        here = machine.resolve_device(device)
         chip = chip_of(gpu)
+        here = "cuda" if chip else machine.resolve_device(device)  # that chip need not be here
         limit = (bytes_of(device_memory) if device_memory else
                  0 if chip else machine.gpu_memory(here))
         check_softmax_tokens(softmax_tokens, batch_size * block_size)
-        kind = "cuda" if chip else here.split(":")[0]
-        compute_dtype = machine.resolve_dtype(dtype, here)
-        compute_dtype = "16 bits" if chip and dtype == "auto" else compute_dtype
+        kind = here.split(":")[0]
+        compute_dtype = ("16 bits" if chip and dtype == "auto" else
+                         machine.resolve_dtype(dtype, here))
         if compute_dtype == "auto":
             compute_dtype = "float32"  # on a CPU only a measurement could tell
         folder = Path("data") / dataset
@@ -273,10 +279,9 @@ def main() -> None:
 
     fits, best = None, batch_size
     if limit:
-        fits = memory["with_runtime"] <= limit
-        best = print_fit(model, memory, compute_dtype, kind, limit)
+        fits, best = print_fit(model, memory, compute_dtype, kind, limit)
     elif kind == "cuda":
-        print_cards(model, compute_dtype)
+        print_gpu_sizes(model, compute_dtype)
 
     epoch = meta["splits"].get("train", {}).get("tokens", 0) if meta else 0
     if max_epochs and not tokens and not epoch:

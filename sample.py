@@ -27,7 +27,7 @@ import torch
 from lib.checkpoint import load_model
 from lib.configurator import at_least, configure, did_you_mean, one_of, user_errors
 from lib.decoding import Sampling, beam_search, start_token
-from lib.machine import keep_freed_memory, resolve_device
+from lib.machine import explain_out_of_memory, keep_freed_memory, resolve_device
 from lib.tokenizer import BytePairTokenizer, get_tokenizer
 from model import GPT
 
@@ -320,6 +320,7 @@ def respond_to_all(model: GPT, tokenizer, sampler: Sampling) -> None:
 
 
 if __name__ == "__main__":
+    explain_out_of_memory("use fewer --num_samples or --max_new_tokens, or --quantize=int8")
     with user_errors():
         sampler = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, no_repeat_ngram)
         prompt = read_prompt(start)

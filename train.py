@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-if sys.platform == "linux":  # fewer gaps in a GPU's memory; read when torch is imported
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # fewer gaps on a GPU
 import torch
 
 from lib import checkpoint as ckpt
@@ -85,7 +85,7 @@ backend = "auto"  # of torch.distributed: nccl on CUDA, gloo elsewhere
 device = "auto"  # cuda, else mps, else cpu; or 'cpu', 'cuda:1', ...
 dtype = "auto"  # fastest safe type on the device; or 'float32', 'bfloat16', 'float16'
 compile = True  # torch.compile, where it works
-deterministic = False  # the same bits in every run also on a GPU, where it is slower
+deterministic = False  # use only deterministic kernels; slower on a GPU
 remat = False  # recompute activations in the backward pass: less memory, a third more time
 softmax_tokens = 0  # tokens in the training softmax (0: all); logs slightly low training losses
 loss_chunk = -1  # compute the logits of this many tokens at a time (0: all; -1: 256 if faster)
@@ -121,7 +121,7 @@ def micro_batches(batches: TrainBatches, step: int, ranks: Ranks) -> Iterator:
 
 def forward_backward(model, x, y, weight, autocast, scaler, micro_steps: int) -> torch.Tensor:
     """Add the gradient of a micro-batch, one of micro_steps; return its share of the loss."""
-    with machine.out_of_memory_errors(), autocast:
+    with autocast:
         loss = model(x, y)[1] * weight / micro_steps
         scaler.scale(loss).backward()
     return loss.detach()
@@ -161,6 +161,7 @@ def save(name: str, model: GPT, state: ckpt.RunState, meta: dict, optimizers: li
 ranks = Ranks.from_environment()
 sys.stdout.reconfigure(line_buffering=True)  # a redirected log can be read while it grows
 say = print if ranks.master else lambda text: None
+machine.explain_out_of_memory()
 with user_errors():
     device = machine.resolve_device(device)
     dtype = machine.resolve_dtype(dtype, device)
@@ -179,8 +180,7 @@ with ranks.user_errors():
     folder = Path("data") / dataset
     meta = load_meta(folder)
     streams = {split: TokenStream(folder, split, meta) for split in ("train", "val")}
-    checksums = [meta["splits"].get(split, {}).get("sha256", len(streams[split]))
-                 for split in streams]
+    checksums = [meta["splits"].get(s, {}).get("sha256", len(streams[s])) for s in streams]
     if ranks.local_rank == 0:
         for split, stream in streams.items():  # nanoGPT's data has no checksums: add them
             meta["splits"].setdefault(split, {})["sha256"] = check_once(stream, meta)

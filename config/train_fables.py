@@ -26,4 +26,4 @@ beta2 = 0.995  # a long average, since each step has few tokens
 eval_interval = 660
 eval_iters = 16  # 96 fables; eval.py scores all 2,000
 log_interval = 100
-compile = False  # compiling takes 30 s and makes steps 1.2 times as fast: pays from 10,000 steps
+compile = False  # compiling takes 30 s and saves a sixth of each step: pays from 10,000 steps

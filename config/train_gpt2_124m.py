@@ -2,8 +2,9 @@
 #     python data/fineweb/prepare.py
 #     torchrun --nproc_per_node=8 train.py config/train_gpt2_124m.py
 # Tokens per step: 40 x 12 x 1,024 = 491,520. For OpenWebText: --dataset=openwebtext
-# 12 rows fit into 24 GB. Predicted by python plan.py config/train_gpt2_124m.py --gpu=A100:
-# 16 GB: 10 rows x 48; 40 GB: 30 rows x 16; 80 GB: --batch_size=60 --gradient_accumulation_steps=8
+# 12 rows fit into 24 GB. The largest micro-batches that plan.py --gpu=A100 predicts, batch_size x
+# gradient_accumulation_steps: 16 GB: 10 x 48; 24 GB: 16 x 30; 40 GB: 30 x 16; 80 GB: 60 x 8. Eight
+# GPUs need a multiple of 8 micro-batches.
 out_dir = "out-gpt2-124m"
 dataset = "fineweb"
 gradient_accumulation_steps = 40  # five for each of eight GPUs

@@ -16,6 +16,7 @@ in a period.
 import ast
 import contextlib
 import difflib
+import errno
 import math
 import os
 import shutil
@@ -225,9 +226,12 @@ def configure(namespace: dict[str, object], skip_settings_of: str = "", announce
     if hasattr(sys.stdout, "reconfigure"):  # print ? for what its encoding cannot represent
         sys.stdout.reconfigure(errors="replace")
     if "--help" in sys.argv[1:] or "-h" in sys.argv[1:]:
-        with contextlib.suppress(OSError):  # a reader such as head may have seen enough
+        try:
             print_help(script, str(namespace.get("__doc__") or ""), settings)
             sys.stdout.flush()
+        except OSError as error:  # a reader such as head has seen enough: EPIPE, on Windows EINVAL
+            if error.errno not in (errno.EPIPE, errno.EINVAL):
+                raise
         os._exit(0)
 
     def assign(name: str, value: object, convert: Callable) -> None:

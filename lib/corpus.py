@@ -30,7 +30,7 @@ from lib.tokenizer import EOT, KINDS, leading, meta_of, read_nanogpt_characters
 FORMAT_VERSION = 1  # of meta.json
 PART = 16_000_000  # characters that are tokenized at a time
 LONGEST = 4_000_000  # characters of a document in a text file
-LARGE = 1 << 28  # bytes of a split whose checksum is remembered: reading them takes a second
+LARGE = 1 << 28  # bytes; the checksum of a larger split is remembered
 TABLES = (".jsonl", ".json", ".csv", ".parquet")
 SUFFIXES = (".txt", ".md", *TABLES)
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -420,9 +420,10 @@ def load_meta(folder: Path) -> dict:
 
 def check_once(stream: TokenStream, meta: dict) -> str:
     """
-    Like stream.check(), but remember the result for a large split, which takes minutes to read.
+    Check a split like stream.check(), but read a large one only once, as that takes minutes.
 
-    <split>.checked.json has it, with the sizes and times of the files that it is about.
+    <split>.checked.json has the result, which is valid while the names, sizes and modification
+    times of the files are the same.
     """
     folder = Path(stream.name).parent
     stats = [(path.name, path.stat()) for path in split_files(folder, stream.split)]

@@ -56,7 +56,7 @@ class Ranks:
                 store = dist.PrefixStore(f"attempt {attempt}", store)
             dist.init_process_group(backend, store=store, rank=self.rank,
                                     world_size=self.world_size, timeout=timedelta(minutes=10))
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, AssertionError) as error:
             fail(f"backend {backend!r} does not work here: {error}")
 
     def wrap(self, model: torch.nn.Module) -> torch.nn.Module:

@@ -24,24 +24,24 @@ def open_synced(path: Path, mode: str = "w") -> Iterator[IO]:
 
 
 @contextlib.contextmanager
-def replace_atomically(path: Path, mode: str = "w") -> Iterator[IO]:
+def replace_atomically(path: Path, mode: str = "w", retries: int = 100) -> Iterator[IO]:
     """Open a file to write that gets its name only when it is complete and on the disk."""
     temporary = path.with_name(path.name + ".tmp")
     with open_synced(temporary, mode) as file:
         yield file
-    replace_file(temporary, path)
+    replace_file(temporary, path, retries)
 
 
-def replace_file(source: Path, target: Path) -> None:
+def replace_file(source: Path, target: Path, retries: int = 100) -> None:
     """
     Rename a file, replacing an existing one.
 
-    On Windows this fails while a program has one of the two open. Programs such as a virus scanner
-    or sample.py close it soon, so this retries for 20 seconds.
+    On Windows this fails while another program has either file open. A virus scanner or sample.py
+    closes it soon, so this retries 100 times in 20 seconds.
     """
     if sys.platform != "win32":
         return os.replace(source, target)
-    for _ in range(100):
+    for _ in range(retries):
         with contextlib.suppress(PermissionError):
             return os.replace(source, target)
         time.sleep(0.2)
@@ -69,7 +69,7 @@ def results_file(model: str, checkpoint: Path, name: str) -> Path:
 
 def sync_file(path: Path) -> None:
     """Wait until the content of a file that a library wrote is on the disk."""
-    with open(path, "r+b") as file:  # Windows does not sync a file that is open only for reading
+    with open(path, "r+b") as file:  # Windows syncs only files that are open for writing
         os.fsync(file.fileno())
 
 
@@ -84,7 +84,7 @@ def lock_run(out_dir: str | Path) -> IO[bytes]:
     file = open(Path(out_dir) / "lock", "ab+", buffering=0)
     try:
         lock_file(file)
-    except (BlockingIOError, PermissionError):  # on Linux and macOS, on Windows
+    except (BlockingIOError, PermissionError):  # Linux and macOS; Windows
         file.seek(0)
         raise ValueError(f"process {file.read().decode() or '?'} is training in {out_dir}: wait "
                          "for it or stop it, or choose another --out_dir") from None

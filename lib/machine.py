@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 
@@ -20,6 +20,10 @@ PEAK_FLOPS = {
     "RTX 5090": 210e12,
 }
 
+SAVE_MEMORY = (
+    "halve --batch_size and double --gradient_accumulation_steps, add --loss_chunk=256 or --remat, "
+    "or train a smaller model; python plan.py with the same config file predicts what fits")
+
 
 def resolve_device(device: str) -> str:
     """
@@ -31,6 +35,8 @@ def resolve_device(device: str) -> str:
     if device == "auto":
         device = ("cuda" if torch.cuda.is_available() else
                   "mps" if torch.backends.mps.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|mps|(cuda|xpu)(:\d+)?", device):
+        raise ValueError(f"device must be auto, cpu, cuda, cuda:1 or mps, got {device!r}")
     asked = device
     try:
         if device == "cuda":
@@ -39,7 +45,7 @@ def resolve_device(device: str) -> str:
         if device.startswith("cuda"):
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = re.split(r"\. |\n", str(error))[0]
         raise ValueError(f"device {asked!r} cannot be used here: {reason}") from None
     return device
 
@@ -103,22 +109,23 @@ def resolve_loss_chunk(loss_chunk: int, device: str, vocab_size: int) -> int:
     return 256 if device == "cpu" and vocab_size >= 4096 else 0
 
 
-@contextlib.contextmanager
-def out_of_memory_errors() -> Iterator[None]:
-    """End the process with one line that says what helps if the device is out of memory."""
-    try:
-        yield
-    except RuntimeError as error:
-        text = str(error).lower()
-        if not isinstance(error, torch.OutOfMemoryError) and not any(
-                words in text for words in ("out of memory", "can't allocate memory")):
-            raise
+def is_out_of_memory(error: BaseException | None) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or isinstance(error, RuntimeError) and any(
+        words in str(error).lower() for words in ("out of memory", "can't allocate memory"))
+
+
+def explain_out_of_memory(advice: str = SAVE_MEMORY) -> None:
+    """From now on, end this process with one line of advice when the device is out of memory."""
+
+    def explain(kind: type, error: BaseException, trace: object) -> None:
+        if not is_out_of_memory(error):
+            return sys.__excepthook__(kind, error, trace)
         rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""  # any rank prints it
-        print(f"error: {rank}out of memory: halve --batch_size and double "
-              "--gradient_accumulation_steps, or add --loss_chunk=256 or --remat; python plan.py "
-              "with the same settings and --device_memory=8GB predicts what fits",
-              file=sys.stderr, flush=True)
-        sys.exit(2)
+        sys.stdout.flush()
+        print(f"error: {rank}out of memory: {advice}", file=sys.stderr, flush=True)
+        os._exit(2)
+
+    sys.excepthook = explain
 
 
 def compile_or_eager(model: torch.nn.Module, attempt: Callable[[torch.nn.Module], None],
@@ -140,6 +147,8 @@ def compile_or_eager(model: torch.nn.Module, attempt: Callable[[torch.nn.Module]
             attempt(compiled)
         return compiled, "compiled"
     except Exception as error:
+        if is_out_of_memory(error):  # eager mode would need more
+            raise
         reason = next((line for line in str(error).splitlines() if line.strip()), "")
         report(f"torch.compile does not work here ({type(error).__name__}: {reason[:80]}); "
                "continuing in eager mode")
@@ -150,14 +159,14 @@ def compile_or_eager(model: torch.nn.Module, attempt: Callable[[torch.nn.Module]
 
 def set_up_torch(many_shapes: bool = False, deterministic: bool = False) -> None:
     """
-    Set torch's switches for training.
+    Set torch's global switches for training.
 
-    many_shapes: batches have many lengths. deterministic: use only kernels that give the same bits
-    in every run, or raise an error. Without it, sums on a GPU can differ in their last bits.
+    many_shapes: batches differ in length, so do not use cuDNN's attention. deterministic: use only
+    kernels that give the same bits in every run, where an operation has one, or raise an error.
     """
     keep_freed_memory()
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA
-    if many_shapes:  # cuDNN's attention, the default on H100, plans anew for each shape
+    if many_shapes:  # cuDNN's attention, the default on H100 and B200, plans anew for each shape
         torch.backends.cuda.enable_cudnn_sdp(False)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it for this
@@ -240,6 +249,8 @@ def peak_memory(device: str) -> int:
     """
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
+    if device == "mps":  # it keeps what was freed, so this is about the peak
+        return torch.mps.driver_allocated_memory()
     try:
         import resource
     except ImportError:
@@ -249,7 +260,7 @@ def peak_memory(device: str) -> int:
 
 
 def gpu_memory(device: str) -> int:
-    """Return the bytes of memory that a GPU has, 0 for a CPU or if it is unknown."""
+    """Return the bytes of a GPU's memory, 0 for a CPU. On a Mac, those that Metal recommends."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_properties(device).total_memory
     return torch.mps.recommended_max_memory() if device == "mps" else 0

@@ -246,5 +246,5 @@ def draw_losses(log: RunLog, title: str, floor: float | None = None, log_x: bool
     ax.legend()
     ax.grid(alpha=0.3)
     with contextlib.suppress(PermissionError):  # on Windows, while a viewer has the file open
-        with replace_atomically(log.path.with_name("loss.png"), "wb") as file:
+        with replace_atomically(log.path.with_name("loss.png"), "wb", retries=1) as file:
             fig.savefig(file, format="png", dpi=120)

@@ -208,9 +208,9 @@ def thread_pool() -> Executor:
 @functools.lru_cache
 def process_pool() -> Executor:
     """
-    Return processes for NLTK, which holds Python's lock; slower threads on macOS and Windows.
+    Return a pool of processes for NLTK, which holds the GIL; on macOS and Windows, slower threads.
 
-    A fork may crash in the libraries of macOS and does not exist on Windows.
+    Forking is unsafe on macOS and does not exist on Windows.
     """
     if sys.platform != "linux":
         return thread_pool()

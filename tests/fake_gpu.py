@@ -1,5 +1,5 @@
 """
-Run the model, a training step and generation on a GPU that only pretends: its tensors have a shape,
+Run the model, a training step and generation on a simulated GPU: its tensors have a shape,
 a type and a device, but no numbers. test_fake_gpu.py runs this file, as a process can have only one
 such device.
 
@@ -50,9 +50,13 @@ class Waits(TorchFunctionMode):
             self.count += 1
             return self.answers[func.__name__]
         result = func(*args, **(kwargs or {}))
-        is_float64 = getattr(result, "dtype", None) == torch.float64 and result.device.type == GPU
-        if is_float64 and not self.float64:
-            raise TypeError(f"{func.__name__} gives float64, which MPS does not have")
+        for tensor in result if isinstance(result, tuple) else (result,):
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            source = args[0].device.type if args and isinstance(args[0], torch.Tensor) else ""
+            self.count += source == GPU and tensor.device.type == "cpu"  # a copy to the host
+            if tensor.dtype == torch.float64 and tensor.device.type == GPU and not self.float64:
+                raise TypeError(f"{func.__name__} gives float64, which MPS does not have")
         return result
 
 
@@ -116,7 +120,7 @@ def to_int8(model: GPT) -> None:
 
 
 def mistakes_found(model: GPT) -> int:
-    """Return how many planted mistakes are noticed: a tensor on the CPU, a wait and float64."""
+    """Return how many planted mistakes are noticed: a tensor on the CPU, waits, float64."""
     found = 0
     try:
         model(torch.zeros(4, 16, dtype=torch.long))
@@ -124,6 +128,7 @@ def mistakes_found(model: GPT) -> int:
         found += "same device" in str(error)
     with Waits() as waits:
         float(torch.zeros((), device=GPU))
+        torch.zeros((), device=GPU).cpu()
         try:
             torch.zeros((), device=GPU).double()
         except TypeError:

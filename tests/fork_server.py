@@ -14,7 +14,6 @@ import site
 import socket
 import sys
 import threading
-import traceback
 import types
 import weakref
 
@@ -55,7 +54,7 @@ def child(command: list[str], env: dict[str, str], streams: list[int]) -> int:
         os.dup2(stream, number)
         os.close(stream)
     sys.stdin = open(0)
-    # the old one remembers whether its file could seek
+    # a new one: the old one remembers whether its file was seekable
     sys.stdout = open(1, "w", encoding=sys.stdout.encoding, closefd=False)
     os.environ.update(env)
     if "PYTHONPATH" in env:
@@ -68,7 +67,7 @@ def child(command: list[str], env: dict[str, str], streams: list[int]) -> int:
     except SystemExit as error:
         status = error.code or 0
     except BaseException:
-        traceback.print_exc()
+        sys.excepthook(*sys.exc_info())
         status = 1
     threading._shutdown()  # what an interpreter does at its end, before the others
     atexit._run_exitfuncs()

@@ -594,7 +594,14 @@ def test_the_checksum_of_a_large_split_is_remembered(tmp_path, monkeypatch, fabl
     assert check_again() == check_again() == sha256 and len(n_reads) == 4
     with pytest.raises(ValueError, match="vocabulary has only 10"):
         check_again(meta | {"vocab_size": 10})
+    (out / "train.checked.json").unlink()
+    check_again()
+    time_ns = (out / "train.bin").stat().st_mtime_ns
     damaged = bytearray((out / "train.bin").read_bytes())
+    (out / "train.bin").write_bytes(damaged[:-2])
+    os.utime(out / "train.bin", ns=(time_ns, time_ns))
+    with pytest.raises(ValueError):
+        check_again(meta | {"splits": {"train": {"sha256": sha256}}})
     damaged[100] ^= 1
     (out / "train.bin").write_bytes(damaged)
     for _ in range(2):

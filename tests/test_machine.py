@@ -1,4 +1,4 @@
-"""Device, dtype and the measured peak of the machine. GPUs are pretended ones."""
+"""Device, dtype and the measured peak of the machine. GPUs are simulated."""
 import functools
 import json
 import os
@@ -63,7 +63,7 @@ def test_a_resumed_run_keeps_its_dtype_unless_the_other_is_clearly_faster(
 
 @pytest.fixture
 def cuda(monkeypatch):
-    """A pretended torch.cuda of several GPUs; records what becomes the current one."""
+    """A simulated torch.cuda of several GPUs; records what becomes the current one."""
     current, zeros = [], torch.zeros
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
@@ -125,8 +125,8 @@ def test_macs(monkeypatch):
     assert resolve_device("auto") == "mps" and resolve_dtype("auto", "mps") == "float32"
     assert machine.gpu_memory("mps") == 12 * 10**9 and machine.gpu_memory("cpu") == 0
     assert machine.resolve_loss_chunk(-1, "mps", 50257) == 0
-    with machine.autocast("mps", "float32"):
-        pass
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 3 * 10**9)
+    assert machine.describe_peak_memory("mps") == ", 3.0 GB peak memory"
 
 
 def test_every_device_but_the_cpu_is_waited_for(monkeypatch):
@@ -145,21 +145,24 @@ def test_every_device_but_the_cpu_is_waited_for(monkeypatch):
     RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 80 bytes")])
 def test_out_of_memory_is_one_line_and_not_tried_in_eager_mode(capsys, monkeypatch, error):
     monkeypatch.setenv("RANK", "3")
-    attempts = []
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # restored after the test
+    statuses, attempts = [], []
+    monkeypatch.setattr(os, "_exit", statuses.append)
+    machine.explain_out_of_memory()
 
     def attempt(compiled):
         attempts.append(compiled)
-        with machine.out_of_memory_errors():
-            raise error
+        raise error
 
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(type(error)):
         machine.compile_or_eager(tiny(), attempt)
+    sys.excepthook(type(error), error, None)
     said = capsys.readouterr().err
-    assert stop.value.code == 2 and len(attempts) == 1 and said.count("\n") == 1
+    assert statuses == [2] and len(attempts) == 1 and said.count("\n") == 1
     for hint in ("rank 3", "--batch_size", "--loss_chunk=256", "--remat", "plan.py"):
         assert hint in said
-    with pytest.raises(RuntimeError, match="shape"), machine.out_of_memory_errors():
-        raise RuntimeError("wrong shape")
+    sys.excepthook(RuntimeError, RuntimeError("wrong shape"), None)
+    assert "RuntimeError: wrong shape" in capsys.readouterr().err and statuses == [2]
 
 
 def test_unknown_peak_memory_is_not_printed(monkeypatch):

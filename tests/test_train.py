@@ -740,6 +740,46 @@ def test_numbered_checkpoints(tmp_path, fables_data, trained):
 # -----------------------------------------------------------------------------
 # When it goes wrong
 
+# runs a script in which a function has no memory left
+NO_MEMORY = """
+import os, runpy, sys, torch
+sys.path.insert(0, os.getcwd())
+import lib.loss, lib.optim, model
+def fail(*args, **kwargs):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+exec(f"{sys.argv[1]} = fail")
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    "function", ["model.GPT.__init__", "model.GPT.forward", "lib.optim.step", "lib.loss.evaluate"]
+)
+def test_out_of_memory_anywhere_is_one_line(tmp_path, fables_data, function):
+    data, out_dir = f"--dataset={fables_data}", f"--out_dir={tmp_path}/out"
+    done = run("-c", NO_MEMORY, function, "train.py", data, out_dir, *TINY)
+    assert "out of memory: halve --batch_size" in one_line_error(done)
+
+
+def test_switches_of_torch_follow_the_settings(tmp_path, fables_data):
+    code = """
+import atexit, os, runpy, sys, torch
+sys.path.insert(0, os.getcwd())
+atexit.register(lambda: print("at the end", torch.are_deterministic_algorithms_enabled(),
+                              torch.backends.cuda.cudnn_sdp_enabled()))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    for args, expected in (
+        ([], "False True"),
+        (["--deterministic=True", "--batching=by_length", "--overwrite=True"], "True False"),
+    ):
+        data, out_dir = f"--dataset={fables_data}", f"--out_dir={tmp_path}/out"
+        done = run("-c", code, "train.py", data, out_dir, *TINY, *args)
+        assert f"at the end {expected}\n" in done.stdout, done.stderr
+
+
 # runs a script in which the training loss is multiplied by a factor at the given calls
 LOSS_TIMES = """
 import os, runpy, sys, torch

@@ -1,7 +1,7 @@
 """
-Every script runs on a pretended Windows.
+The scripts run on a simulated Windows.
 
-pretend_windows.py runs all commands in one process of its own.
+fake_windows.py runs all commands in one process of its own.
 """
 import contextlib
 import json
@@ -112,6 +112,13 @@ def commands(folder: Path) -> dict[str, list[str]]:
                         *SHAPE, *MACHINE],
         "bench data": ["bench.py", "--mode=data", "--rounds=1", "--steps=1",
                        f"--dataset={folder}/fables", *SHAPE, *MACHINE],
+        "bench generate": ["bench.py", "--mode=generate", "--rounds=1", "--max_new_tokens=5",
+                           "--texts=1", "--vocab_size=99", *SHAPE, *MACHINE],
+        "bench loss": ["bench.py", "--mode=loss", "--max_iters=2", "--compile=False",
+                       f"--dataset={folder}/fables", *SHAPE, *MACHINE],
+        "bench report": ["bench.py", "--mode=report", "--rounds=1", "--steps=1", "--texts=1",
+                         "--max_new_tokens=5", "--compile=False", "--vocab_size=99", *SHAPE,
+                         *MACHINE],
         "plan": ["plan.py", f"--dataset={folder}/fables", *SHAPE, *MACHINE],
         "app": ["-c", APP.replace("{folder}", str(folder))],
         "prepare again": ["-c", PREPARE_AGAIN.replace("{folder}", str(folder))],
@@ -135,11 +142,11 @@ def folder(tmp_path_factory) -> Path:
 def results(folder) -> dict[str, SimpleNamespace]:
     """The status, stdout and stderr of each command."""
     if sys.platform != "linux":
-        pytest.skip("pretend_windows.py reads /proc")
+        pytest.skip("fake_windows.py reads /proc")
     asked = commands(folder)
     (folder / "commands.json").write_text(json.dumps(list(asked.values())), encoding="utf-8")
     done = subprocess.run(
-        [sys.executable, "-X", "warn_default_encoding", "tests/pretend_windows.py",
+        [sys.executable, "-X", "warn_default_encoding", "tests/fake_windows.py",
          folder / "commands.json"], cwd=HERE, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return {name: SimpleNamespace(**result) for name, result in zip(asked, json.loads(done.stdout))}
@@ -206,10 +213,10 @@ def test_run_is_locked(results, folder):
 
 
 # -----------------------------------------------------------------------------
-# Without a pretended Windows
+# Without a simulated Windows
 
-@pytest.mark.parametrize("failures, slept", [(0, 0), (3, 3), (99, 99), (100, 100)])
-def test_replacing_waits_for_other_programs(monkeypatch, tmp_path, failures, slept):
+@pytest.mark.parametrize("failures", [0, 3, 99, 100])
+def test_replacing_waits_for_other_programs(monkeypatch, tmp_path, failures):
     sleeps, left, replace = [], iter(range(failures)), os.replace
 
     def replace_later(source, target):
@@ -221,11 +228,12 @@ def test_replacing_waits_for_other_programs(monkeypatch, tmp_path, failures, sle
     monkeypatch.setattr(files, "time", SimpleNamespace(sleep=sleeps.append))
     monkeypatch.setattr(files.os, "replace", replace_later)
     (tmp_path / "new").write_text("new")
-    expected = pytest.raises(PermissionError, match="old cannot be replaced") if slept == 100 else (
-        contextlib.nullcontext())
+    expected = contextlib.nullcontext()
+    if failures == 100:
+        expected = pytest.raises(PermissionError, match="old cannot be replaced")
     with expected:
         files.replace_file(tmp_path / "new", tmp_path / "old")
-    assert len(sleeps) == slept and (tmp_path / "old").exists() == (slept < 100)
+    assert len(sleeps) == failures and (tmp_path / "old").exists() == (failures < 100)
 
 
 def test_viewer_that_holds_the_chart_does_not_end_the_run(monkeypatch, tmp_path):
@@ -237,7 +245,7 @@ def test_viewer_that_holds_the_chart_does_not_end_the_run(monkeypatch, tmp_path)
 
 
 def test_source_is_ascii():
-    """exec(open(...).read()) in a config reads the encoding of the system."""
+    """exec(open(...).read()) in a config file decodes it with the encoding of the system."""
     for pattern in ("*.py", "lib/*.py", "config/*.py", "data/*/*.py"):
         for path in HERE.glob(pattern):
             assert path.read_bytes().isascii(), path

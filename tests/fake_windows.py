@@ -1,7 +1,7 @@
 """
-Run scripts of this project, one after another in one process, on a Windows that only pretends.
+Run scripts of this project, one after another in one process, on a simulated Windows.
 
-    python -X warn_default_encoding tests/pretend_windows.py COMMANDS.json
+    python -X warn_default_encoding tests/fake_windows.py COMMANDS.json
 
 COMMANDS.json lists commands such as ["train.py", "--max_iters=2"] or ["-c", "import os"]. Prints
 the exit status, standard output and errors of each as JSON.
@@ -9,7 +9,7 @@ the exit status, standard output and errors of each as JSON.
 For the files of this project: modules and functions that Windows does not have are missing,
 sys.platform is win32, and open() must be told an encoding. For all files: output is in code page
 1252, a file that is open or mapped can neither be replaced nor removed, and a file must be open for
-writing to be synced. It does not see drive letters, a real console, compilers, the real file
+writing to be synced. It does not simulate drive letters, a real console, compilers, the real file
 system, other processes or CUDA on Windows.
 """
 import builtins
@@ -72,7 +72,7 @@ STAND_INS = {module.__name__: module for module in (
     StandIn("msvcrt", LK_NBLCK=2, locking=locking))}
 
 
-def pretend_import(name: str, globals: dict | None = None, *args: object,
+def fake_import(name: str, globals: dict | None = None, *args: object,
                    **options: object) -> types.ModuleType:
     """Import a module as Windows does for a file of this project."""
     file = Path((globals or {}).get("__file__") or "/")
@@ -134,7 +134,7 @@ real_import, real_fsync = builtins.__import__, os.fsync
 if __name__ == "__main__":
     sys.path.insert(0, str(HERE))
     commands = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    builtins.__import__, os.fsync = pretend_import, fsync
+    builtins.__import__, os.fsync = fake_import, fsync
     for name in ("remove", "rename", "replace", "unlink"):
         setattr(os, name, refuse_files_in_use(getattr(os, name)))
     warnings.filterwarnings("ignore", category=EncodingWarning)
