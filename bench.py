@@ -16,38 +16,36 @@ prints a table for a GitHub issue. The last line of output is a JSON object; its
 over theirs.
 """
 import copy
-import importlib.util
 import json
 import platform
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, fields
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import torch
-from torch.nn import functional as F
 
 from lib import configurator, machine, optim
 from lib.checkpoint import load_model, model_from_weights
 from lib.configurator import at_least, configure, one_of, user_errors
 from lib.console import print_table, progress
-from lib.corpus import load_meta
+from lib.corpus import check_once, load_meta
 from lib.dataset import TokenStream, TrainBatches, eval_batches, prefetch
 from lib.decoding import Sampling
 from lib.loss import check_softmax_tokens, evaluate, make_loss
+from lib.peers import load_peer
 from lib.quantize import prepare_for_inference, quantize_int8
 from model import GPT, GPTConfig
 
 # -----------------------------------------------------------------------------
 # what to measure
-mode = "train"  # 'train'; 'data': batches alone; 'generate'; 'loss'; 'report': train and generate
+mode = "train"  # 'train', 'data' (batches alone), 'generate', 'loss', 'report' (train and generate)
 against = ""  # a nanoGPT-style model.py; 'hf': transformers' GPT2LMHeadModel; FILE.gguf: llama.cpp
-rounds = 5  # all but loss: timed rounds; the result is their median
+rounds = 5  # timed rounds, of which the median counts; not for loss
 steps = 5  # train, data, report: steps per round
 # time to a loss
 target_loss = 0.0  # nats per token on the whole validation split (0: the other's last loss)
@@ -156,7 +154,7 @@ def our_config(c: SimpleNamespace) -> GPTConfig:
 
 def our_side(c: SimpleNamespace, model_seed: int, token_counts: torch.Tensor) -> Side:
     """Set up this program as train.py does, with the training settings c."""
-    machine.keep_freed_memory()
+    machine.set_up_torch(many_shapes=c.batching == "by_length")
     torch.manual_seed(model_seed)
     model = GPT(our_config(c)).to(device)
     chunk = machine.resolve_loss_chunk(c.loss_chunk, device, c.vocab_size)
@@ -175,6 +173,7 @@ def their_name() -> str:
 def peer_side(peer: ModuleType | SimpleNamespace, c: SimpleNamespace, model_seed: int) -> Side:
     """Set up the other program with the training settings c."""
     machine.keep_freed_memory(False)
+    torch.backends.cuda.enable_cudnn_sdp(True)  # our_side() may have switched it off
     torch.manual_seed(model_seed)
     model = peer.GPT(peer.GPTConfig(block_size=c.block_size, vocab_size=c.vocab_size,
                                     n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd,
@@ -186,92 +185,8 @@ def peer_side(peer: ModuleType | SimpleNamespace, c: SimpleNamespace, model_seed
     return Side(their_name(), model.train(), optimizers, compute_dtype, ours=False)
 
 
-def load_peer(path: str) -> ModuleType:
-    """Import a nanoGPT-style model.py."""
-    if not Path(path).is_file():
-        raise ValueError(f"--against: there is no file {path}")
-    spec = importlib.util.spec_from_file_location("peer_model", path)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        _ = module.GPT, module.GPTConfig
-    except Exception as error:
-        raise ValueError(f"{path} is not a model.py with GPT and GPTConfig: "
-                         f"{type(error).__name__}: {error}") from None
-    return module
-
-
-def hugging_face() -> SimpleNamespace:
-    """Wrap transformers' GPT-2, which always has biases, in the interface of a model.py."""
-    try:
-        from transformers import GPT2Config, GPT2LMHeadModel
-    except ImportError:
-        raise ValueError("--against=hf needs a package: pip install transformers") from None
-
-    class PeerGPT(torch.nn.Module):
-        def __init__(self, c: SimpleNamespace):
-            super().__init__()
-            self.hf = GPT2LMHeadModel(GPT2Config(
-                vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd,
-                n_layer=c.n_layer, n_head=c.n_head, resid_pdrop=c.dropout, embd_pdrop=c.dropout,
-                attn_pdrop=c.dropout, bos_token_id=None, eos_token_id=None))
-
-        def forward(self, idx, targets):
-            logits = self.hf(idx, use_cache=False).logits
-            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
-            return logits, loss
-
-        def generate(self, idx, n, temperature, top_k):
-            return self.hf.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=n,
-                                    do_sample=True, temperature=temperature, top_k=top_k,
-                                    pad_token_id=0)
-
-        def configure_optimizers(self, decay, lr, betas, kind):
-            return torch.optim.AdamW(self.parameters(), lr, betas, weight_decay=decay, fused=True)
-
-    return SimpleNamespace(GPT=PeerGPT, GPTConfig=SimpleNamespace)
-
-
-def llama_cpp(path: str) -> SimpleNamespace:
-    """Wrap a GGUF file in llama.cpp in the interface of a model.py that generates one text."""
-    try:
-        from llama_cpp import Llama
-    except ImportError:
-        raise ValueError("--against=FILE.gguf needs: pip install llama-cpp-python") from None
-    if mode != "generate" or texts != "1" or not Path(path).is_file():
-        raise ValueError(f"--against=FILE.gguf needs an existing file, --mode=generate and "
-                         f"--texts=1, got {path}, {mode}, {texts}")
-
-    class PeerGPT(torch.nn.Module):
-        def __init__(self, c: SimpleNamespace):
-            super().__init__()
-            threads = torch.get_num_threads()
-            self.llama = Llama(path, n_ctx=c.block_size, n_threads=threads,
-                               n_threads_batch=threads, verbose=False)
-
-        def generate(self, idx, n, temperature, top_k):
-            self.llama.reset()  # or it would reuse the prompt
-            stream = self.llama.generate(idx[0].tolist(), temp=temperature, top_k=top_k, top_p=1.0,
-                                         min_p=0.0)
-            return list(islice(stream, n))
-
-        def configure_optimizers(self, *args):
-            return []
-
-    return SimpleNamespace(GPT=PeerGPT, GPTConfig=SimpleNamespace)
-
-
 # -----------------------------------------------------------------------------
 # Measurements
-
-def timed(f: Callable[..., object], *args) -> float:
-    """Return how many seconds a call takes."""
-    machine.synchronize(device)
-    start = time.perf_counter()
-    f(*args)
-    machine.synchronize(device)
-    return time.perf_counter() - start
-
 
 def plural(n: int, noun: str) -> str:
     return f"{n:,} {noun}{'s' if n != 1 else ''}"
@@ -303,8 +218,8 @@ def bench_train(c: SimpleNamespace, peer) -> dict:
     for _ in progress(range(rounds), f"measuring {plural(rounds, 'round')}"):
         for side in sides:  # alternately, so that a busy or throttled machine slows all
             machine.keep_freed_memory(side.ours)  # as its own script does
-            side.seconds.append(sum(timed(side.step, [batch], 1e-4, grad_clip)
-                                    for _ in range(steps)))
+            step = partial(side.step, [batch], 1e-4, grad_clip)
+            side.seconds.append(sum(machine.seconds_of(step, device) for _ in range(steps)))
     speeds = [steps * batch_size * block_size / statistics.median(side.seconds) for side in sides]
     peak, peak_source = machine.peak_flops(device, mine.compute_dtype)
     flops = mine.raw_model.flops_per_token(head_tokens=min(softmax_tokens, c.vocab_size))
@@ -395,8 +310,8 @@ def bench_loss(c: SimpleNamespace, peer, theirs: SimpleNamespace, meta: dict,
     table_of_seeds = [["loss of seed", *map(str, run_seeds)]]
     for name, points_of_runs in runs.items():
         ends = [points[-1] for points in points_of_runs]
-        reached = [[point for point in points if point[2] <= target] for points in points_of_runs]
-        hits = [points[0] for points in reached if points]
+        hits = [hit for points in points_of_runs
+                if (hit := next((point for point in points if point[2] <= target), None))]
         hits = ends if name == reference and not target_loss else hits  # target: the mean of these
         losses = [loss for _, _, loss in ends]
         row = dict(losses=losses, final_loss=mean_and_deviation(losses),
@@ -429,62 +344,65 @@ def bench_loss(c: SimpleNamespace, peer, theirs: SimpleNamespace, meta: dict,
     return result
 
 
+def inference_sides(model: GPT, peer, c: SimpleNamespace) -> dict[str, Side]:
+    """Return the programs that generate, by the prefix of their keys in the result."""
+    ours = partial(Side, optimizers=[], compute_dtype="float32", ours=True)
+    sides = {"": ours("this model", model)}
+    if machine.resolve_dtype("auto", device) == "bfloat16":
+        sides["bfloat16_"] = ours("this model, bfloat16", copy.deepcopy(model).bfloat16())
+    int8 = model_from_weights(model.config, quantize_int8(model.state_dict()), device)
+    sides["int8_"] = ours("this model, int8", int8)
+    for side in sides.values():
+        prepare_for_inference(side.raw_model)
+    if peer:
+        sides["their_"] = peer_side(peer, c, seed)
+        sides["their_"].autocast = machine.autocast(device, "float32")
+    return sides
+
+
 def bench_generate(c: SimpleNamespace, peer, trained: GPT | None) -> dict:
     """
     Measure tokens per second after random prompts, with weights in float32 and in int8.
 
-    On a GPU with bfloat16 units, also with weights in bfloat16. The time to the first token is
+    On GPUs that support bfloat16, also with bfloat16 weights. The time to the first token is
     subtracted, so that the rate is that of the later tokens.
     """
     model = trained or GPT(our_config(c)).to(device)
     n_params, prompt = model.num_params(), max(1, c.block_size // 4)
-    forms = {"": model}
-    if machine.resolve_dtype("auto", device) == "bfloat16":
-        forms["bfloat16"] = copy.deepcopy(model).bfloat16()
-    forms["int8"] = model_from_weights(model.config, quantize_int8(model.state_dict()), device)
-    for form in forms.values():
-        prepare_for_inference(form)
-    sides = [Side(f"this model{name and ', '}{name}", form, [], "float32", ours=True)
-             for name, form in forms.items()]
-    weight_bytes = [{"": 4, "bfloat16": 2, "int8": 1}[name] * n_params for name in forms]  # about
-    prefixes = [f"{name}{name and '_'}" for name in [*forms, "their"]]  # of keys in the result
-    if peer:
-        sides.append(peer_side(peer, c, seed))
-        sides[-1].autocast = machine.autocast(device, "float32")
+    sides = inference_sides(model, peer, c)
     numbers = torch.randn(64 << 20, device=device)  # 256 MB, more than a cache holds
     bandwidth = 4 * numbers.numel() / machine.median_seconds(numbers.sum, device=device)
     result = dict(parameters=n_params, bandwidth=bandwidth)
-    table = [["", "texts", "first token", "tokens/s", "weights read", "speed-up"]]
-    for B in [int(number) for number in texts.split(",")]:
+    table = [["", "texts", "first token", "tokens/s", "weights read"] + ["speed-up"] * bool(peer)]
+    for B in map(int, texts.split(",")):
         idx = torch.randint(c.vocab_size, (B, prompt), device=device)
-        first, whole = [[] for _ in sides], [[] for _ in sides]
+        first, whole = ({prefix: [] for prefix in sides} for _ in range(2))  # seconds
         # the first round warms up
         for _ in progress(range(rounds + 1), f"generating {plural(B, 'text')}"):
-            for i, side in enumerate(sides):
+            for prefix, side in sides.items():
                 machine.keep_freed_memory(side.ours)  # as its own script does
-                first[i].append(timed(side.generate, idx, 1))
-                whole[i].append(timed(side.generate, idx, 1 + max_new_tokens))
-        to_first = [statistics.median(seconds[1:]) for seconds in first]
-        speeds = [B * max_new_tokens / (statistics.median(seconds[1:]) - start)
-                  for seconds, start in zip(whole, to_first)]
-        row = dict(weights_read_per_second=weight_bytes[0] * speeds[0] / B)
-        for i, side in enumerate(sides):
-            prefix, speed, start = prefixes[i], speeds[i], 1000 * to_first[i]
+                for n, seconds in ((1, first), (1 + max_new_tokens, whole)):
+                    generate = partial(side.generate, idx, n)
+                    seconds[prefix].append(machine.seconds_of(generate, device))
+        starts = {prefix: statistics.median(first[prefix][1:]) for prefix in sides}
+        speeds = {prefix: B * max_new_tokens / (statistics.median(whole[prefix][1:]) - start)
+                  for prefix, start in starts.items()}
+        row = result[f"batch_{B}"] = dict(weights_read_per_second=4 * n_params * speeds[""] / B)
+        for prefix, side in sides.items():
+            speed, start = speeds[prefix], 1000 * starts[prefix]
             row |= {f"{prefix}tokens_per_second": speed, f"{prefix}first_token_ms": start}
             cells = [side.name, str(B), f"{start:,.1f} ms", f"{speed:,.1f}"]
             if side.ours:
-                cells.append(f"{weight_bytes[i] * speed / B / 1e9:.1f} GB/s")
+                weight_bytes = {"": 4, "bfloat16_": 2, "int8_": 1}[prefix] * n_params  # about
+                cells.append(f"{weight_bytes * speed / B / 1e9:.1f} GB/s")
             if side.ours and peer:
-                row[f"{prefix}ratio"] = speed / speeds[-1]
-                cells.append(f"{speed / speeds[-1]:.2f}x")
+                row[f"{prefix}ratio"] = speed / speeds["their_"]
+                cells.append(f"{speed / speeds['their_']:.2f}x")
             table.append(cells)
-        result[f"batch_{B}"] = row
-    print(f"\n{n_params:,} parameters, {device}, torch {torch.__version__}; the memory can be read "
-          f"at {bandwidth / 1e9:.1f} GB/s\n"
+    print(f"\n{n_params:,} parameters, {device}, torch {torch.__version__}; "
+          f"memory bandwidth {bandwidth / 1e9:.1f} GB/s\n"
           f"{max_new_tokens} tokens after a prompt of {prompt}; median of "
           f"{plural(rounds, 'round')}\n")
-    if not peer:
-        table[0].pop()
     print_table(table)
     return result
 
@@ -493,12 +411,13 @@ def predicted_memory(c: SimpleNamespace, compute_dtype: str) -> int:
     """
     Return the bytes that plan.py predicts for eager steps of one micro-batch.
 
-    On CUDA these are the bytes of all tensors, else those of the process, as in peak_memory().
+    On CUDA: the bytes of all tensors. Elsewhere: those of the process. peak_memory() counts the
+    same.
     """
     plan = Path(__file__).with_name("plan.py")
     known = {setting.name for setting in configurator.read_settings(plan)}
-    same = vars(c) | dict(device=device, dtype=compute_dtype, gradient_accumulation_steps=1)
-    args = [f"--{name}={value}" for name, value in same.items() if name in known]
+    values = vars(c) | dict(device=device, dtype=compute_dtype, gradient_accumulation_steps=1)
+    args = [f"--{name}={value}" for name, value in values.items() if name in known]
     done = subprocess.run([sys.executable, plan, *args], capture_output=True, text=True)
     if done.returncode:
         configurator.fail(f"plan.py: {done.stderr}")
@@ -516,28 +435,29 @@ def bench_report(c: SimpleNamespace, peer) -> dict:
             f"{device} ({platform.processor() or platform.machine()}), "
             f"{plural(torch.get_num_threads(), 'thread')}")
     of = "tensors" if device_type == "cuda" else "the process"
-    form = "compiled" if training["compiled"] else "eager"
     peak = training["peak_memory_bytes"]
-    rows = [["device", chip], ["torch", torch.__version__],
-            ["model", f"{c.arch}, {plural(c.n_layer, 'layer')}, width {c.n_embd}, "
-                      f"{plural(training['parameters'], 'parameter')}"],
-            ["training", f"{form}, {training['dtype']}, {batch_size} x {block_size} tokens"],
-            ["speed", f"{training['tokens_per_second']:,.0f} tokens/s"],
-            ["MFU", f"{training['mfu']:.1%} of {training['peak_flops'] / 1e12:.3g} TFLOP/s"]]
+    table = {
+        "device": chip, "torch": torch.__version__,
+        "model": f"{c.arch}, {plural(c.n_layer, 'layer')}, width {c.n_embd}, "
+                 f"{plural(training['parameters'], 'parameter')}",
+        "training": f"{'compiled' if training['compiled'] else 'eager'}, {training['dtype']}, "
+                    f"{batch_size} x {block_size} tokens",
+        "speed": f"{training['tokens_per_second']:,.0f} tokens/s",
+        "MFU": f"{training['mfu']:.1%} of {training['peak_flops'] / 1e12:.3g} TFLOP/s"}
     if peer:
         theirs = training["their_tokens_per_second"]
-        rows += [[f"speed of {their_name()}", f"{theirs:,.0f} tokens/s"],
-                 ["ratio of the speeds", f"{training['ratio']:.2f}"]]
-    rows += [["peak memory", f"{peak / 1e9:.2f} GB of {of}" if peak else "unknown"],
-             ["predicted by plan.py, eager", f"{predicted / 1e9:.2f} GB of {of}"]]
+        table |= {f"speed of {their_name()}": f"{theirs:,.0f} tokens/s",
+                  "ratio of the speeds": f"{training['ratio']:.2f}"}
+    table |= {"peak memory": f"{peak / 1e9:.2f} GB of {of}" if peak else "unknown",
+              "predicted by plan.py, eager": f"{predicted / 1e9:.2f} GB of {of}"}
     for prefix, name in (("", "float32"), ("bfloat16_", "bfloat16"), ("int8_", "int8")):
         for B in map(int, texts.split(",")):
-            speed = generation[f"batch_{B}"].get(f"{prefix}tokens_per_second")
-            if speed:
-                rows.append([f"generation, {name}, {plural(B, 'text')}", f"{speed:,.1f} tokens/s"])
-    left, right = (max(map(len, column)) for column in zip(*rows))
-    rows.insert(1, ["-" * left, "-" * (right - 1) + ":"])
-    print("\n" + "\n".join(f"| {name:<{left}} | {value:>{right}} |" for name, value in rows))
+            if speed := generation[f"batch_{B}"].get(f"{prefix}tokens_per_second"):
+                table[f"generation, {name}, {plural(B, 'text')}"] = f"{speed:,.1f} tokens/s"
+    left, right = (max(map(len, column)) for column in (table, table.values()))
+    lines = [f"| {name:<{left}} | {value:>{right}} |" for name, value in table.items()]
+    lines.insert(1, f"| {'-' * left} | {'-' * (right - 1)}: |")
+    print("\n" + "\n".join(lines))
     return dict(chip=chip, training=training, predicted_memory_bytes=predicted,
                 generation=generation)
 
@@ -553,14 +473,16 @@ with user_errors():
     device = machine.resolve_device(device)
     device_type = device.split(":")[0]
     machine.resolve_dtype(dtype, device)
-    peer = (None if not against else hugging_face() if against == "hf" else
-            llama_cpp(against) if against.endswith(".gguf") else load_peer(against))
+    if against.endswith(".gguf") and (mode != "generate" or texts != "1"):
+        raise ValueError("--against=FILE.gguf needs --mode=generate and --texts=1, "
+                         f"got {mode} and {texts}")
+    peer = load_peer(against)
     folder, meta, streams = Path("data") / dataset, None, {}
     if mode in ("data", "loss"):
         meta = load_meta(folder)
         streams = {split: TokenStream(folder, split, meta) for split in ("train", "val")}
         for stream in streams.values():
-            stream.check(meta)
+            check_once(stream, meta)
     elif not vocab_size and (folder / "meta.json").exists():
         meta = load_meta(folder)
     n_vocab = meta["vocab_size"] if meta else vocab_size or 50257

@@ -123,6 +123,7 @@ def test_bench_of_generation(tmp_path):
         assert done.returncode == 0, done.stderr
         result = json.loads(done.stdout.strip().splitlines()[-1])
         assert done.stdout.count("x\n") == 4  # our four speed-ups
+        assert f"; memory bandwidth {result['bandwidth'] / 1e9:.1f} GB/s\n" in done.stdout
         for texts in (1, 3):
             row = result[f"batch_{texts}"]
             assert row["ratio"] == pytest.approx(
@@ -191,17 +192,17 @@ class GPT(GPT):
         super().__init__(config)
         self.ballast = torch.ones(10**8)
 """
-# `str.split` is how bench.py finds that a device is a GPU; everything else stays on the CPU
-PRETENDED_GPU = """
+# bench.py takes its device for a GPU; the tensors stay on the CPU
+SIMULATED_GPU = """
+import sys
 import torch
 from lib import machine
 
-class Device(str):
-    def split(self, separator):
-        return ["cuda"]
+def resolve_dtype(dtype, device):
+    sys.modules["__main__"].device_type = "cuda"
+    return "bfloat16" if dtype == "auto" else dtype
 
-machine.resolve_device = Device
-machine.resolve_dtype = lambda dtype, device: "bfloat16" if dtype == "auto" else dtype
+machine.resolve_dtype = resolve_dtype
 torch.cuda.get_device_name = lambda: "NVIDIA GeForce RTX 4090"
 """
 
@@ -237,9 +238,9 @@ def test_bench_report(tmp_path):
     assert training["peak_memory_bytes"] == pytest.approx(alone, abs=2e8)
 
 
-def test_bench_report_on_a_pretended_gpu(tmp_path):
+def test_bench_report_on_a_simulated_gpu(tmp_path):
     """It has a name, weights in bfloat16 for generation, and the memory of tensors."""
-    (tmp_path / "sitecustomize.py").write_text(PRETENDED_GPU)
+    (tmp_path / "sitecustomize.py").write_text(SIMULATED_GPU)
     done = run("bench.py", *REPORT, "--arch=qwen3", PYTHONPATH=str(tmp_path))
     table, result = table_of(done), json.loads(done.stdout.splitlines()[-1])
     assert table["device"] == "NVIDIA GeForce RTX 4090" and table["peak memory"].endswith("tensors")
@@ -277,6 +278,9 @@ def test_out_of_memory_is_one_line(tmp_path):
     [
         (["--against=nowhere.py"], "no file nowhere.py"),
         (["--against=lib/tokenizer.py"], "not a model.py with GPT"),
+        (["--against=nowhere.gguf"], "needs --mode=generate and --texts=1"),
+        (["--against=nowhere.gguf", "--mode=generate"], "needs --mode=generate and --texts=1"),
+        (["--against=nowhere.gguf", "--mode=generate", "--texts=1"], "no file nowhere.gguf"),
         (["--steps=0"], "steps must"),
         (["--mode=speed"], "mode must"),
         (["--optimizer=sgd"], "optimizer must"),

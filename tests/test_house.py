@@ -10,6 +10,7 @@ from helpers import HERE
 FLOORS = [  # from top to bottom, as in CONTRIBUTING.md
     ["train", "sample", "eval", "bench", "plan", "export", "app", "data/*/prepare"],
     ["lib/checkpoint"],
+    ["lib/peers"],
     ["lib/convert"],
     ["lib/runlog"],
     ["lib/corpus"],
