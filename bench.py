@@ -464,6 +464,7 @@ def bench_report(c: SimpleNamespace, peer) -> dict:
 
 # -----------------------------------------------------------------------------
 # Run
+machine.explain_out_of_memory(f"{machine.SAVE_MEMORY}; for generation, lower --texts")
 with user_errors():
     if not all(number.isdecimal() and int(number) for number in texts.split(",")):
         raise ValueError(f"texts takes numbers with commas between them, got {texts!r}")
