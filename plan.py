@@ -72,7 +72,7 @@ def bytes_of(text: str) -> float:
     units = {"": 1, "B": 1, "MB": 1e6, "GB": 1e9, "MIB": 2**20, "GIB": 2**30}
     if (not re.fullmatch(r"\d+(\.\d+)?", amount) or unit not in units
             or float(amount) * units[unit] < 1e6):
-        raise ValueError(f"device_memory takes a size such as 4GB, 512MB or a number of bytes, "
+        raise ValueError(f"device_memory takes a size such as 4GB, 512MB or bytes, at least 1MB, "
                          f"got {text!r}")
     return float(amount) * units[unit]
 
