@@ -418,7 +418,8 @@ def predicted_memory(c: SimpleNamespace, compute_dtype: str) -> int:
     known = {setting.name for setting in configurator.read_settings(plan)}
     values = vars(c) | dict(device=device, dtype=compute_dtype, gradient_accumulation_steps=1)
     args = [f"--{name}={value}" for name, value in values.items() if name in known]
-    done = subprocess.run([sys.executable, plan, *args], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, plan, *args], capture_output=True, encoding="utf-8",
+                          errors="replace")
     if done.returncode:
         configurator.fail(f"plan.py: {done.stderr}")
     key = "memory_bytes" if device_type == "cuda" else "with_runtime_bytes"
