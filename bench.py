@@ -154,7 +154,7 @@ def our_config(c: SimpleNamespace) -> GPTConfig:
 
 def our_side(c: SimpleNamespace, model_seed: int, token_counts: torch.Tensor) -> Side:
     """Set up this program as train.py does, with the training settings c."""
-    machine.set_up_torch(many_shapes=c.batching == "by_length")
+    machine.keep_freed_memory()
     torch.manual_seed(model_seed)
     model = GPT(our_config(c)).to(device)
     chunk = machine.resolve_loss_chunk(c.loss_chunk, device, c.vocab_size)
@@ -173,7 +173,7 @@ def their_name() -> str:
 def peer_side(peer: ModuleType | SimpleNamespace, c: SimpleNamespace, model_seed: int) -> Side:
     """Set up the other program with the training settings c."""
     machine.keep_freed_memory(False)
-    torch.backends.cuda.enable_cudnn_sdp(True)  # our_side() may have switched it off
+    torch.backends.cuda.enable_cudnn_sdp(True)  # set_up_torch() may have switched it off
     torch.manual_seed(model_seed)
     model = peer.GPT(peer.GPTConfig(block_size=c.block_size, vocab_size=c.vocab_size,
                                     n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd,
@@ -411,8 +411,7 @@ def predicted_memory(c: SimpleNamespace, compute_dtype: str) -> int:
     """
     Return the bytes that plan.py predicts for eager steps of one micro-batch.
 
-    On CUDA: the bytes of all tensors. Elsewhere: those of the process. peak_memory() counts the
-    same.
+    On a GPU: the bytes of all tensors. On a CPU: those of the process, as peak_memory() counts.
     """
     plan = Path(__file__).with_name("plan.py")
     known = {setting.name for setting in configurator.read_settings(plan)}
@@ -422,7 +421,7 @@ def predicted_memory(c: SimpleNamespace, compute_dtype: str) -> int:
                           errors="replace")
     if done.returncode:
         configurator.fail(f"plan.py: {done.stderr}")
-    key = "memory_bytes" if device_type == "cuda" else "with_runtime_bytes"
+    key = "with_runtime_bytes" if device_type == "cpu" else "memory_bytes"
     return json.loads(done.stdout.splitlines()[-1])[key]
 
 
@@ -435,7 +434,7 @@ def bench_report(c: SimpleNamespace, peer) -> dict:
     chip = (torch.cuda.get_device_name() if device_type == "cuda" else
             f"{device} ({platform.processor() or platform.machine()}), "
             f"{plural(torch.get_num_threads(), 'thread')}")
-    of = "tensors" if device_type == "cuda" else "the process"
+    of = "the process" if device_type == "cpu" else "tensors"
     peak = training["peak_memory_bytes"]
     table = {
         "device": chip, "torch": torch.__version__,
@@ -500,7 +499,7 @@ with user_errors():
         name: configurator.coerce(name, value, config[name])
         for name, value in theirs.items() if name in config})
     our_config(settings)
-torch.set_float32_matmul_precision("high")
+machine.set_up_torch(many_shapes=batching == "by_length")
 if mode == "train":
     result = bench_train(settings, peer)
 elif mode == "data":

@@ -304,7 +304,7 @@ def restore(checkpoint: dict, model: GPT, optimizers: list[torch.optim.Optimizer
 
 def return_to_last(out_dir: str, model: GPT, optimizers: list[torch.optim.Optimizer],
                    scaler: torch.amp.GradScaler, device: str) -> RunState:
-    """Load the checkpoint of the last evaluation. Raise ValueError if there is none."""
+    """Load the checkpoint of the last evaluation. Raise ValueError if it is missing."""
     checkpoint = find_resumable(out_dir, ("last.pt", "prev.pt"))
     if checkpoint is None:
         raise ValueError(f"there is no checkpoint in {out_dir} to return to")

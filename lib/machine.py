@@ -111,7 +111,7 @@ def resolve_loss_chunk(loss_chunk: int, device: str, vocab_size: int) -> int:
 
 def is_out_of_memory(error: BaseException | None) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or isinstance(error, RuntimeError) and any(
-        words in str(error).lower() for words in ("out of memory", "can't allocate memory"))
+        phrase in str(error).lower() for phrase in ("out of memory", "can't allocate memory"))
 
 
 def explain_out_of_memory(advice: str = SAVE_MEMORY) -> None:

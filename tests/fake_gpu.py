@@ -28,7 +28,7 @@ from lib.quantize import use_int8_layers
 from model import GPT, GPTConfig
 
 GPU = "fakegpu"
-KERNELS = library.Library("_", "IMPL")  # what it registers ends with it
+KERNELS = library.Library("_", "IMPL")  # unregistered when it is deleted
 
 
 class Backend(_DummyBackendModule):

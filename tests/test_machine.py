@@ -55,7 +55,7 @@ def test_the_measured_peak_is_the_best_of_many(monkeypatch):
     ("bfloat16", (1.0, 1.1), "bfloat16"), ("bfloat16", (1.0, 1.5), "float32")])
 def test_a_resumed_run_keeps_its_dtype_unless_the_other_is_clearly_faster(
         monkeypatch, saved, seconds, expected):
-    """A CPU without bfloat16 units does not go on in bfloat16. Noise never changes the type."""
+    """A CPU without bfloat16 units does not continue in bfloat16. Noise never changes the type."""
     times = iter(seconds)  # of float32, of bfloat16
     monkeypatch.setattr(machine, "best_seconds", lambda f, at_least: next(times))
     assert machine.resolve_dtype_for(tiny(), "auto", "cpu", saved) == expected
