@@ -132,8 +132,7 @@ class Side:
         self.scaler.scale(loss / micro_steps).backward()
 
     def step(self, micro_batches: list[tuple], lr: float, clip: float) -> None:
-        for group in (group for o in self.optimizers for group in o.param_groups):
-            group["lr"] = lr
+        optim.set_lr(self.optimizers, lr)
         for x, y in micro_batches:
             self.forward_backward(self.model, x, y, len(micro_batches))
         optim.step(self.raw_model, self.optimizers, self.scaler, clip)

@@ -337,8 +337,7 @@ while True:
 
     # set the learning rate
     lr = current_lr(state, last_step)
-    for group in (group for o in optimizers for group in o.param_groups):
-        group["lr"] = lr
+    optim.set_lr(optimizers, lr)
 
     # accumulate the gradient and update the parameters
     loss = torch.zeros((), device=device)

@@ -293,13 +293,27 @@ def restore(checkpoint: dict, model: GPT, optimizers: list[torch.optim.Optimizer
     try:
         model.load_state_dict(checkpoint["model"])
         for optimizer, saved in zip(optimizers, checkpoint["optimizer"], strict=True):
-            optimizer.load_state_dict(saved)
+            optimizer.load_state_dict(with_groups_of(optimizer, saved))
         if checkpoint["scaler"]:  # empty unless the run was in float16
             scaler.load_state_dict(checkpoint["scaler"])
         return RunState.from_checkpoint(checkpoint, device)
     except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(f"the checkpoint of step {checkpoint['step']} cannot be resumed "
                          f"({type(error).__name__}: {error})") from None
+
+
+def with_groups_of(optimizer: torch.optim.Optimizer, saved: dict) -> dict:
+    """
+    Return an optimizer's state with the parameter groups of today.
+
+    The AdamW beside Muon once had the token embedding in its first group, at the common rate. It
+    keeps that rate.
+    """
+    groups = saved["param_groups"]
+    if len(groups) == len(optimizer.param_groups) - 1:
+        table, *others = groups[0]["params"]
+        groups = [groups[0] | {"params": [table]}, groups[0] | {"params": others}, *groups[1:]]
+    return saved | {"param_groups": groups}
 
 
 def return_to_last(out_dir: str, model: GPT, optimizers: list[torch.optim.Optimizer],

@@ -10,6 +10,9 @@ import torch.nn as nn
 from model import GPT
 
 SCHEDULES = ("cosine", "linear", "trapezoid")
+TABLE_LR_SCALE = 5.0  # of the token embedding, beside Muon: 2.79 instead of 2.82 nats on TinyStories
+# a, b and c of the first three steps a x + b x^3 + c x^5 of Polar Express
+POLAR_EXPRESS = [(8.2872, -23.5959, 17.3004), (4.1071, -2.9478, 0.5448), (3.9487, -2.9089, 0.5518)]
 
 
 def make_optimizers(model: GPT, optimizer: str, weight_decay: float, learning_rate: float,
@@ -17,7 +20,8 @@ def make_optimizers(model: GPT, optimizer: str, weight_decay: float, learning_ra
     """
     Return the optimizers that together update all parameters of a model.
 
-    'adamw': one AdamW. 'muon': Muon for the matrices of the blocks, AdamW for the rest.
+    'adamw': one AdamW. 'muon': Muon for the matrices of the blocks, AdamW for the rest, with a
+    higher rate for the token embedding.
     """
     if optimizer == "adamw":
         return [model.configure_optimizers(weight_decay, learning_rate, betas, device_type)]
@@ -35,8 +39,11 @@ def make_optimizers(model: GPT, optimizer: str, weight_decay: float, learning_ra
         stacked |= {block.mlp.c_fc.weight: [n_inner, n_inner] for block in blocks}
     matrices = {p for group in groups for p in group["params"]}
     adamw = model.configure_optimizers(weight_decay, learning_rate, betas, device_type)
+    table = model.transformer.wte.weight
     for group in adamw.param_groups:
-        group["params"] = [p for p in group["params"] if p not in matrices]
+        group["params"] = [p for p in group["params"] if p not in matrices and p is not table]
+    table_group = adamw.param_groups[0] | {"params": [table], "lr_scale": TABLE_LR_SCALE}
+    adamw.param_groups.insert(0, table_group)
     return [adamw, Muon(groups, learning_rate, weight_decay, momentum=betas[0], stacked=stacked)]
 
 
@@ -88,18 +95,26 @@ def orthogonalize(g: torch.Tensor) -> torch.Tensor:
     """
     Return about U V^T of the singular value decompositions U S V^T of matrices (n, r, c).
 
-    Five Newton-Schulz steps, which use only matrix products, bring most singular values to between
-    0.68 and 1.2. One that is 1,000 times smaller than the largest reaches only 0.21.
+    The rows are first scaled to the same norm (MuonEq, https://arxiv.org/abs/2603.28254). Then
+    three steps of Polar Express (https://arxiv.org/abs/2505.16932), which use only matrix products,
+    bring singular values above 0.3% of the matrix norm to between 0.18 and 1.87. More accurate
+    coefficients did not lower the loss.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315  # from that source, to raise small values fast
     x = g.bfloat16() if g.is_cuda else g  # few CPUs are fast in bfloat16
+    rows = x.norm(dim=2, keepdim=True)  # (n, r, 1)
+    x = x / (1.01 * math.sqrt(g.size(1)) * rows + 1e-10)  # the norm of each matrix is 1 / 1.01
     tall = x.size(1) > x.size(2)
     x = x.mT if tall else x
-    x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
-    for _ in range(5):
+    for a, b, c in POLAR_EXPRESS:
         square = x @ x.mT  # (n, r, r)
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).to(g.dtype)
+
+
+def set_lr(optimizers: list[torch.optim.Optimizer], lr: float) -> None:
+    """Set the learning rate of all parameter groups, multiplied by the lr_scale of those with one."""
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def step(model: nn.Module, optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler,
