@@ -4,21 +4,29 @@ Predict the memory, the time and the best batch size of a training run, from for
     python plan.py config/train_small.py
     python plan.py config/train_small.py --device_memory=16GB --gpu=T4
     python plan.py config/train_large.py --gpu="RTX 4090" --mfu=0.4 --tokens=1e9
+    python plan.py --minutes=10 --dataset=tinystories --to=config/train_best10.py
 
-No weights are allocated, and of the dataset only meta.json is read. The last line of output is a
-JSON object.
+No weights are allocated, and of the dataset only meta.json is read. With --minutes, it instead
+chooses the best model to train in that time: it measures how fast this machine trains three sizes,
+which takes up to 20 seconds, and predicts the loss of a ladder of sizes from a scaling law
+(docs/scaling.md). The last line of output is a JSON object.
 """
 import json
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
-from lib import machine
+from lib import machine, scaling
 from lib.configurator import at_least, configure, one_of, user_errors
-from lib.console import duration, named_lines, print_table
+from lib.console import duration, named_lines, print_table, progress
 from lib.corpus import load_meta
+from lib.dataset import TokenStream
+from lib.files import write_atomically
 from lib.loss import check_softmax_tokens
 from model import GPT, GPTConfig
 
@@ -28,6 +36,10 @@ device_memory = ""  # what training must fit into: 4GB, 24 GB, or bytes (empty: 
 gpu = ""  # T4, A100, RTX 3060, ... (empty: this machine)
 mfu = 0.3  # share of the GPU's peak that training reaches; `python bench.py` measures it
 tokens = 0  # tokens to train on (0: those of max_iters steps or max_epochs)
+# the best model for a time
+minutes = 0.0  # choose the model that is best after so many minutes of training (0: off)
+to = ""  # write a config file that trains it, such as config/train_best10.py
+pilot = False  # first train for a minute, to measure how hard the text is
 # data
 dataset = "tinystories"  # where it is prepared, it gives vocab_size and the size of an epoch
 gradient_accumulation_steps = 2  # micro-batches per step
@@ -55,7 +67,7 @@ softmax_tokens = 0  # tokens in the training softmax (0: all)
 loss_chunk = -1  # compute the logits of this many tokens at a time (0: all; -1: 256 if faster)
 config, given = configure(
     globals(), skip_settings_of="train.py", announce=True, mfu=at_least(0, at_most=1),
-    tokens=at_least(0),
+    tokens=at_least(0), minutes=at_least(0),
     gradient_accumulation_steps=at_least(1), batch_size=at_least(1), vocab_size=at_least(0),
     optimizer=one_of("adamw", "muon"), max_iters=at_least(1), max_epochs=at_least(0),
     loss_chunk=at_least(-1))
@@ -116,8 +128,8 @@ def block_activations(c: GPTConfig, n: int, size: int, on_cpu: bool) -> int:
     return n * kept
 
 
-def training_memory(model: GPT, B: int, accumulation: int, compute_dtype: str,
-                    kind: str) -> dict[str, int]:
+def training_memory(model: GPT, B: int, accumulation: int, compute_dtype: str, kind: str,
+                    optimizer: str, softmax_tokens: int) -> dict[str, int]:
     """
     Return the bytes that eager training takes with micro-batches of B rows.
 
@@ -174,10 +186,11 @@ def training_memory(model: GPT, B: int, accumulation: int, compute_dtype: str,
                 optimizer=states, activations=activations, logits=logits)
 
 
-def memory_with_runtime(model: GPT, B: int, accumulation: int, compute_dtype: str,
-                        kind: str) -> dict[str, int]:
+def memory_with_runtime(model: GPT, B: int, accumulation: int, compute_dtype: str, kind: str,
+                        optimizer: str = optimizer,
+                        softmax_tokens: int = softmax_tokens) -> dict[str, int]:
     """Return training_memory() and, as with_runtime, all that the device needs."""
-    parts = training_memory(model, B, accumulation, compute_dtype, kind)
+    parts = training_memory(model, B, accumulation, compute_dtype, kind, optimizer, softmax_tokens)
     return parts | dict(with_runtime=int(RUNTIME + (1 + GAPS[kind]) * parts["memory"]))
 
 
@@ -243,6 +256,133 @@ def print_fit(model: GPT, memory: dict[str, int], compute_dtype: str, kind: str,
     return fits, best
 
 
+# -----------------------------------------------------------------------------
+# The best model for a time
+
+def measured_speeds(token_counts: torch.Tensor, V: int, here: str,
+                    compute_dtype: str) -> list[tuple[float, float]]:
+    """Return FLOPs per token and tokens per second of three sizes on this machine."""
+    configs = [scaling.config_of(L, C, block_size, V) for L, C in scaling.MEASURED]
+    return [(scaling.flops_per_token(c),
+             scaling.measure_speed(c, token_counts, here, compute_dtype))
+            for c in progress(configs, "measuring the speed of three sizes")]
+
+
+def predict_ladder(speeds: list[tuple[float, float]], V: int, distinct: int, seconds: float,
+                   compute_dtype: str, kind: str) -> list[dict]:
+    """Return size, tokens, memory and bits per byte of each model of the ladder."""
+    rows = []
+    for L, C in scaling.LADDER:
+        config = scaling.config_of(L, C, block_size, V)
+        with torch.device("meta"):
+            model = GPT(config)
+        speed = scaling.speed_of(scaling.flops_per_token(config), speeds)
+        n_seen, n_params = seconds * speed, model.num_params(non_embedding=True)
+        memory = memory_with_runtime(model, scaling.TOKENS_PER_STEP // block_size, 1, compute_dtype,
+                                     kind, "muon", scaling.SOFTMAX_TOKENS)
+        rows.append(dict(
+            n_layer=L, n_head=config.n_head, n_embd=C, parameters=model.num_params(),
+            parameters_non_embedding=n_params, tokens=int(n_seen), tokens_per_second=speed,
+            memory_bytes=memory["with_runtime"],
+            bits_per_byte=scaling.LAW.bits_per_byte(n_params, n_seen, distinct)))
+    return rows
+
+
+def print_ladder(rows: list[dict], best: dict, distinct: int) -> None:
+    table = [["layers x width", "parameters", "tokens/s", "tokens", "epochs", "memory",
+              "bits per byte"]]
+    for row in rows:
+        table.append([f"{row['n_layer']} x {row['n_embd']}", f"{row['parameters'] / 1e6:.1f}M",
+                      f"{row['tokens_per_second']:,.0f}", f"{row['tokens'] / 1e6:.2f}M",
+                      f"{row['tokens'] / distinct:.1f}", f"{row['memory_bytes'] / 1e9:.1f} GB",
+                      f"{row['bits_per_byte']:.3f}"] + ["<- best"] * (row is best))
+    print_table(table)
+
+
+def recipe(row: dict, max_minutes: float, out_dir: str, device_type: str,
+           compute_dtype: str) -> dict[str, object]:
+    """Return the settings that train a row of the ladder, beside those of config/tuned.py."""
+    steps = row["tokens"] // scaling.TOKENS_PER_STEP
+    return dict(
+        out_dir=out_dir, dataset=dataset, batch_size=scaling.TOKENS_PER_STEP // block_size,
+        block_size=block_size, n_layer=row["n_layer"], n_head=row["n_head"], n_embd=row["n_embd"],
+        max_minutes=max_minutes, eval_interval=max(10, steps // 4), eval_iters=2,
+        softmax_tokens=scaling.SOFTMAX_TOKENS, dtype=compute_dtype, compile=device_type != "cpu")
+
+
+def write_config(path: Path, row: dict, settings: dict[str, object], where: str,
+                 distinct: int) -> None:
+    """Write a config file with the reasons for its size. An earlier one of plan.py is replaced."""
+    if path.exists() and not path.read_text(encoding="utf-8").startswith("# The best model for"):
+        raise ValueError(f"{path} exists and is not from plan.py: choose another name")
+    command = f"python plan.py --minutes={minutes:g} --dataset={dataset}" + " --pilot=True" * pilot
+    text = f"""\
+# The best model for {minutes:g} minutes on {where}, chosen by
+#     {command} --to={path}
+# {row["parameters"]:,} parameters, {row["parameters_non_embedding"]:,} of them in the blocks. At {row["tokens_per_second"]:,.0f} tokens/s it sees
+# {row["tokens"]:,} tokens, {row["tokens"] / distinct:.1f} epochs, in {row["memory_bytes"] / 1e9:.1f} GB of memory.
+# Predicted: {row["bits_per_byte"]:.3f} bits per byte. Train it with
+#     python train.py {path}
+exec(open("config/tuned.py").read())
+
+"""
+    text += "".join(f"{name} = {value!r}\n" for name, value in settings.items())
+    write_atomically(path, text)
+
+
+def train_pilot(row: dict, device_type: str, compute_dtype: str, distinct: int) -> float:
+    """Train for a minute; return the bits per byte over those that the law predicts."""
+    with TemporaryDirectory() as out_dir:
+        settings = recipe(row, 1.0, out_dir, device_type, compute_dtype)
+        settings |= dict(eval_interval=10**6, sample_every_eval=False, overwrite=True)
+        options = [f"--{name}={value}" for name, value in settings.items()]
+        for command in (["train.py", "config/tuned.py", *options],
+                        ["eval.py", f"--out_dir={out_dir}"]):
+            print(f"pilot: {command[0]}", flush=True)
+            done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+            if done.returncode:
+                raise ValueError(f"the pilot run failed: {done.stderr.strip()[-300:]}")
+        summary = json.loads(Path(out_dir, "metrics_summary.json").read_text())
+    predicted = scaling.LAW.bits_per_byte(row["parameters_non_embedding"],
+                                          summary["step"] * scaling.TOKENS_PER_STEP, distinct)
+    return summary["bits_per_byte"] / predicted
+
+
+def plan_minutes(chip: str, here: str, compute_dtype: str, limit: float) -> None:
+    """Choose the model that is best after `minutes`; print the ladder and the JSON object."""
+    if block_size > scaling.TOKENS_PER_STEP:
+        raise ValueError(f"block_size must be at most {scaling.TOKENS_PER_STEP:,} with minutes, got "
+                         f"{block_size}")
+    folder, kind = Path("data") / dataset, here.split(":")[0]
+    meta = load_meta(folder)
+    stream, V = TokenStream(folder, "train", meta), meta["vocab_size"]
+    distinct = len(stream)
+    if chip:  # every size reaches the same share of its peak
+        speeds = [(1.0, mfu * machine.PEAK_FLOPS[chip])]
+    else:
+        speeds = measured_speeds(stream.token_counts(V), V, here, compute_dtype)
+    rows = predict_ladder(speeds, V, distinct, 60 * minutes, compute_dtype, kind)
+    fitting = [row for row in rows if not limit or row["memory_bytes"] <= limit]
+    if not fitting:
+        raise ValueError(f"no model of the ladder fits into {limit / 1e9:.3g} GB")
+    best = min(fitting, key=lambda row: row["bits_per_byte"])
+    factor = 1.0
+    if pilot:
+        factor = train_pilot(best, kind, compute_dtype, distinct)
+        for row in rows:
+            row["bits_per_byte"] *= factor
+    print()
+    print_ladder(rows, best, distinct)
+    if to:
+        settings = recipe(best, minutes, f"out-{Path(to).stem.removeprefix('train_')}", kind,
+                          compute_dtype)
+        write_config(Path(to), best, settings, chip or kind, distinct)
+        print(f"\nwrote {to}; train it with `python train.py {to}`")
+    print()
+    print(json.dumps(dict(mode="minutes", minutes=minutes, device=chip or here, dataset=dataset,
+                          block_size=block_size, factor=factor, **best, ladder=rows)))
+
+
 def main() -> None:
     with user_errors():
         if not mfu:
@@ -257,6 +397,10 @@ def main() -> None:
                          machine.resolve_dtype(dtype, here))
         if compute_dtype == "auto":
             compute_dtype = "float32"  # on a CPU only a measurement could tell
+        if (to or pilot) and not minutes:
+            raise ValueError("to and pilot need --minutes=N, the time to train")
+        if minutes:
+            return plan_minutes(chip, here, compute_dtype, limit)
         folder = Path("data") / dataset
         meta = load_meta(folder) if (folder / "meta.json").exists() else None
         V = vocab_size or (meta["vocab_size"] if meta else 50257)

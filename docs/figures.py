@@ -168,7 +168,7 @@ def tinystories() -> dict[str, str]:
     """Measure the seconds to nanoGPT's loss on TinyStories; its own follow from its speed."""
     prepare("tinystories", tinystories_text)
     speed = bench(f"--batch_size=16 --rounds=3 --steps=2 --dropout=0 --against={peer()}")
-    result = bench("--mode=loss config/train_small_qwen3.py --target_loss=2.857 --seeds=2")
+    result = bench("--mode=loss config/train_small_qwen3.py --target_loss=2.857 --seeds=3")
     loss = result["ours"]["final_loss"][0]
     val = load_meta(Path(folder, "data/tinystories"))["splits"]["val"]
     bits = loss / math.log(2) * val["tokens"] / val["bytes"]
@@ -184,10 +184,9 @@ def tinystories() -> dict[str, str]:
 def ten_minutes() -> dict[str, str]:
     """Measure the loss after ten minutes on TinyStories with the command that README.md shows."""
     prepare("tinystories", tinystories_text)
-    run("train.py config/train_nano.py config/tuned.py --max_minutes=10 "
-        "--softmax_tokens=4096 --overwrite=True")
-    run("eval.py --out_dir=out-nano")
-    metrics = json.loads(Path(folder, "out-nano/metrics_summary.json").read_text())
+    run("train.py config/train_best10.py --overwrite=True")
+    run("eval.py --out_dir=out-best10")
+    metrics = json.loads(Path(folder, "out-best10/metrics_summary.json").read_text())
     return {"ten_minutes_loss": f"{metrics['loss']:.3f}",
             "ten_minutes_bits": f"{metrics['bits_per_byte']:.3f}"}
 

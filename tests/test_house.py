@@ -16,6 +16,7 @@ FLOORS = [  # from top to bottom, as in CONTRIBUTING.md
     ["lib/corpus"],
     ["lib/dataset"],
     ["lib/decoding"],
+    ["lib/scaling"],
     ["lib/loss"],
     ["lib/optim"],
     ["lib/quantize"],

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from helpers import tiny
-from lib.optim import (POLAR_EXPRESS, TABLE_LR_SCALE, Muon, make_optimizers, orthogonalize,
+from lib.optim import (POLAR_EXPRESS, TABLE_LR_TIMES_WIDTH, Muon, make_optimizers, orthogonalize,
                        schedule_factor, scheduled_lr, set_lr)
 
 
@@ -164,5 +164,5 @@ def test_the_token_embedding_has_a_higher_rate_beside_muon():
     rates = {p: group["lr"] for o in optimizers for group in o.param_groups
              for p in group["params"]}
     table = model.transformer.wte.weight
-    assert rates.pop(table) == 0.01 * TABLE_LR_SCALE > 0.01 and set(rates.values()) == {0.01}
+    assert rates.pop(table) == 0.01 * TABLE_LR_TIMES_WIDTH / model.config.n_embd > 0.01 and set(rates.values()) == {0.01}
     assert len(rates) == len(list(model.parameters())) - 1

@@ -1,0 +1,157 @@
+"""
+Train the grid of models behind lib/scaling.py, and fit its law to their losses.
+
+    python docs/scaling.py --data=data/tinystories,data/tinystories_bpe,data/novels
+    python docs/scaling.py  # only fit
+
+Each run is one line of docs/scaling.jsonl. Runs that are already there are skipped, so an
+interrupted grid continues. Budgets are in FLOPs, not in seconds, so runs can share the machine.
+"""
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import numpy as np
+
+from lib.configurator import at_least, configure, user_errors
+from lib.corpus import load_meta
+from lib.dataset import TokenStream
+from lib.scaling import LAW, SOFTMAX_TOKENS, TOKENS_PER_STEP, Law, config_of, flops_per_token
+
+# -----------------------------------------------------------------------------
+data = ""  # prepared folders, with commas (empty: only fit)
+jobs = 2  # runs at a time, each with one thread
+largest = 4e13  # leave out budgets above this many FLOPs
+# -----------------------------------------------------------------------------
+
+RESULTS = ROOT / "docs/scaling.jsonl"
+LEARNING_RATE = 8e-3
+SMALL, MEDIUM, LARGE = 4e12, 1.2e13, 4e13  # about 1, 3 and 10 minutes on two cores
+KEYS = ("text", "vocab_size", "n_layer", "n_embd", "block_size", "learning_rate", "flops")
+
+
+def grid(first: bool) -> list[dict]:
+    """Return the runs on a dataset; the first one gets the most."""
+    def run(n_layer, n_embd, flops, block_size=128, learning_rate=LEARNING_RATE):
+        return dict(n_layer=n_layer, n_embd=n_embd, flops=flops, block_size=block_size,
+                    learning_rate=learning_rate)
+
+    if not first:
+        shapes = {SMALL: [(2, 64), (2, 128), (4, 128), (4, 256)],
+                  MEDIUM: [(2, 96), (4, 128)], LARGE: [(2, 128)]}
+        return [run(L, C, flops) for flops, pairs in shapes.items() for L, C in pairs]
+    shapes = {
+        SMALL: [(2, 48), (2, 64), (4, 64), (2, 96), (2, 128), (3, 128), (4, 128), (6, 128),
+                (3, 192), (4, 256)],
+        MEDIUM: [(2, 64), (2, 96), (2, 128), (4, 128), (3, 192), (4, 256), (6, 256)],
+        LARGE: [(2, 96), (2, 128), (4, 128), (4, 192)]}
+    runs = [run(L, C, flops) for flops, pairs in shapes.items() for L, C in pairs]
+    for T in (64, 256):  # contexts
+        runs += [run(2, 128, SMALL, T), run(4, 128, SMALL, T)]
+    for lr in (4e-3, 1.6e-2):  # learning rates
+        runs += [run(2, 64, SMALL, learning_rate=lr), run(4, 256, SMALL, learning_rate=lr)]
+    return runs
+
+
+def read_results() -> list[dict]:
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if (
+        RESULTS.exists()) else []
+
+
+def train(folder: Path, meta: dict, run: dict) -> dict:
+    """Train and evaluate one model in a folder of its own; return the run with its results."""
+    T, V = run["block_size"], meta["vocab_size"]
+    config = config_of(run["n_layer"], run["n_embd"], T, V)
+    steps = round(run["flops"] / (TOKENS_PER_STEP * flops_per_token(config)))
+    with TemporaryDirectory() as out_dir:
+        settings = dict(
+            out_dir=out_dir, dataset=folder, n_layer=config.n_layer, n_head=config.n_head,
+            n_kv_head=config.n_kv_head, n_embd=config.n_embd, block_size=T,
+            batch_size=TOKENS_PER_STEP // T, max_iters=steps,
+            learning_rate=run["learning_rate"], eval_interval=steps, eval_iters=1,
+            softmax_tokens=SOFTMAX_TOKENS, sample_every_eval=False, overwrite=True,
+            log_interval=max(1, steps // 10), compile=False, dtype="float32", device="cpu")
+        options = [f"--{name}={value}" for name, value in settings.items()]
+        for command in (["train.py", "config/tuned.py", *options],
+                        ["eval.py", f"--out_dir={out_dir}", "--dtype=float32", "--device=cpu"]):
+            done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True,
+                                  text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+            if done.returncode:
+                raise ValueError(f"{command[0]} failed for {run}: {done.stderr[-500:]}")
+        metrics = json.loads(Path(out_dir, "metrics_summary.json").read_text())
+    return run | dict(
+        steps=steps, tokens=steps * TOKENS_PER_STEP,
+        distinct_tokens=len(TokenStream(folder, "train", meta)),
+        parameters=metrics["parameters"],
+        parameters_non_embedding=metrics["parameters_non_embedding"], loss=metrics["loss"],
+        bits_per_byte=metrics["bits_per_byte"])
+
+
+def train_grid() -> None:
+    """Train what is missing of the grid, small budgets first, and append it to the results."""
+    done = {tuple(run[key] for key in KEYS) for run in read_results()}
+    todo = []
+    for i, name in enumerate(data.split(",")):
+        folder = Path(name).resolve()
+        meta = load_meta(folder)
+        text = folder.name.removesuffix("_bpe")
+        runs = [dict(text=text, vocab_size=meta["vocab_size"]) | run
+                for run in grid(first=i == 0)]
+        todo += [(folder, meta, run) for run in runs
+                 if tuple(run[key] for key in KEYS) not in done and run["flops"] <= largest]
+    todo.sort(key=lambda job: job[2]["flops"])
+    print(f"{len(todo)} runs to train", flush=True)
+    with ThreadPoolExecutor(jobs) as pool, open(RESULTS, "a") as file:
+        for future in as_completed([pool.submit(train, *job) for job in todo]):
+            result = future.result()
+            file.write(json.dumps(result) + "\n")
+            file.flush()
+            print(*(f"{key}={result[key]}" for key in (*KEYS, "bits_per_byte")), flush=True)
+
+
+def fit(runs: list[dict], steps: int = 2000) -> Law:
+    """Return the law with the smallest squared errors of log bits per byte (Levenberg-Marquardt)."""
+    N, D, distinct, bits = (np.array([run[key] for run in runs], dtype=float) for key in
+                            ("parameters_non_embedding", "tokens", "distinct_tokens",
+                             "bits_per_byte"))
+
+    def errors(logs: np.ndarray) -> np.ndarray:
+        return np.log(Law(*np.exp(logs)).bits_per_byte(N, D, distinct) / bits)
+
+    logs, damping = np.log(LAW), 1.0
+    for _ in range(steps):
+        e = errors(logs)
+        J = np.stack([(errors(logs + h) - e) / 1e-6 for h in 1e-6 * np.eye(len(logs))], axis=1)
+        new = logs - np.linalg.solve(J.T @ J + damping * np.eye(len(logs)) * 1e-3, J.T @ e)
+        better = (errors(new) ** 2).sum() < (e ** 2).sum()
+        logs, damping = (new, damping / 2) if better else (logs, min(1e6, damping * 3))
+    return Law(*np.exp(logs))
+
+
+def print_fit() -> None:
+    """Fit the law to each text and print its constants and its errors."""
+    groups = {}
+    for run in read_results():
+        if run["learning_rate"] == LEARNING_RATE:
+            groups.setdefault((run["text"], run["vocab_size"]), []).append(run)
+    for name, runs in groups.items():
+        law = fit(runs)
+        errors = [law.bits_per_byte(run["parameters_non_embedding"], run["tokens"],
+                                    run["distinct_tokens"]) / run["bits_per_byte"] - 1
+                  for run in runs]
+        print(*name, len(runs), "runs:", Law(*(float(f"{x:.4g}") for x in law)))
+        print(f"  mean error {np.mean(np.abs(errors)):.2%}, largest {np.max(np.abs(errors)):.2%}")
+
+
+if __name__ == "__main__":
+    configure(globals(), jobs=at_least(1), largest=at_least(0))
+    with user_errors():
+        if data:
+            train_grid()
+        print_fit()

@@ -1,0 +1,101 @@
+"""
+Which model to train in a given time: a ladder of sizes, their speed here, and a scaling law.
+
+docs/scaling.py fits the law to runs with config/tuned.py; docs/scaling.md has them and the errors.
+"""
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from lib import machine, optim
+from lib.loss import make_loss
+from model import GPT, GPTConfig
+
+TOKENS_PER_STEP = 3072
+SOFTMAX_TOKENS = 4096  # tokens in the training softmax
+# (n_layer, n_embd) of the models to choose from, smallest first
+LADDER = [(2, 48), (2, 64), (2, 96), (2, 128), (3, 128), (4, 128), (3, 192), (4, 192), (4, 256),
+          (6, 256), (4, 384), (6, 384), (8, 384), (8, 512)]
+MEASURED = [(2, 48), (4, 192), (6, 384)]  # of these, the speed is measured
+
+
+class Law(NamedTuple):
+    """
+    Bits per byte = floor + size * N^-a + data * D^-b with N parameters in the blocks.
+
+    D: the tokens seen, where repeated ones count less, see effective_tokens().
+    """
+    floor: float
+    size: float
+    a: float
+    data: float
+    b: float
+    epochs: float  # after about this many repetitions, more of them teach nothing
+
+    def bits_per_byte(self, parameters, tokens, distinct_tokens):
+        """Return the prediction for numbers or for tensors."""
+        D = effective_tokens(tokens, distinct_tokens, self.epochs)
+        return self.floor + self.size * parameters ** -self.a + self.data * D ** -self.b
+
+
+LAW = Law(floor=0.55, size=24.1, a=0.429, data=124.0, b=0.4255, epochs=0.87)
+
+
+def effective_tokens(tokens, distinct, epochs: float):
+    """
+    Return how many new tokens teach as much as `tokens` that repeat `distinct` ones.
+
+    Source: https://arxiv.org/abs/2305.16264
+    """
+    seen = np.minimum(tokens, distinct)
+    repeats = tokens / seen - 1
+    return seen * (1 + epochs * (1 - np.exp(-repeats / epochs)))
+
+
+def config_of(n_layer: int, n_embd: int, block_size: int, vocab_size: int) -> GPTConfig:
+    """Return a model of the ladder: Qwen3 with heads of width 32, or of 64 from width 192 on."""
+    return GPTConfig(arch="qwen3", n_layer=n_layer, n_head=n_embd // (32 if n_embd < 192 else 64),
+                     n_embd=n_embd, block_size=block_size, vocab_size=vocab_size)
+
+
+def flops_per_token(config: GPTConfig) -> int:
+    """Return the FLOPs per training token with SOFTMAX_TOKENS in the softmax."""
+    with torch.device("meta"):
+        model = GPT(config)
+    return model.flops_per_token(head_tokens=min(SOFTMAX_TOKENS, config.vocab_size))
+
+
+def measure_speed(config: GPTConfig, token_counts: torch.Tensor, device: str, dtype: str,
+                  seconds: float = 4.0) -> float:
+    """Train on random tokens for about so many seconds; return the tokens per second."""
+    model = GPT(config).to(device).train()
+    chunk = machine.resolve_loss_chunk(-1, device, config.vocab_size)
+    model.loss_fn = make_loss(chunk, SOFTMAX_TOKENS, token_counts.to(device))
+    optimizers = optim.make_optimizers(model, "muon", 0.0, 1e-3, (0.85, 0.99), device.split(":")[0])
+    scaler = torch.amp.GradScaler(device.split(":")[0], enabled=dtype == "float16")
+    rows = TOKENS_PER_STEP // config.block_size
+    data = torch.randint(config.vocab_size, (rows, config.block_size + 1), device=device)
+
+    def step() -> None:
+        with machine.autocast(device, dtype):
+            loss = model(data[:, :-1], data[:, 1:])[1]
+        scaler.scale(loss).backward()
+        optim.step(model, optimizers, scaler, grad_clip=1.0)
+
+    first = machine.seconds_of(step, device)
+    repeats = min(20, max(2, int(seconds / first)))
+    return TOKENS_PER_STEP / machine.median_seconds(step, repeats, device)
+
+
+def speed_of(flops: float, measured: Sequence[tuple[float, float]]) -> float:
+    """
+    Return the tokens per second of a model with so many FLOPs per token.
+
+    measured: FLOPs and tokens per second of some models, smallest first. Between them, the FLOP/s
+    are interpolated over the logarithm of the FLOPs.
+    """
+    logs, rates = zip(*((math.log(F), F * speed) for F, speed in measured))
+    return float(np.interp(math.log(flops), logs, rates)) / flops
