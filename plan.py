@@ -316,11 +316,13 @@ def write_config(path: Path, row: dict, settings: dict[str, object], where: str,
     if path.exists() and not path.read_text(encoding="utf-8").startswith("# The best model for"):
         raise ValueError(f"{path} exists and is not from plan.py: choose another name")
     command = f"python plan.py --minutes={minutes:g} --dataset={dataset}" + " --pilot=True" * pilot
+    n_tokens, speed = row["tokens"], row["tokens_per_second"]
     text = f"""\
 # The best model for {minutes:g} minutes on {where}, chosen by
 #     {command} --to={path}
-# {row["parameters"]:,} parameters, {row["parameters_non_embedding"]:,} of them in the blocks. At {row["tokens_per_second"]:,.0f} tokens/s it sees
-# {row["tokens"]:,} tokens, {row["tokens"] / distinct:.1f} epochs, in {row["memory_bytes"] / 1e9:.1f} GB of memory.
+# {row["parameters"]:,} parameters, {row["parameters_non_embedding"]:,} of them in the blocks.
+# At {speed:,.0f} tokens/s it sees {n_tokens:,} tokens, {n_tokens / distinct:.1f} epochs,
+# in {row["memory_bytes"] / 1e9:.1f} GB of memory.
 # Predicted: {row["bits_per_byte"]:.3f} bits per byte. Train it with
 #     python train.py {path}
 exec(open("config/tuned.py").read())
@@ -351,8 +353,8 @@ def train_pilot(row: dict, device_type: str, compute_dtype: str, distinct: int) 
 def plan_minutes(chip: str, here: str, compute_dtype: str, limit: float) -> None:
     """Choose the model that is best after `minutes`; print the ladder and the JSON object."""
     if block_size > scaling.TOKENS_PER_STEP:
-        raise ValueError(f"block_size must be at most {scaling.TOKENS_PER_STEP:,} with minutes, got "
-                         f"{block_size}")
+        raise ValueError(f"block_size must be at most {scaling.TOKENS_PER_STEP:,} with minutes, "
+                         f"got {block_size}")
     folder, kind = Path("data") / dataset, here.split(":")[0]
     meta = load_meta(folder)
     stream, V = TokenStream(folder, "train", meta), meta["vocab_size"]

@@ -116,7 +116,7 @@ def train_grid() -> None:
 
 
 def fit(runs: list[dict], steps: int = 2000) -> Law:
-    """Return the law with the smallest squared errors of log bits per byte (Levenberg-Marquardt)."""
+    """Return the law with the least squares of log bits per byte, by Levenberg-Marquardt."""
     N, D, distinct, bits = (np.array([run[key] for run in runs], dtype=float) for key in
                             ("parameters_non_embedding", "tokens", "distinct_tokens",
                              "bits_per_byte"))

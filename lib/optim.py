@@ -114,7 +114,7 @@ def orthogonalize(g: torch.Tensor) -> torch.Tensor:
 
 
 def set_lr(optimizers: list[torch.optim.Optimizer], lr: float) -> None:
-    """Set the learning rate of all parameter groups, multiplied by the lr_scale of those with one."""
+    """Set the learning rate of all parameter groups, times lr_scale where a group has one."""
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
