@@ -14,10 +14,7 @@ which takes up to 20 seconds, and predicts the loss of a ladder of sizes from a 
 import json
 import math
 import re
-import subprocess
-import sys
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 
@@ -334,17 +331,9 @@ exec(open("config/tuned.py").read())
 
 def train_pilot(row: dict, device_type: str, compute_dtype: str, distinct: int) -> float:
     """Train for a minute; return the bits per byte over those that the law predicts."""
-    with TemporaryDirectory() as out_dir:
-        settings = recipe(row, 1.0, out_dir, device_type, compute_dtype)
-        settings |= dict(eval_interval=10**6, sample_every_eval=False, overwrite=True)
-        options = [f"--{name}={value}" for name, value in settings.items()]
-        for command in (["train.py", "config/tuned.py", *options],
-                        ["eval.py", f"--out_dir={out_dir}"]):
-            print(f"pilot: {command[0]}", flush=True)
-            done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
-            if done.returncode:
-                raise ValueError(f"the pilot run failed: {done.stderr.strip()[-300:]}")
-        summary = json.loads(Path(out_dir, "metrics_summary.json").read_text())
+    print("pilot: training for a minute ...", flush=True)
+    settings = recipe(row, 1.0, "", device_type, compute_dtype)
+    summary = scaling.train_and_evaluate(settings | dict(eval_interval=10**6))
     predicted = scaling.LAW.bits_per_byte(row["parameters_non_embedding"],
                                           summary["step"] * scaling.TOKENS_PER_STEP, distinct)
     return summary["bits_per_byte"] / predicted

@@ -8,12 +8,9 @@ Each run is one line of docs/scaling.jsonl. Runs that are already there are skip
 interrupted grid continues. Budgets are in FLOPs, not in seconds, so runs can share the machine.
 """
 import json
-import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -22,7 +19,8 @@ import numpy as np
 from lib.configurator import at_least, configure, user_errors
 from lib.corpus import load_meta
 from lib.dataset import TokenStream
-from lib.scaling import LAW, SOFTMAX_TOKENS, TOKENS_PER_STEP, Law, config_of, flops_per_token
+from lib.scaling import (LAW, SOFTMAX_TOKENS, TOKENS_PER_STEP, Law, config_of, flops_per_token,
+                         train_and_evaluate)
 
 # -----------------------------------------------------------------------------
 data = ""  # prepared folders, with commas (empty: only fit)
@@ -69,22 +67,12 @@ def train(folder: Path, meta: dict, run: dict) -> dict:
     T, V = run["block_size"], meta["vocab_size"]
     config = config_of(run["n_layer"], run["n_embd"], T, V)
     steps = round(run["flops"] / (TOKENS_PER_STEP * flops_per_token(config)))
-    with TemporaryDirectory() as out_dir:
-        settings = dict(
-            out_dir=out_dir, dataset=folder, n_layer=config.n_layer, n_head=config.n_head,
-            n_kv_head=config.n_kv_head, n_embd=config.n_embd, block_size=T,
-            batch_size=TOKENS_PER_STEP // T, max_iters=steps,
-            learning_rate=run["learning_rate"], eval_interval=steps, eval_iters=1,
-            softmax_tokens=SOFTMAX_TOKENS, sample_every_eval=False, overwrite=True,
-            log_interval=max(1, steps // 10), compile=False, dtype="float32", device="cpu")
-        options = [f"--{name}={value}" for name, value in settings.items()]
-        for command in (["train.py", "config/tuned.py", *options],
-                        ["eval.py", f"--out_dir={out_dir}", "--dtype=float32", "--device=cpu"]):
-            done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True,
-                                  text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-            if done.returncode:
-                raise ValueError(f"{command[0]} failed for {run}: {done.stderr[-500:]}")
-        metrics = json.loads(Path(out_dir, "metrics_summary.json").read_text())
+    metrics = train_and_evaluate(dict(
+        dataset=folder, n_layer=config.n_layer, n_head=config.n_head, n_kv_head=config.n_kv_head,
+        n_embd=config.n_embd, block_size=T, batch_size=TOKENS_PER_STEP // T, max_iters=steps,
+        learning_rate=run["learning_rate"], eval_interval=steps, eval_iters=1,
+        softmax_tokens=SOFTMAX_TOKENS, log_interval=max(1, steps // 10), compile=False,
+        dtype="float32", device="cpu"), OMP_NUM_THREADS="1")
     return run | dict(
         steps=steps, tokens=steps * TOKENS_PER_STEP,
         distinct_tokens=len(TokenStream(folder, "train", meta)),

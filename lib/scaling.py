@@ -3,8 +3,14 @@ Which model to train in a given time: a ladder of sizes, their speed here, and a
 
 docs/scaling.py fits the law to runs with config/tuned.py; docs/scaling.md has them and the errors.
 """
+import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import numpy as np
@@ -66,6 +72,26 @@ def flops_per_token(config: GPTConfig) -> int:
     with torch.device("meta"):
         model = GPT(config)
     return model.flops_per_token(head_tokens=min(SOFTMAX_TOKENS, config.vocab_size))
+
+
+def train_and_evaluate(settings: dict[str, object], **environment: str) -> dict:
+    """
+    Run train.py with config/tuned.py and these settings, then eval.py; return its summary.
+
+    Raises ValueError with the last words of a script that fails.
+    """
+    root = Path(__file__).parents[1]
+    with TemporaryDirectory() as out_dir:
+        settings = settings | dict(out_dir=out_dir, sample_every_eval=False, overwrite=True)
+        options = [f"--{name}={value}" for name, value in settings.items()]
+        same = [f"--{name}={settings[name]}" for name in ("device", "dtype") if name in settings]
+        for command in (["train.py", "config/tuned.py", *options],
+                        ["eval.py", f"--out_dir={out_dir}", *same]):
+            done = subprocess.run([sys.executable, *command], cwd=root, capture_output=True,
+                                  text=True, env=os.environ | environment)
+            if done.returncode:
+                raise ValueError(f"{command[0]} failed: {done.stderr.strip()[-300:]}")
+        return json.loads(Path(out_dir, "metrics_summary.json").read_text())
 
 
 def measure_speed(config: GPTConfig, token_counts: torch.Tensor, device: str, dtype: str,
