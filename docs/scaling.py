@@ -16,11 +16,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import numpy as np
 
+from lib import scaling
 from lib.configurator import at_least, configure, user_errors
 from lib.corpus import load_meta
 from lib.dataset import TokenStream
-from lib.scaling import (LAW, SOFTMAX_TOKENS, TOKENS_PER_STEP, Law, config_of, flops_per_token,
-                         train_and_evaluate)
+from lib.scaling import LAW, Law
 
 # -----------------------------------------------------------------------------
 data = ""  # prepared folders, with commas (empty: only fit)
@@ -41,8 +41,7 @@ def grid(first: bool) -> list[dict]:
                     learning_rate=learning_rate)
 
     if not first:
-        shapes = {SMALL: [(2, 64), (2, 128), (4, 128), (4, 256)],
-                  MEDIUM: [(2, 96), (4, 128)], LARGE: [(2, 128)]}
+        shapes = {SMALL: [(2, 64), (2, 128), (4, 128)], MEDIUM: [(2, 96)], LARGE: [(2, 128)]}
         return [run(L, C, flops) for flops, pairs in shapes.items() for L, C in pairs]
     shapes = {
         SMALL: [(2, 48), (2, 64), (4, 64), (2, 96), (2, 128), (3, 128), (4, 128), (6, 128),
@@ -65,16 +64,17 @@ def read_results() -> list[dict]:
 def train(folder: Path, meta: dict, run: dict) -> dict:
     """Train and evaluate one model in a folder of its own; return the run with its results."""
     T, V = run["block_size"], meta["vocab_size"]
-    config = config_of(run["n_layer"], run["n_embd"], T, V)
-    steps = round(run["flops"] / (TOKENS_PER_STEP * flops_per_token(config)))
-    metrics = train_and_evaluate(dict(
+    tokens_per_step = scaling.TOKENS_PER_STEP
+    config = scaling.config_of(run["n_layer"], run["n_embd"], T, V)
+    steps = round(run["flops"] / (tokens_per_step * scaling.flops_per_token(config)))
+    metrics = scaling.train_and_evaluate(dict(
         dataset=folder, n_layer=config.n_layer, n_head=config.n_head, n_kv_head=config.n_kv_head,
-        n_embd=config.n_embd, block_size=T, batch_size=TOKENS_PER_STEP // T, max_iters=steps,
+        n_embd=config.n_embd, block_size=T, batch_size=tokens_per_step // T, max_iters=steps,
         learning_rate=run["learning_rate"], eval_interval=steps, eval_iters=1,
-        softmax_tokens=SOFTMAX_TOKENS, log_interval=max(1, steps // 10), compile=False,
+        softmax_tokens=scaling.SOFTMAX_TOKENS, log_interval=max(1, steps // 10), compile=False,
         dtype="float32", device="cpu"), OMP_NUM_THREADS="1")
     return run | dict(
-        steps=steps, tokens=steps * TOKENS_PER_STEP,
+        steps=steps, tokens=steps * tokens_per_step,
         distinct_tokens=len(TokenStream(folder, "train", meta)),
         parameters=metrics["parameters"],
         parameters_non_embedding=metrics["parameters_non_embedding"], loss=metrics["loss"],

@@ -12,8 +12,8 @@ import json
 from itertools import product
 
 import torch
-from torch.library import Library, fallthrough_kernel
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.library import Library, fallthrough_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.backend_registration import (
     _DummyBackendModule,

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from helpers import tiny
-from lib.optim import (POLAR_EXPRESS, TABLE_LR_TIMES_WIDTH, Muon, make_optimizers, orthogonalize,
-                       schedule_factor, scheduled_lr, set_lr)
+from lib import optim
+from lib.optim import Muon, make_optimizers, orthogonalize, scheduled_lr, set_lr
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
@@ -49,7 +49,7 @@ def by_decomposition(g: torch.Tensor) -> torch.Tensor:
     """What orthogonalize() returns for one matrix, computed from its singular values."""
     g = g / g.norm(dim=1, keepdim=True)
     u, s, v = torch.linalg.svd(g / (1.01 * g.norm()), full_matrices=False)
-    for a, b, c in POLAR_EXPRESS:
+    for a, b, c in optim.POLAR_EXPRESS:
         s = a * s + b * s**3 + c * s**5
     return u * s @ v
 
@@ -134,17 +134,18 @@ def test_orthogonalize_is_the_polynomial_of_the_singular_values(shape):
 def test_orthogonalize_reaches_what_its_docstring_says(value, least):
     """A range of singular values between `value` and 1 times the norm."""
     s = torch.logspace(math.log10(value), -math.log10(1.01), 1000)
-    for a, b, c in POLAR_EXPRESS:
+    for a, b, c in optim.POLAR_EXPRESS:
         s = a * s + b * s**3 + c * s**5
     assert s.min() > least and s.max() < 1.87
 
 
 def test_schedules():
-    assert [schedule_factor("linear", p) for p in (0, 0.25, 1)] == [1, 0.75, 0]
-    assert [schedule_factor("trapezoid", p) for p in (0, 0.6, 0.8, 1)] == pytest.approx(
+    assert [optim.schedule_factor("linear", p) for p in (0, 0.25, 1)] == [1, 0.75, 0]
+    assert [optim.schedule_factor("trapezoid", p) for p in (0, 0.6, 0.8, 1)] == pytest.approx(
         [1, 1, 0.5, 0]
     )
-    assert [schedule_factor("cosine", p) for p in (0, 1 / 3, 1)] == pytest.approx([1, 0.75, 0])
+    cosine = [optim.schedule_factor("cosine", p) for p in (0, 1 / 3, 1)]
+    assert cosine == pytest.approx([1, 0.75, 0])
     rates = [
         scheduled_lr(step, "linear", 8.0, 2.0, warmup_iters=4, end=10)
         for step in (0, 3, 4, 7, 10, 11)
@@ -154,7 +155,7 @@ def test_schedules():
         5, "linear", 8.0, 2.0, warmup_iters=4, end=10, time_share=0.5
     ) == pytest.approx(5)
     with pytest.raises(ValueError, match="warp"):
-        schedule_factor("warp", 0)
+        optim.schedule_factor("warp", 0)
 
 
 def test_the_token_embedding_has_a_higher_rate_beside_muon():
@@ -164,6 +165,6 @@ def test_the_token_embedding_has_a_higher_rate_beside_muon():
     rates = {p: group["lr"] for o in optimizers for group in o.param_groups
              for p in group["params"]}
     table = model.transformer.wte.weight
-    assert rates.pop(table) == 0.01 * TABLE_LR_TIMES_WIDTH / model.config.n_embd > 0.01
+    assert rates.pop(table) == 0.01 * optim.TABLE_LR_TIMES_WIDTH / model.config.n_embd > 0.01
     assert set(rates.values()) == {0.01}
     assert len(rates) == len(list(model.parameters())) - 1
