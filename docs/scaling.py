@@ -18,6 +18,7 @@ import numpy as np
 
 from lib import scaling
 from lib.configurator import at_least, configure, user_errors
+from lib.console import print_table
 from lib.corpus import load_meta
 from lib.dataset import TokenStream
 from lib.scaling import LAW, Law
@@ -30,13 +31,15 @@ largest = 4e13  # leave out budgets above this many FLOPs
 
 RESULTS = ROOT / "docs/scaling.jsonl"
 LEARNING_RATE = 8e-3
+CONTEXT = 128
+MIN_STEPS = 90  # shorter runs end before the law holds
 SMALL, MEDIUM, LARGE = 4e12, 1.2e13, 4e13  # about 1, 3 and 10 minutes on two cores
 KEYS = ("text", "vocab_size", "n_layer", "n_embd", "block_size", "learning_rate", "flops")
 
 
 def grid(first: bool) -> list[dict]:
     """Return the runs on a dataset; the first one gets the most."""
-    def run(n_layer, n_embd, flops, block_size=128, learning_rate=LEARNING_RATE):
+    def run(n_layer, n_embd, flops, block_size=CONTEXT, learning_rate=LEARNING_RATE):
         return dict(n_layer=n_layer, n_embd=n_embd, flops=flops, block_size=block_size,
                     learning_rate=learning_rate)
 
@@ -123,18 +126,31 @@ def fit(runs: list[dict], steps: int = 2000) -> Law:
 
 
 def print_fit() -> None:
-    """Fit the law to each text and print its constants and its errors."""
+    """
+    Fit the law to the runs on TinyStories; print its constants, and all runs beside it.
+
+    Left out are other contexts and learning rates, and runs of fewer than MIN_STEPS steps. On other
+    texts, the law times a factor is compared: the geometric mean of measured over predicted.
+    """
     groups = {}
-    for run in read_results():
-        if run["learning_rate"] == LEARNING_RATE:
+    for run in sorted(read_results(), key=lambda run: (run["flops"], run["n_embd"])):
+        if (run["learning_rate"] == LEARNING_RATE and run["block_size"] == CONTEXT
+                and run["steps"] >= MIN_STEPS):
             groups.setdefault((run["text"], run["vocab_size"]), []).append(run)
-    for name, runs in groups.items():
-        law = fit(runs)
-        errors = [law.bits_per_byte(run["parameters_non_embedding"], run["tokens"],
-                                    run["distinct_tokens"]) / run["bits_per_byte"] - 1
-                  for run in runs]
-        print(*name, len(runs), "runs:", Law(*(float(f"{x:.4g}") for x in law)))
-        print(f"  mean error {np.mean(np.abs(errors)):.2%}, largest {np.max(np.abs(errors)):.2%}")
+    law = fit(groups["tinystories", 50257])
+    print(Law(*(float(f"{x:.4g}") for x in law)))
+    for (text, V), runs in groups.items():
+        predicted = np.array([law.bits_per_byte(run["parameters_non_embedding"], run["tokens"],
+                                                run["distinct_tokens"]) for run in runs])
+        measured = np.array([run["bits_per_byte"] for run in runs])
+        factor = np.exp(np.log(measured / predicted).mean())
+        errors = factor * predicted / measured - 1
+        print(f"\n{text}, {V:,} tokens: {factor:.3f} times the law; mean error "
+              f"{np.abs(errors).mean():.1%}, largest {np.abs(errors).max():.1%}")
+        print_table([["layers x width", "FLOPs", "steps", "tokens", "bits per byte", "law"]] + [
+            [f"{run['n_layer']} x {run['n_embd']}", f"{run['flops']:.2g}", f"{run['steps']:,}",
+             f"{run['tokens'] / 1e6:.2f}M", f"{run['bits_per_byte']:.3f}", f"{factor * x:.3f}"]
+            for run, x in zip(runs, predicted)])
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ class Law(NamedTuple):
         return self.floor + self.size * parameters ** -self.a + self.data * D ** -self.b
 
 
-LAW = Law(floor=0.55, size=24.1, a=0.429, data=124.0, b=0.4255, epochs=0.87)
+LAW = Law(floor=0.569, size=21.72, a=0.4226, data=138.2, b=0.4373, epochs=1.697)
 
 
 def effective_tokens(tokens, distinct, epochs: float):
