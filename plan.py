@@ -259,10 +259,10 @@ def print_fit(model: GPT, memory: dict[str, int], compute_dtype: str, kind: str,
 def measured_speeds(token_counts: torch.Tensor, V: int, here: str,
                     compute_dtype: str) -> list[tuple[float, float]]:
     """Return FLOPs per token and tokens per second of three sizes on this machine."""
-    configs = [scaling.config_of(L, C, block_size, V) for L, C in scaling.MEASURED]
-    return [(scaling.flops_per_token(c),
-             scaling.measure_speed(c, token_counts, here, compute_dtype))
-            for c in progress(configs, "measuring the speed of three sizes")]
+    models = [scaling.model_of(L, C, block_size, V) for L, C in scaling.MEASURED]
+    return [(scaling.flops_per_token(model),
+             scaling.measure_speed(model.config, token_counts, here, compute_dtype))
+            for model in progress(models, "measuring the speed of three sizes")]
 
 
 def predict_ladder(speeds: list[tuple[float, float]], V: int, distinct: int, seconds: float,
@@ -270,15 +270,13 @@ def predict_ladder(speeds: list[tuple[float, float]], V: int, distinct: int, sec
     """Return size, tokens, memory and bits per byte of each model of the ladder."""
     rows = []
     for L, C in scaling.LADDER:
-        config = scaling.config_of(L, C, block_size, V)
-        with torch.device("meta"):
-            model = GPT(config)
-        speed = scaling.speed_of(scaling.flops_per_token(config), speeds)
+        model = scaling.model_of(L, C, block_size, V)
+        speed = scaling.speed_of(scaling.flops_per_token(model), speeds)
         n_seen, n_params = seconds * speed, model.num_params(non_embedding=True)
         memory = memory_with_runtime(model, scaling.TOKENS_PER_STEP // block_size, 1, compute_dtype,
                                      kind, "muon", scaling.SOFTMAX_TOKENS)
         rows.append(dict(
-            n_layer=L, n_head=config.n_head, n_embd=C, parameters=model.num_params(),
+            n_layer=L, n_head=model.config.n_head, n_embd=C, parameters=model.num_params(),
             parameters_non_embedding=n_params, tokens=int(n_seen), tokens_per_second=speed,
             memory_bytes=memory["with_runtime"],
             bits_per_byte=scaling.LAW.bits_per_byte(n_params, n_seen, distinct)))
@@ -325,7 +323,8 @@ def write_config(path: Path, row: dict, settings: dict[str, object], where: str,
 exec(open("config/tuned.py").read())
 
 """
-    text += "".join(f"{name} = {value!r}\n" for name, value in settings.items())
+    text += "".join(f"{name} = {json.dumps(value) if isinstance(value, str) else value}\n"
+                    for name, value in settings.items())
     write_atomically(path, text)
 
 
@@ -367,7 +366,9 @@ def plan_minutes(chip: str, here: str, compute_dtype: str, limit: float) -> None
     if to:
         settings = recipe(best, minutes, f"out-{Path(to).stem.removeprefix('train_')}", kind,
                           compute_dtype)
-        write_config(Path(to), best, settings, chip or kind, distinct)
+        where = chip or (f"{torch.get_num_threads()} CPU threads" if kind == "cpu" else
+                         torch.cuda.get_device_name(here) if kind == "cuda" else kind)
+        write_config(Path(to), best, settings, where, distinct)
         print(f"\nwrote {to}; train it with `python train.py {to}`")
     print()
     print(json.dumps(dict(mode="minutes", minutes=minutes, device=chip or here, dataset=dataset,

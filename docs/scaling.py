@@ -68,8 +68,9 @@ def train(folder: Path, meta: dict, run: dict) -> dict:
     """Train and evaluate one model in a folder of its own; return the run with its results."""
     T, V = run["block_size"], meta["vocab_size"]
     tokens_per_step = scaling.TOKENS_PER_STEP
-    config = scaling.config_of(run["n_layer"], run["n_embd"], T, V)
-    steps = round(run["flops"] / (tokens_per_step * scaling.flops_per_token(config)))
+    model = scaling.model_of(run["n_layer"], run["n_embd"], T, V)
+    config = model.config
+    steps = round(run["flops"] / (tokens_per_step * scaling.flops_per_token(model)))
     metrics = scaling.train_and_evaluate(dict(
         dataset=folder, n_layer=config.n_layer, n_head=config.n_head, n_kv_head=config.n_kv_head,
         n_embd=config.n_embd, block_size=T, batch_size=tokens_per_step // T, max_iters=steps,

@@ -61,17 +61,21 @@ def effective_tokens(tokens, distinct, epochs: float):
     return seen * (1 + epochs * (1 - np.exp(-repeats / epochs)))
 
 
-def config_of(n_layer: int, n_embd: int, block_size: int, vocab_size: int) -> GPTConfig:
-    """Return a model of the ladder: Qwen3 with heads of width 32, or of 64 from width 192 on."""
-    return GPTConfig(arch="qwen3", n_layer=n_layer, n_head=n_embd // (32 if n_embd < 192 else 64),
-                     n_embd=n_embd, block_size=block_size, vocab_size=vocab_size)
+def model_of(n_layer: int, n_embd: int, block_size: int, vocab_size: int) -> GPT:
+    """
+    Return a model of the ladder without weights, on the device 'meta'.
 
-
-def flops_per_token(config: GPTConfig) -> int:
-    """Return the FLOPs per training token with SOFTMAX_TOKENS in the softmax."""
+    It is a Qwen3 with heads of width 32, or of 64 from width 192 on.
+    """
     with torch.device("meta"):
-        model = GPT(config)
-    return model.flops_per_token(head_tokens=min(SOFTMAX_TOKENS, config.vocab_size))
+        return GPT(GPTConfig(
+            arch="qwen3", n_layer=n_layer, n_head=n_embd // (32 if n_embd < 192 else 64),
+            n_embd=n_embd, block_size=block_size, vocab_size=vocab_size))
+
+
+def flops_per_token(model: GPT) -> int:
+    """Return the FLOPs per training token with SOFTMAX_TOKENS in the softmax."""
+    return model.flops_per_token(head_tokens=min(SOFTMAX_TOKENS, model.config.vocab_size))
 
 
 def train_and_evaluate(settings: dict[str, object], **environment: str) -> dict:

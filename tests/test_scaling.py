@@ -9,7 +9,7 @@ import pytest
 from helpers import HERE, one_line_error, run
 from lib import scaling
 from lib.checkpoint import load_checkpoint
-from lib.scaling import Law, config_of, effective_tokens, flops_per_token, speed_of
+from lib.scaling import Law, effective_tokens, flops_per_token, model_of, speed_of
 
 
 def docs_scaling():
@@ -51,7 +51,7 @@ def test_speed_is_exact_where_it_was_measured():
 
 
 def test_the_ladder_is_ordered_by_size():
-    costs = [flops_per_token(config_of(L, C, 128, 50257)) for L, C in scaling.LADDER]
+    costs = [flops_per_token(model_of(L, C, 128, 50257)) for L, C in scaling.LADDER]
     assert costs == sorted(costs) and set(scaling.MEASURED) <= set(scaling.LADDER)
 
 
