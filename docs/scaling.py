@@ -50,7 +50,7 @@ def grid(first: bool) -> list[dict]:
         SMALL: [(2, 48), (2, 64), (4, 64), (2, 96), (2, 128), (3, 128), (4, 128), (6, 128),
                 (3, 192), (4, 256)],
         MEDIUM: [(2, 64), (2, 96), (2, 128), (4, 128), (3, 192), (4, 256), (6, 256)],
-        LARGE: [(2, 96), (2, 128), (4, 128), (4, 192)]}
+        LARGE: [(2, 128), (3, 128), (4, 128), (3, 192)]}
     runs = [run(L, C, flops) for flops, pairs in shapes.items() for L, C in pairs]
     for T in (64, 256):  # contexts
         runs += [run(2, 128, SMALL, T), run(4, 128, SMALL, T)]
