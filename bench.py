@@ -76,6 +76,7 @@ tied = True  # the head shares the weights of the token embedding; gpt2: always
 # optimizer
 optimizer = "adamw"  # or 'muon'
 learning_rate = 1e-3  # highest learning rate
+embedding_lr_scale = 0.0  # the token embedding's rate over it (0: 1; with muon 640 / n_embd)
 weight_decay = 0.1  # of matrices and embeddings
 beta1 = 0.9  # decay of the mean of the gradients; momentum of Muon
 beta2 = 0.99  # decay of the mean of their squares
@@ -99,10 +100,10 @@ config, _ = configure(
     rounds=at_least(1), steps=at_least(1), target_loss=at_least(0), seeds=at_least(1),
     max_new_tokens=at_least(1), gradient_accumulation_steps=at_least(1), batch_size=at_least(1),
     vocab_size=at_least(0), optimizer=one_of("adamw", "muon"), learning_rate=at_least(0),
-    max_iters=at_least(1), weight_decay=at_least(0), beta1=at_least(0, below=1),
-    beta2=at_least(0, below=1), grad_clip=at_least(0), schedule=one_of(*optim.SCHEDULES),
-    warmup_iters=at_least(0), min_lr=at_least(0), eval_interval=at_least(1),
-    loss_chunk=at_least(-1), seed=at_least(0))
+    embedding_lr_scale=at_least(0), max_iters=at_least(1), weight_decay=at_least(0),
+    beta1=at_least(0, below=1), beta2=at_least(0, below=1), grad_clip=at_least(0),
+    schedule=one_of(*optim.SCHEDULES), warmup_iters=at_least(0), min_lr=at_least(0),
+    eval_interval=at_least(1), loss_chunk=at_least(-1), seed=at_least(0))
 
 
 # -----------------------------------------------------------------------------
@@ -159,7 +160,7 @@ def our_side(c: SimpleNamespace, model_seed: int, token_counts: torch.Tensor) ->
     chunk = machine.resolve_loss_chunk(c.loss_chunk, device, c.vocab_size)
     model.remat, model.loss_fn = c.remat, make_loss(chunk, c.softmax_tokens, token_counts)
     optimizers = optim.make_optimizers(model, c.optimizer, c.weight_decay, c.learning_rate,
-                                       (c.beta1, c.beta2), device_type)
+                                       (c.beta1, c.beta2), device_type, c.embedding_lr_scale)
     compute_dtype = machine.resolve_dtype_for(model, c.dtype, device)
     return Side("this model", model.train(), optimizers, compute_dtype, ours=True)
 

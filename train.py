@@ -68,6 +68,7 @@ pad_vocab = False  # pad GPT-2's 50,257 tokens to 50,304, a multiple of 64, as n
 # optimizer
 optimizer = "adamw"  # or 'muon': Muon for the matrices of the blocks, AdamW for the rest
 learning_rate = 1e-3  # highest learning rate
+embedding_lr_scale = 0.0  # the token embedding's rate over it (0: 1; with muon 640 / n_embd)
 max_iters = 20000  # steps; the default does not apply if another limit below is set
 max_epochs = 0.0  # passes over the training data (0: no limit)
 max_minutes = 0.0  # time for training and evaluation, excluding start-up (0: no limit)
@@ -95,10 +96,10 @@ config, given = configure(
     seed=at_least(0), logger=one_of("", "wandb", "tensorboard", "trackio"),
     batching=one_of("windows", "by_length"), gradient_accumulation_steps=at_least(1),
     batch_size=at_least(1), max_iters=at_least(0), max_epochs=at_least(0), max_minutes=at_least(0),
-    optimizer=one_of("adamw", "muon"), learning_rate=at_least(0), min_lr=at_least(0),
-    weight_decay=at_least(0), beta1=at_least(0, below=1), beta2=at_least(0, below=1),
-    grad_clip=at_least(0), schedule=one_of(*optim.SCHEDULES), warmup_iters=at_least(0),
-    lr_decay_iters=at_least(0), loss_chunk=at_least(-1))
+    optimizer=one_of("adamw", "muon"), learning_rate=at_least(0), embedding_lr_scale=at_least(0),
+    min_lr=at_least(0), weight_decay=at_least(0), beta1=at_least(0, below=1),
+    beta2=at_least(0, below=1), grad_clip=at_least(0), schedule=one_of(*optim.SCHEDULES),
+    warmup_iters=at_least(0), lr_decay_iters=at_least(0), loss_chunk=at_least(-1))
 
 
 # -----------------------------------------------------------------------------
@@ -241,7 +242,7 @@ config.update(device=device_type, dtype=dtype)
 # -----------------------------------------------------------------------------
 # Optimizer
 optimizers = optim.make_optimizers(raw_model, optimizer, weight_decay, learning_rate,
-                                   (beta1, beta2), device_type)
+                                   (beta1, beta2), device_type, embedding_lr_scale)
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
 
 # -----------------------------------------------------------------------------

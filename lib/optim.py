@@ -17,17 +17,24 @@ POLAR_EXPRESS = [(8.2872, -23.5959, 17.3004), (4.1071, -2.9478, 0.5448), (3.9487
 
 
 def make_optimizers(model: GPT, optimizer: str, weight_decay: float, learning_rate: float,
-                    betas: tuple[float, float], device_type: str) -> list[torch.optim.Optimizer]:
+                    betas: tuple[float, float], device_type: str,
+                    embedding_lr_scale: float = 0.0) -> list[torch.optim.Optimizer]:
     """
     Return the optimizers that together update all parameters of a model.
 
-    'adamw': one AdamW. 'muon': Muon for the matrices of the blocks, AdamW for the rest, with a
-    higher rate for the token embedding.
+    'adamw': one AdamW. 'muon': Muon for the matrices of the blocks, AdamW for the rest.
+    embedding_lr_scale: the token embedding's rate over learning_rate (0: 1 with 'adamw', and with
+    'muon' TABLE_LR_TIMES_WIDTH / n_embd).
     """
-    if optimizer == "adamw":
-        return [model.configure_optimizers(weight_decay, learning_rate, betas, device_type)]
-    if optimizer != "muon":
+    if optimizer not in ("adamw", "muon"):
         raise ValueError(f"optimizer must be adamw or muon, got {optimizer!r}")
+    adamw = model.configure_optimizers(weight_decay, learning_rate, betas, device_type)
+    if optimizer == "muon":
+        embedding_lr_scale = embedding_lr_scale or TABLE_LR_TIMES_WIDTH / model.config.n_embd
+    if embedding_lr_scale:
+        move_to_own_group(adamw, model.transformer.wte.weight, lr_scale=embedding_lr_scale)
+    if optimizer == "adamw":
+        return [adamw]
     blocks, n_inner = model.transformer.h, model.config.n_inner
     groups = [
         {"params": [block.attn.c_attn.weight for block in blocks]},
@@ -39,14 +46,16 @@ def make_optimizers(model: GPT, optimizer: str, weight_decay: float, learning_ra
     if model.config.arch == "qwen3":  # SwiGLU stacks gate and up
         stacked |= {block.mlp.c_fc.weight: [n_inner, n_inner] for block in blocks}
     matrices = {p for group in groups for p in group["params"]}
-    adamw = model.configure_optimizers(weight_decay, learning_rate, betas, device_type)
-    table = model.transformer.wte.weight
     for group in adamw.param_groups:
-        group["params"] = [p for p in group["params"] if p not in matrices and p is not table]
-    table_group = adamw.param_groups[0] | {
-        "params": [table], "lr_scale": TABLE_LR_TIMES_WIDTH / model.config.n_embd}
-    adamw.param_groups.insert(0, table_group)
+        group["params"] = [p for p in group["params"] if p not in matrices]
     return [adamw, Muon(groups, learning_rate, weight_decay, momentum=betas[0], stacked=stacked)]
+
+
+def move_to_own_group(optimizer: torch.optim.Optimizer, param: nn.Parameter, **options) -> None:
+    """Move a parameter from its group to a new one, the first, with these options changed."""
+    group = next(g for g in optimizer.param_groups if any(p is param for p in g["params"]))
+    group["params"] = [p for p in group["params"] if p is not param]
+    optimizer.param_groups.insert(0, group | {"params": [param]} | options)
 
 
 class Muon(torch.optim.Optimizer):

@@ -158,13 +158,16 @@ def test_schedules():
         optim.schedule_factor("warp", 0)
 
 
-def test_the_token_embedding_has_a_higher_rate_beside_muon():
-    model = tiny(arch="qwen3", tied=False)
-    optimizers = make_optimizers(model, "muon", 0.1, 1e-3, (0.9, 0.95), "cpu")
+@pytest.mark.parametrize("optimizer, embedding_lr_scale, factor", [
+    ("adamw", 0.0, 1.0), ("adamw", 3.0, 3.0), ("muon", 3.0, 3.0),
+    ("muon", 0.0, optim.TABLE_LR_TIMES_WIDTH / 16)])
+def test_the_token_embedding_has_its_own_rate(optimizer, embedding_lr_scale, factor):
+    model = tiny(arch="qwen3", tied=False, n_head=2, n_embd=16)
+    optimizers = make_optimizers(model, optimizer, 0.1, 1e-3, (0.9, 0.95), "cpu",
+                                 embedding_lr_scale)
     set_lr(optimizers, 0.01)
     rates = {p: group["lr"] for o in optimizers for group in o.param_groups
              for p in group["params"]}
-    table = model.transformer.wte.weight
-    assert rates.pop(table) == 0.01 * optim.TABLE_LR_TIMES_WIDTH / model.config.n_embd > 0.01
+    assert len(rates) == len(list(model.parameters()))
+    assert rates.pop(model.transformer.wte.weight) == 0.01 * factor
     assert set(rates.values()) == {0.01}
-    assert len(rates) == len(list(model.parameters())) - 1
