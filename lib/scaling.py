@@ -47,7 +47,7 @@ class Law(NamedTuple):
         return self.floor + self.size * parameters ** -self.a + self.data * D ** -self.b
 
 
-LAW = Law(floor=0.569, size=21.72, a=0.4226, data=138.2, b=0.4373, epochs=1.697)
+LAW = Law(floor=0.5463, size=11.59, a=0.3534, data=158.9, b=0.4486, epochs=2.46)
 
 
 def effective_tokens(tokens, distinct, epochs: float):
