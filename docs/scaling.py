@@ -126,18 +126,28 @@ def fit(runs: list[dict], steps: int = 2000) -> Law:
     return Law(*np.exp(logs))
 
 
-def print_fit() -> None:
+def comparable_runs() -> dict[tuple[str, int], list[dict]]:
     """
-    Fit the law to the runs on TinyStories; print its constants, and all runs beside it.
+    Return the runs by text and size of the vocabulary.
 
-    Left out are other contexts and learning rates, and runs of fewer than MIN_STEPS steps. On other
-    texts, the law times a factor is compared: the geometric mean of measured over predicted.
+    Left out are other contexts and learning rates, and runs of fewer than MIN_STEPS steps.
     """
     groups = {}
     for run in sorted(read_results(), key=lambda run: (run["flops"], run["n_embd"])):
         if (run["learning_rate"] == LEARNING_RATE and run["block_size"] == CONTEXT
                 and run["steps"] >= MIN_STEPS):
             groups.setdefault((run["text"], run["vocab_size"]), []).append(run)
+    return groups
+
+
+def print_fit() -> None:
+    """
+    Fit the law to the runs on TinyStories; print its constants, and all runs beside it.
+
+    For other texts and vocabularies the law is multiplied by a factor: the geometric mean of
+    measured over predicted.
+    """
+    groups = comparable_runs()
     law = fit(groups["tinystories", 50257])
     print(Law(*(float(f"{x:.4g}") for x in law)))
     for (text, V), runs in groups.items():

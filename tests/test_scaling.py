@@ -41,6 +41,22 @@ def test_the_fit_finds_the_law_that_made_the_losses():
         assert found == pytest.approx(law.bits_per_byte(N, D, 2e6), rel=2e-3)
 
 
+def test_the_fit_predicts_a_budget_that_it_has_not_seen():
+    """Runs of one and of three minutes predict those of ten within 2%, and which size is best."""
+    docs = docs_scaling()
+    runs = docs.comparable_runs()["tinystories", 50257]
+    law = docs.fit([run for run in runs if run["flops"] < docs.LARGE])
+    unseen = [run for run in runs if run["flops"] == docs.LARGE]
+    assert len(unseen) == 4
+    predicted = [law.bits_per_byte(run["parameters_non_embedding"], run["tokens"],
+                                   run["distinct_tokens"]) for run in unseen]
+    measured = [run["bits_per_byte"] for run in unseen]
+    assert predicted == pytest.approx(measured, rel=0.02)
+    assert measured[int(np.argmin(predicted))] < 1.01 * min(measured)
+    # lib/scaling.py has the constants of the fit to all runs
+    assert docs.fit(runs) == pytest.approx(scaling.LAW, rel=0.01)
+
+
 def test_speed_is_exact_where_it_was_measured():
     measured = [(1e6, 9000.0), (1e7, 2000.0), (1e8, 300.0)]
     for flops, speed in measured:
