@@ -24,13 +24,13 @@ optimizer = "muon"
 learning_rate = 1.4e-2
 schedule = "linear"
 min_lr = 0.0
-max_iters = 160
+max_iters = 165
 warmup_iters = 0  # projections that start at zero are warm-up enough
 weight_decay = 0.0
 beta1 = 0.8  # of Muon and AdamW: a short average for a short run
 beta2 = 0.99
-eval_interval = 160
+eval_interval = 165
 eval_iters = 0  # the whole split: 111,540 characters
-log_interval = 20
+log_interval = 15
 dtype = "float32"  # dtype='auto' would first measure, which takes as long as fifteen steps
 compile = False  # takes longer than it saves at this size
