@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
@@ -76,7 +77,7 @@ tied = True  # the head shares the weights of the token embedding; gpt2: always
 # optimizer
 optimizer = "adamw"  # or 'muon'
 learning_rate = 1e-3  # highest learning rate
-embedding_lr_scale = 0.0  # the token embedding's rate over it (0: 1; with muon 640 / n_embd)
+embedding_lr_scale = 0.0  # factor on the token embedding's rate (0: 1; with muon 640 / n_embd)
 weight_decay = 0.1  # of matrices and embeddings
 beta1 = 0.9  # decay of the mean of the gradients; momentum of Muon
 beta2 = 0.99  # decay of the mean of their squares
@@ -266,15 +267,20 @@ def bench_data(meta: dict, streams: dict[str, TokenStream]) -> dict:
     return dict(dataset=dataset, batching=batching, tokens_per_second=speed, padding=share)
 
 
-def train_once(side: Side, c: SimpleNamespace, run_seed: int, meta: dict,
+def train_once(make_side: Callable[[], Side], c: SimpleNamespace, run_seed: int, meta: dict,
                streams: dict[str, TokenStream]) -> list[tuple[float, int, float]]:
-    """Train once. Return (seconds, tokens, loss on the whole validation split) per evaluation."""
+    """
+    Build a model and train it. Return (seconds, tokens, loss) per evaluation.
+
+    The seconds include building and compiling the model, not evaluation. The loss is over the whole
+    validation split.
+    """
     batches = TrainBatches(streams["train"], c.block_size, c.batch_size, run_seed, c.batching,
                            meta["eot"])
     accumulation = c.gradient_accumulation_steps
     stream = prefetch(map(batches.batch, range(c.max_iters * accumulation)), device)
     started, paused, n_tokens, points = time.perf_counter(), 0.0, 0, []
-    machine.keep_freed_memory(side.ours)  # as its own script does
+    side = make_side()
     if c.compile:
         side.compile(*(t.to(device) for t in batches.batch(0)))
     for step in progress(range(1, c.max_iters + 1), f"training {side.name}, seed {run_seed}"):
@@ -298,11 +304,11 @@ def bench_loss(c: SimpleNamespace, peer, theirs: SimpleNamespace, meta: dict,
     """Measure seconds and tokens until a loss on the validation split, over several seeds."""
     counts = streams["train"].token_counts(c.vocab_size).to(device)
     run_seeds = range(seed, seed + seeds)
-    runs = {"this model": [train_once(our_side(c, s, counts), c, s, meta, streams)
+    runs = {"this model": [train_once(partial(our_side, c, s, counts), c, s, meta, streams)
                            for s in run_seeds]}
     if peer:
-        runs[their_name()] = [train_once(peer_side(peer, theirs, s), theirs, s, meta, streams)
-                              for s in run_seeds]
+        runs[their_name()] = [train_once(partial(peer_side, peer, theirs, s), theirs, s, meta,
+                                         streams) for s in run_seeds]
     reference = their_name() if peer else "this model"
     target = target_loss or statistics.mean(points[-1][2] for points in runs[reference])
     result, seconds_to_target = dict(dataset=dataset, seeds=seeds, target_loss=target), {}

@@ -7,8 +7,8 @@ Predict the memory, the time and the best batch size of a training run, from for
     python plan.py --minutes=10 --dataset=tinystories --to=config/train_best10.py
 
 No weights are allocated, and of the dataset only meta.json is read. With --minutes, it instead
-chooses the best model to train in that time: it measures how fast this machine trains three sizes,
-which takes up to 20 seconds, and predicts the loss of a ladder of sizes from a scaling law
+chooses the best model to train in that time. It trains three sizes briefly, up to 20 seconds in
+all, to measure this machine, and predicts the loss of a list of sizes from a scaling law
 (docs/scaling.md). The last line of output is a JSON object.
 """
 import json
@@ -35,7 +35,7 @@ mfu = 0.3  # share of the GPU's peak that training reaches; `python bench.py` me
 tokens = 0  # tokens to train on (0: those of max_iters steps or max_epochs)
 # the best model for a time
 minutes = 0.0  # choose the model that is best after so many minutes of training (0: off)
-to = ""  # write a config file that trains it, such as config/train_best10.py
+to = ""  # write a config file for the chosen model, such as config/train_best10.py
 pilot = False  # first train for a minute, to measure how hard the text is
 # data
 dataset = "tinystories"  # where it is prepared, it gives vocab_size and the size of an epoch
@@ -184,8 +184,7 @@ def training_memory(model: GPT, B: int, accumulation: int, compute_dtype: str, k
 
 
 def memory_with_runtime(model: GPT, B: int, accumulation: int, compute_dtype: str, kind: str,
-                        optimizer: str = optimizer,
-                        softmax_tokens: int = softmax_tokens) -> dict[str, int]:
+                        optimizer: str, softmax_tokens: int) -> dict[str, int]:
     """Return training_memory() and, as with_runtime, all that the device needs."""
     parts = training_memory(model, B, accumulation, compute_dtype, kind, optimizer, softmax_tokens)
     return parts | dict(with_runtime=int(RUNTIME + (1 + GAPS[kind]) * parts["memory"]))
@@ -202,10 +201,11 @@ def plan_batch(model: GPT, compute_dtype: str, kind: str,
     most = softmax_tokens // block_size if softmax_tokens else rows  # each target is sampled
     for B in range(min(rows, most), 0, -1):
         if rows % B == 0:
-            memory = memory_with_runtime(model, B, rows // B, compute_dtype, kind)
+            memory = memory_with_runtime(model, B, rows // B, compute_dtype, kind, optimizer,
+                                         softmax_tokens)
             if memory["with_runtime"] <= limit:
                 return B, memory
-    return 0, memory_with_runtime(model, 1, rows, compute_dtype, kind)
+    return 0, memory_with_runtime(model, 1, rows, compute_dtype, kind, optimizer, softmax_tokens)
 
 
 def print_memory(memory: dict[str, int], kind: str) -> None:
@@ -258,82 +258,83 @@ def print_fit(model: GPT, memory: dict[str, int], compute_dtype: str, kind: str,
 
 def measured_speeds(token_counts: torch.Tensor, V: int, here: str,
                     compute_dtype: str) -> list[tuple[float, float]]:
-    """Return FLOPs per token and tokens per second of three sizes on this machine."""
-    models = [scaling.model_of(L, C, block_size, V) for L, C in scaling.MEASURED]
+    """Return (FLOPs per token, tokens per second) of three sizes on this machine."""
+    models = [scaling.meta_model(L, C, block_size, V) for L, C in scaling.MEASURED]
     return [(scaling.flops_per_token(model),
              scaling.measure_speed(model.config, token_counts, here, compute_dtype))
             for model in progress(models, "measuring the speed of three sizes")]
 
 
-def predict_ladder(speeds: list[tuple[float, float]], V: int, distinct: int, seconds: float,
+def predict_ladder(measured: list[tuple[float, float]], V: int, distinct: int, seconds: float,
                    compute_dtype: str, kind: str) -> list[dict]:
     """Return size, tokens, memory and bits per byte of each model of the ladder."""
-    rows = []
+    ladder = []
     for L, C in scaling.LADDER:
-        model = scaling.model_of(L, C, block_size, V)
-        speed = scaling.speed_of(scaling.flops_per_token(model), speeds)
+        model = scaling.meta_model(L, C, block_size, V)
+        speed = scaling.interpolate_speed(scaling.flops_per_token(model), measured)
         n_seen, n_params = seconds * speed, model.num_params(non_embedding=True)
         memory = memory_with_runtime(model, scaling.TOKENS_PER_STEP // block_size, 1, compute_dtype,
                                      kind, "muon", scaling.SOFTMAX_TOKENS)
-        rows.append(dict(
+        ladder.append(dict(
             n_layer=L, n_head=model.config.n_head, n_embd=C, parameters=model.num_params(),
             parameters_non_embedding=n_params, tokens=int(n_seen), tokens_per_second=speed,
             memory_bytes=memory["with_runtime"],
             bits_per_byte=scaling.LAW.bits_per_byte(n_params, n_seen, distinct)))
-    return rows
+    return ladder
 
 
-def print_ladder(rows: list[dict], best: dict, distinct: int) -> None:
+def print_ladder(ladder: list[dict], best: dict, distinct: int) -> None:
     table = [["layers x width", "parameters", "tokens/s", "tokens", "epochs", "memory",
               "bits per byte"]]
-    for row in rows:
-        table.append([f"{row['n_layer']} x {row['n_embd']}", f"{row['parameters'] / 1e6:.1f}M",
-                      f"{row['tokens_per_second']:,.0f}", f"{row['tokens'] / 1e6:.2f}M",
-                      f"{row['tokens'] / distinct:.1f}", f"{row['memory_bytes'] / 1e9:.1f} GB",
-                      f"{row['bits_per_byte']:.3f}"] + ["<- best"] * (row is best))
+    for size in ladder:
+        table.append([f"{size['n_layer']} x {size['n_embd']}", f"{size['parameters'] / 1e6:.1f}M",
+                      f"{size['tokens_per_second']:,.0f}", f"{size['tokens'] / 1e6:.2f}M",
+                      f"{size['tokens'] / distinct:.1f}", f"{size['memory_bytes'] / 1e9:.1f} GB",
+                      f"{size['bits_per_byte']:.3f}"] + ["<- best"] * (size is best))
     print_table(table)
 
 
-def recipe(row: dict, max_minutes: float, out_dir: str, device_type: str,
-           compute_dtype: str) -> dict[str, object]:
-    """Return the settings that train a row of the ladder, beside those of config/tuned.py."""
-    steps = row["tokens"] // scaling.TOKENS_PER_STEP
+def recipe(size: dict, max_minutes: float, kind: str, compute_dtype: str) -> dict[str, object]:
+    """Return the settings that train a size of the ladder, in addition to config/tuned.py."""
+    steps = size["tokens"] // scaling.TOKENS_PER_STEP
     return dict(
-        out_dir=out_dir, dataset=dataset, batch_size=scaling.TOKENS_PER_STEP // block_size,
-        block_size=block_size, n_layer=row["n_layer"], n_head=row["n_head"], n_embd=row["n_embd"],
+        dataset=dataset, batch_size=scaling.TOKENS_PER_STEP // block_size, block_size=block_size,
+        n_layer=size["n_layer"], n_head=size["n_head"], n_embd=size["n_embd"],
         max_minutes=max_minutes, eval_interval=max(10, steps // 4), eval_iters=2,
-        softmax_tokens=scaling.SOFTMAX_TOKENS, dtype=compute_dtype, compile=device_type != "cpu")
+        softmax_tokens=scaling.SOFTMAX_TOKENS, dtype=compute_dtype, compile=kind != "cpu")
 
 
-def write_config(path: Path, row: dict, settings: dict[str, object], where: str,
+def write_config(path: Path, size: dict, settings: dict[str, object], where: str,
                  distinct: int) -> None:
-    """Write a config file with the reasons for its size. An earlier one of plan.py is replaced."""
+    """Write a config file that states the prediction. It replaces only files of plan.py."""
     if path.exists() and not path.read_text(encoding="utf-8").startswith("# The best model for"):
         raise ValueError(f"{path} exists and is not from plan.py: choose another name")
     command = f"python plan.py --minutes={minutes:g} --dataset={dataset}" + " --pilot=True" * pilot
-    n_tokens, speed = row["tokens"], row["tokens_per_second"]
+    millions, in_blocks = size["parameters"] / 1e6, size["parameters_non_embedding"] / 1e6
     text = f"""\
 # The best model for {minutes:g} minutes on {where}, chosen by
 #     {command} --to={path}
-# {row["parameters"]:,} parameters, {row["parameters_non_embedding"]:,} of them in the blocks.
-# At {speed:,.0f} tokens/s it sees {n_tokens:,} tokens, {n_tokens / distinct:.1f} epochs,
-# in {row["memory_bytes"] / 1e9:.1f} GB of memory.
-# Predicted: {row["bits_per_byte"]:.3f} bits per byte. Train it with
+# {millions:.2f}M parameters, {in_blocks:.2f}M of them in the blocks; \
+{size["memory_bytes"] / 1e9:.1f} GB of memory.
+# Predicted: {size["bits_per_byte"]:.3f} bits per byte after {size["tokens"] / 1e6:.1f}M tokens \
+({size["tokens"] / distinct:.1f} epochs). Train it with
 #     python train.py {path}
 exec(open("config/tuned.py").read())
 
 """
+    settings = {"out_dir": f"out-{path.stem.removeprefix('train_')}"} | settings
     text += "".join(f"{name} = {json.dumps(value) if isinstance(value, str) else value}\n"
                     for name, value in settings.items())
     write_atomically(path, text)
 
 
-def train_pilot(row: dict, device_type: str, compute_dtype: str, distinct: int) -> float:
+def train_pilot(size: dict, kind: str, compute_dtype: str, distinct: int) -> float:
     """Train for a minute; return the bits per byte over those that the law predicts."""
     print("pilot: training for a minute ...", flush=True)
-    settings = recipe(row, 1.0, "", device_type, compute_dtype)
-    summary = scaling.train_and_evaluate(settings | dict(eval_interval=10**6))
-    predicted = scaling.LAW.bits_per_byte(row["parameters_non_embedding"],
+    settings = recipe(size, 1.0, kind, compute_dtype)
+    settings["eval_interval"] = 10**6  # only at the end
+    summary = scaling.train_and_evaluate(settings)
+    predicted = scaling.LAW.bits_per_byte(size["parameters_non_embedding"],
                                           summary["step"] * scaling.TOKENS_PER_STEP, distinct)
     return summary["bits_per_byte"] / predicted
 
@@ -347,32 +348,29 @@ def plan_minutes(chip: str, here: str, compute_dtype: str, limit: float) -> None
     meta = load_meta(folder)
     stream, V = TokenStream(folder, "train", meta), meta["vocab_size"]
     distinct = len(stream)
-    if chip:  # every size reaches the same share of its peak
-        speeds = [(1.0, mfu * machine.PEAK_FLOPS[chip])]
+    if chip:  # one point is enough: every size is assumed to reach the same FLOP/s
+        measured = [(1.0, mfu * machine.PEAK_FLOPS[chip])]
     else:
-        speeds = measured_speeds(stream.token_counts(V), V, here, compute_dtype)
-    rows = predict_ladder(speeds, V, distinct, 60 * minutes, compute_dtype, kind)
-    fitting = [row for row in rows if not limit or row["memory_bytes"] <= limit]
+        measured = measured_speeds(stream.token_counts(V), V, here, compute_dtype)
+    ladder = predict_ladder(measured, V, distinct, 60 * minutes, compute_dtype, kind)
+    fitting = [size for size in ladder if not limit or size["memory_bytes"] <= limit]
     if not fitting:
         raise ValueError(f"no model of the ladder fits into {limit / 1e9:.3g} GB")
-    best = min(fitting, key=lambda row: row["bits_per_byte"])
-    factor = 1.0
-    if pilot:
-        factor = train_pilot(best, kind, compute_dtype, distinct)
-        for row in rows:
-            row["bits_per_byte"] *= factor
+    best = min(fitting, key=lambda size: size["bits_per_byte"])
+    factor = train_pilot(best, kind, compute_dtype, distinct) if pilot else 1.0
+    for size in ladder:
+        size["bits_per_byte"] *= factor
     print()
-    print_ladder(rows, best, distinct)
+    print_ladder(ladder, best, distinct)
     if to:
-        settings = recipe(best, minutes, f"out-{Path(to).stem.removeprefix('train_')}", kind,
-                          compute_dtype)
         where = chip or (f"{torch.get_num_threads()} CPU threads" if kind == "cpu" else
                          torch.cuda.get_device_name(here) if kind == "cuda" else kind)
+        settings = recipe(best, minutes, kind, dtype if chip else compute_dtype)
         write_config(Path(to), best, settings, where, distinct)
         print(f"\nwrote {to}; train it with `python train.py {to}`")
     print()
     print(json.dumps(dict(mode="minutes", minutes=minutes, device=chip or here, dataset=dataset,
-                          block_size=block_size, factor=factor, **best, ladder=rows)))
+                          block_size=block_size, factor=factor, **best, ladder=ladder)))
 
 
 def main() -> None:
@@ -390,7 +388,9 @@ def main() -> None:
         if compute_dtype == "auto":
             compute_dtype = "float32"  # on a CPU only a measurement could tell
         if (to or pilot) and not minutes:
-            raise ValueError("to and pilot need --minutes=N, the time to train")
+            raise ValueError("--to and --pilot also need --minutes=N, the time to train")
+        if pilot and chip:
+            raise ValueError("--pilot trains on this machine: leave out --gpu")
         if minutes:
             return plan_minutes(chip, here, compute_dtype, limit)
         folder = Path("data") / dataset
@@ -404,7 +404,7 @@ def main() -> None:
     n_params, n_params_in_blocks = model.num_params(), model.num_params(non_embedding=True)
     rows = batch_size * gradient_accumulation_steps
     memory = memory_with_runtime(model, batch_size, gradient_accumulation_steps, compute_dtype,
-                                 kind)
+                                 kind, optimizer, softmax_tokens)
     print(named_lines(
         model=f"{n_params:,} parameters ({n_params_in_blocks:,} without embeddings)\n"
               f"{arch}, {n_layer} layers, width {n_embd}, vocabulary of {V:,}",

@@ -68,7 +68,7 @@ pad_vocab = False  # pad GPT-2's 50,257 tokens to 50,304, a multiple of 64, as n
 # optimizer
 optimizer = "adamw"  # or 'muon': Muon for the matrices of the blocks, AdamW for the rest
 learning_rate = 1e-3  # highest learning rate
-embedding_lr_scale = 0.0  # the token embedding's rate over it (0: 1; with muon 640 / n_embd)
+embedding_lr_scale = 0.0  # factor on the token embedding's rate (0: 1; with muon 640 / n_embd)
 max_iters = 20000  # steps; the default does not apply if another limit below is set
 max_epochs = 0.0  # passes over the training data (0: no limit)
 max_minutes = 0.0  # time for training and evaluation, excluding start-up (0: no limit)

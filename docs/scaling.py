@@ -1,7 +1,7 @@
 """
 Train the grid of models behind lib/scaling.py, and fit its law to their losses.
 
-    python docs/scaling.py --data=data/tinystories,data/tinystories_bpe,data/novels
+    python docs/scaling.py --datasets=data/tinystories,data/tinystories_bpe,data/novels
     python docs/scaling.py  # only fit
 
 Each run is one line of docs/scaling.jsonl. Runs that are already there are skipped, so an
@@ -24,51 +24,57 @@ from lib.dataset import TokenStream
 from lib.scaling import LAW, Law
 
 # -----------------------------------------------------------------------------
-data = ""  # prepared folders, with commas (empty: only fit)
+datasets = ""  # prepared folders, with commas (empty: only fit)
 jobs = 2  # runs at a time, each with one thread
-largest = 4e13  # leave out budgets above this many FLOPs
+max_flops = 4e13  # leave out budgets above this
 # -----------------------------------------------------------------------------
 
 RESULTS = ROOT / "docs/scaling.jsonl"
 LEARNING_RATE = 8e-3
 CONTEXT = 128
-MIN_STEPS = 90  # shorter runs end before the law holds
+MIN_STEPS = 90  # the law is too inaccurate for shorter runs
 SMALL, MEDIUM, LARGE = 4e12, 1.2e13, 4e13  # about 1, 3 and 10 minutes on two cores
 KEYS = ("text", "vocab_size", "n_layer", "n_embd", "block_size", "learning_rate", "flops")
 
 
-def grid(first: bool) -> list[dict]:
-    """Return the runs on a dataset; the first one gets the most."""
-    def run(n_layer, n_embd, flops, block_size=CONTEXT, learning_rate=LEARNING_RATE):
-        return dict(n_layer=n_layer, n_embd=n_embd, flops=flops, block_size=block_size,
-                    learning_rate=learning_rate)
+def run_of(n_layer: int, n_embd: int, flops: float, block_size: int = CONTEXT,
+           learning_rate: float = LEARNING_RATE) -> dict:
+    return dict(n_layer=n_layer, n_embd=n_embd, flops=flops, block_size=block_size,
+                learning_rate=learning_rate)
 
-    if not first:
-        shapes = {SMALL: [(2, 64), (2, 128), (4, 128)], MEDIUM: [(2, 96)], LARGE: [(2, 128)]}
-        return [run(L, C, flops) for flops, pairs in shapes.items() for L, C in pairs]
+
+def check_grid() -> list[dict]:
+    """Return the few runs that check the law on another text or vocabulary."""
+    shapes = {SMALL: [(2, 64), (2, 128), (4, 128)], MEDIUM: [(2, 96)], LARGE: [(2, 128)]}
+    return [run_of(L, C, flops) for flops, pairs in shapes.items() for L, C in pairs]
+
+
+def full_grid() -> list[dict]:
+    """Return the runs to which the law is fitted, and those that vary context and rate."""
     shapes = {
         SMALL: [(2, 48), (2, 64), (4, 64), (2, 96), (2, 128), (3, 128), (4, 128), (6, 128),
                 (3, 192), (4, 256)],
         MEDIUM: [(2, 64), (2, 96), (2, 128), (4, 128), (3, 192), (4, 256), (6, 256)],
         LARGE: [(2, 128), (3, 128), (4, 128), (3, 192)]}
-    runs = [run(L, C, flops) for flops, pairs in shapes.items() for L, C in pairs]
+    runs = [run_of(L, C, flops) for flops, pairs in shapes.items() for L, C in pairs]
     for T in (64, 256):  # contexts
-        runs += [run(2, 128, SMALL, T), run(4, 128, SMALL, T)]
+        runs += [run_of(2, 128, SMALL, T), run_of(4, 128, SMALL, T)]
     for lr in (4e-3, 1.6e-2):  # learning rates
-        runs += [run(2, 64, SMALL, learning_rate=lr), run(4, 256, SMALL, learning_rate=lr)]
+        runs += [run_of(L, C, SMALL, learning_rate=lr) for L, C in ((2, 64), (4, 256))]
     return runs
 
 
 def read_results() -> list[dict]:
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if (
-        RESULTS.exists()) else []
+    if not RESULTS.exists():
+        return []
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()]
 
 
 def train(folder: Path, meta: dict, run: dict) -> dict:
-    """Train and evaluate one model in a folder of its own; return the run with its results."""
+    """Train and evaluate one model in a temporary folder; return the run with its results."""
     T, V = run["block_size"], meta["vocab_size"]
     tokens_per_step = scaling.TOKENS_PER_STEP
-    model = scaling.model_of(run["n_layer"], run["n_embd"], T, V)
+    model = scaling.meta_model(run["n_layer"], run["n_embd"], T, V)
     config = model.config
     steps = round(run["flops"] / (tokens_per_step * scaling.flops_per_token(model)))
     metrics = scaling.train_and_evaluate(dict(
@@ -86,17 +92,17 @@ def train(folder: Path, meta: dict, run: dict) -> dict:
 
 
 def train_grid() -> None:
-    """Train what is missing of the grid, small budgets first, and append it to the results."""
+    """Train the runs that have no result yet, small budgets first, and append their results."""
     done = {tuple(run[key] for key in KEYS) for run in read_results()}
     todo = []
-    for i, name in enumerate(data.split(",")):
+    for i, name in enumerate(datasets.split(",")):
         folder = Path(name).resolve()
         meta = load_meta(folder)
-        text = folder.name.removesuffix("_bpe")
+        text = folder.name.removesuffix("_bpe")  # the same text with another tokenizer
         runs = [dict(text=text, vocab_size=meta["vocab_size"]) | run
-                for run in grid(first=i == 0)]
+                for run in (check_grid() if i else full_grid())]
         todo += [(folder, meta, run) for run in runs
-                 if tuple(run[key] for key in KEYS) not in done and run["flops"] <= largest]
+                 if tuple(run[key] for key in KEYS) not in done and run["flops"] <= max_flops]
     todo.sort(key=lambda job: job[2]["flops"])
     print(f"{len(todo)} runs to train", flush=True)
     with ThreadPoolExecutor(jobs) as pool, open(RESULTS, "a") as file:
@@ -107,8 +113,8 @@ def train_grid() -> None:
             print(*(f"{key}={result[key]}" for key in (*KEYS, "bits_per_byte")), flush=True)
 
 
-def fit(runs: list[dict], steps: int = 2000) -> Law:
-    """Return the law with the least squares of log bits per byte, by Levenberg-Marquardt."""
+def fit(runs: list[dict], iterations: int = 2000) -> Law:
+    """Fit the law by least squares of log bits per byte (Levenberg-Marquardt)."""
     N, D, distinct, bits = (np.array([run[key] for run in runs], dtype=float) for key in
                             ("parameters_non_embedding", "tokens", "distinct_tokens",
                              "bits_per_byte"))
@@ -117,7 +123,7 @@ def fit(runs: list[dict], steps: int = 2000) -> Law:
         return np.log(Law(*np.exp(logs)).bits_per_byte(N, D, distinct) / bits)
 
     logs, damping = np.log(LAW), 1.0
-    for _ in range(steps):
+    for _ in range(iterations):
         e = errors(logs)
         J = np.stack([(errors(logs + h) - e) / 1e-6 for h in 1e-6 * np.eye(len(logs))], axis=1)
         new = logs - np.linalg.solve(J.T @ J + damping * np.eye(len(logs)) * 1e-3, J.T @ e)
@@ -140,9 +146,9 @@ def comparable_runs() -> dict[tuple[str, int], list[dict]]:
     return groups
 
 
-def print_fit() -> None:
+def report_fit() -> None:
     """
-    Fit the law to the runs on TinyStories; print its constants, and all runs beside it.
+    Fit the law to the runs on TinyStories; print its constants and a table of all losses.
 
     For other texts and vocabularies the law is multiplied by a factor: the geometric mean of
     measured over predicted.
@@ -156,7 +162,7 @@ def print_fit() -> None:
         measured = np.array([run["bits_per_byte"] for run in runs])
         factor = np.exp(np.log(measured / predicted).mean())
         errors = factor * predicted / measured - 1
-        print(f"\n{text}, {V:,} tokens: {factor:.3f} times the law; mean error "
+        print(f"\n{text}, vocabulary {V:,}: {factor:.3f} times the law; mean error "
               f"{np.abs(errors).mean():.1%}, largest {np.abs(errors).max():.1%}")
         print_table([["layers x width", "FLOPs", "steps", "tokens", "bits per byte", "law"]] + [
             [f"{run['n_layer']} x {run['n_embd']}", f"{run['flops']:.2g}", f"{run['steps']:,}",
@@ -165,8 +171,8 @@ def print_fit() -> None:
 
 
 if __name__ == "__main__":
-    configure(globals(), jobs=at_least(1), largest=at_least(0))
+    configure(globals(), jobs=at_least(1), max_flops=at_least(0))
     with user_errors():
-        if data:
+        if datasets:
             train_grid()
-        print_fit()
+        report_fit()

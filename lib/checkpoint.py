@@ -293,7 +293,7 @@ def restore(checkpoint: dict, model: GPT, optimizers: list[torch.optim.Optimizer
     try:
         model.load_state_dict(checkpoint["model"])
         for optimizer, saved in zip(optimizers, checkpoint["optimizer"], strict=True):
-            optimizer.load_state_dict(with_groups_of(optimizer, saved))
+            optimizer.load_state_dict(upgrade_groups(optimizer, saved))
         if checkpoint["scaler"]:  # empty unless the run was in float16
             scaler.load_state_dict(checkpoint["scaler"])
         return RunState.from_checkpoint(checkpoint, device)
@@ -302,17 +302,17 @@ def restore(checkpoint: dict, model: GPT, optimizers: list[torch.optim.Optimizer
                          f"({type(error).__name__}: {error})") from None
 
 
-def with_groups_of(optimizer: torch.optim.Optimizer, saved: dict) -> dict:
+def upgrade_groups(optimizer: torch.optim.Optimizer, saved: dict) -> dict:
     """
-    Return an optimizer's state with the parameter groups of today.
+    Return a saved optimizer state with the current parameter groups.
 
-    The AdamW beside Muon once had the token embedding in its first group, at the common rate. It
-    keeps that rate.
+    Before embedding_lr_scale, the token embedding was the first parameter of AdamW's first group.
+    It gets a group of its own and keeps its rate.
     """
     groups = saved["param_groups"]
     if len(groups) == len(optimizer.param_groups) - 1:
-        table, *others = groups[0]["params"]
-        groups = [groups[0] | {"params": [table]}, groups[0] | {"params": others}, *groups[1:]]
+        embedding, *others = groups[0]["params"]
+        groups = [groups[0] | {"params": [embedding]}, groups[0] | {"params": others}, *groups[1:]]
     return saved | {"param_groups": groups}
 
 

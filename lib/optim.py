@@ -10,8 +10,9 @@ import torch.nn as nn
 from model import GPT
 
 SCHEDULES = ("cosine", "linear", "trapezoid")
-# the token embedding's rate over the common one, times n_embd: as the head, it has n_embd inputs
-TABLE_LR_TIMES_WIDTH = 640.0
+# With Muon, the learning rate of the token embedding is multiplied by EMBEDDING_LR_WIDTH / n_embd.
+# A tied embedding is also the head, whose best rate falls with the number of its inputs, n_embd.
+EMBEDDING_LR_WIDTH = 640
 # a, b and c of the first three steps a x + b x^3 + c x^5 of Polar Express
 POLAR_EXPRESS = [(8.2872, -23.5959, 17.3004), (4.1071, -2.9478, 0.5448), (3.9487, -2.9089, 0.5518)]
 
@@ -23,16 +24,16 @@ def make_optimizers(model: GPT, optimizer: str, weight_decay: float, learning_ra
     Return the optimizers that together update all parameters of a model.
 
     'adamw': one AdamW. 'muon': Muon for the matrices of the blocks, AdamW for the rest.
-    embedding_lr_scale: the token embedding's rate over learning_rate (0: 1 with 'adamw', and with
-    'muon' TABLE_LR_TIMES_WIDTH / n_embd).
+    embedding_lr_scale: factor on the learning rate of the token embedding. 0: 1 with 'adamw',
+    EMBEDDING_LR_WIDTH / n_embd with 'muon'.
     """
     if optimizer not in ("adamw", "muon"):
         raise ValueError(f"optimizer must be adamw or muon, got {optimizer!r}")
     adamw = model.configure_optimizers(weight_decay, learning_rate, betas, device_type)
     if optimizer == "muon":
-        embedding_lr_scale = embedding_lr_scale or TABLE_LR_TIMES_WIDTH / model.config.n_embd
+        embedding_lr_scale = embedding_lr_scale or EMBEDDING_LR_WIDTH / model.config.n_embd
     if embedding_lr_scale:
-        move_to_own_group(adamw, model.transformer.wte.weight, lr_scale=embedding_lr_scale)
+        move_to_own_group(adamw, model.transformer.wte.weight, lr_factor=embedding_lr_scale)
     if optimizer == "adamw":
         return [adamw]
     blocks, n_inner = model.transformer.h, model.config.n_inner
@@ -52,7 +53,7 @@ def make_optimizers(model: GPT, optimizer: str, weight_decay: float, learning_ra
 
 
 def move_to_own_group(optimizer: torch.optim.Optimizer, param: nn.Parameter, **options) -> None:
-    """Move a parameter from its group to a new one, the first, with these options changed."""
+    """Move a parameter to a new first group: a copy of its old group with these options changed."""
     group = next(g for g in optimizer.param_groups if any(p is param for p in g["params"]))
     group["params"] = [p for p in group["params"] if p is not param]
     optimizer.param_groups.insert(0, group | {"params": [param]} | options)
@@ -63,7 +64,7 @@ class Muon(torch.optim.Optimizer):
     Momentum with orthogonalized updates, which change every direction of a matrix equally.
 
     The update of an (r, c) matrix has the spectral norm 4 * lr * sqrt(max(1, r / c)). The factor 4
-    makes one learning rate suit both Muon and AdamW, and the root models of any width
+    lets Muon and AdamW share a learning rate, and the root lets models of any width share it
     (https://arxiv.org/abs/2310.17813). Source: https://kellerjordan.github.io/posts/muon/
 
     stacked: for parameters that hold several matrices on top of each other, their heights.
@@ -112,20 +113,21 @@ def orthogonalize(g: torch.Tensor) -> torch.Tensor:
     coefficients did not lower the loss.
     """
     x = g.bfloat16() if g.is_cuda else g  # few CPUs are fast in bfloat16
-    rows = x.norm(dim=2, keepdim=True)  # (n, r, 1)
-    x = x / (1.01 * math.sqrt(g.size(1)) * rows + 1e-10)  # the norm of each matrix is 1 / 1.01
+    row_norms = x.norm(dim=2, keepdim=True)  # (n, r, 1)
+    # the norm of each matrix becomes 1 / 1.01: rounding must not bring a singular value above 1
+    x = x / (1.01 * math.sqrt(g.size(1)) * row_norms + 1e-10)
     tall = x.size(1) > x.size(2)
     x = x.mT if tall else x
     for a, b, c in POLAR_EXPRESS:
-        square = x @ x.mT  # (n, r, r)
-        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+        gram = x @ x.mT  # (n, r, r)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).to(g.dtype)
 
 
 def set_lr(optimizers: list[torch.optim.Optimizer], lr: float) -> None:
-    """Set the learning rate of all parameter groups, times lr_scale where a group has one."""
+    """Set the learning rate of each parameter group to lr, times its lr_factor if it has one."""
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["lr"] = lr * group.get("lr_scale", 1.0)
+        group["lr"] = lr * group.get("lr_factor", 1.0)
 
 
 def step(model: nn.Module, optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler,

@@ -1,7 +1,7 @@
 """
 Which model to train in a given time: a ladder of sizes, their speed here, and a scaling law.
 
-docs/scaling.py fits the law to runs with config/tuned.py; docs/scaling.md has them and the errors.
+docs/scaling.py fits the law to training runs; docs/scaling.md lists the runs and the errors.
 """
 import json
 import math
@@ -25,32 +25,33 @@ SOFTMAX_TOKENS = 4096  # tokens in the training softmax
 # (n_layer, n_embd) of the models to choose from, smallest first
 LADDER = [(2, 48), (2, 64), (2, 96), (2, 128), (3, 128), (4, 128), (3, 192), (4, 192), (4, 256),
           (6, 256), (4, 384), (6, 384), (8, 384), (8, 512)]
-MEASURED = [(2, 48), (4, 192), (6, 384)]  # of these, the speed is measured
+MEASURED = [(2, 48), (4, 192), (6, 384)]  # plan.py interpolates the speed of the others
 
 
 class Law(NamedTuple):
     """
-    Bits per byte = floor + size * N^-a + data * D^-b with N parameters in the blocks.
+    Bits per byte = floor + A / N^a + B / D^b.
 
-    D: the tokens seen, where repeated ones count less, see effective_tokens().
+    N: parameters in the blocks. D: training tokens, where repeated ones count less, see
+    effective_tokens().
     """
     floor: float
-    size: float
+    A: float
     a: float
-    data: float
+    B: float
     b: float
-    epochs: float  # after about this many repetitions, more of them teach nothing
+    repeat_scale: float  # a token that is repeated forever counts as 1 + repeat_scale new ones
 
     def bits_per_byte(self, parameters, tokens, distinct_tokens):
-        """Return the prediction for numbers or for tensors."""
-        D = effective_tokens(tokens, distinct_tokens, self.epochs)
-        return self.floor + self.size * parameters ** -self.a + self.data * D ** -self.b
+        """Return the prediction, for numbers or NumPy arrays."""
+        D = effective_tokens(tokens, distinct_tokens, self.repeat_scale)
+        return self.floor + self.A * parameters ** -self.a + self.B * D ** -self.b
 
 
-LAW = Law(floor=0.5463, size=11.59, a=0.3534, data=158.9, b=0.4486, epochs=2.46)
+LAW = Law(floor=0.5463, A=11.59, a=0.3534, B=158.9, b=0.4486, repeat_scale=2.46)
 
 
-def effective_tokens(tokens, distinct, epochs: float):
+def effective_tokens(tokens, distinct, repeat_scale: float):
     """
     Return how many new tokens teach as much as `tokens` that repeat `distinct` ones.
 
@@ -58,14 +59,14 @@ def effective_tokens(tokens, distinct, epochs: float):
     """
     seen = np.minimum(tokens, distinct)
     repeats = tokens / seen - 1
-    return seen * (1 + epochs * (1 - np.exp(-repeats / epochs)))
+    return seen * (1 + repeat_scale * (1 - np.exp(-repeats / repeat_scale)))
 
 
-def model_of(n_layer: int, n_embd: int, block_size: int, vocab_size: int) -> GPT:
+def meta_model(n_layer: int, n_embd: int, block_size: int, vocab_size: int) -> GPT:
     """
-    Return a model of the ladder without weights, on the device 'meta'.
+    Return a Qwen3 without weights, on the device 'meta'.
 
-    It is a Qwen3 with heads of width 32, or of 64 from width 192 on.
+    Its heads have width 32 below n_embd = 192, and 64 from there on.
     """
     with torch.device("meta"):
         return GPT(GPTConfig(
@@ -82,15 +83,16 @@ def train_and_evaluate(settings: dict[str, object], **environment: str) -> dict:
     """
     Run train.py with config/tuned.py and these settings, then eval.py; return its summary.
 
-    Raises ValueError with the last words of a script that fails.
+    Raises ValueError with the end of the error output if a script fails.
     """
     root = Path(__file__).parents[1]
     with TemporaryDirectory() as out_dir:
         settings = settings | dict(out_dir=out_dir, sample_every_eval=False, overwrite=True)
         options = [f"--{name}={value}" for name, value in settings.items()]
-        same = [f"--{name}={settings[name]}" for name in ("device", "dtype") if name in settings]
+        eval_options = [f"--{name}={settings[name]}" for name in ("device", "dtype")
+                        if name in settings]
         for command in (["train.py", "config/tuned.py", *options],
-                        ["eval.py", f"--out_dir={out_dir}", *same]):
+                        ["eval.py", f"--out_dir={out_dir}", *eval_options]):
             done = subprocess.run([sys.executable, *command], cwd=root, capture_output=True,
                                   text=True, env=os.environ | environment)
             if done.returncode:
@@ -100,7 +102,7 @@ def train_and_evaluate(settings: dict[str, object], **environment: str) -> dict:
 
 def measure_speed(config: GPTConfig, token_counts: torch.Tensor, device: str, dtype: str,
                   seconds: float = 4.0) -> float:
-    """Train on random tokens for about so many seconds; return the tokens per second."""
+    """Train on random tokens for about `seconds` seconds; return the tokens per second."""
     model = GPT(config).to(device).train()
     chunk = machine.resolve_loss_chunk(-1, device, config.vocab_size)
     model.loss_fn = make_loss(chunk, SOFTMAX_TOKENS, token_counts.to(device))
@@ -120,12 +122,12 @@ def measure_speed(config: GPTConfig, token_counts: torch.Tensor, device: str, dt
     return TOKENS_PER_STEP / machine.median_seconds(step, repeats, device)
 
 
-def speed_of(flops: float, measured: Sequence[tuple[float, float]]) -> float:
+def interpolate_speed(token_flops: float, measured: Sequence[tuple[float, float]]) -> float:
     """
-    Return the tokens per second of a model with so many FLOPs per token.
+    Return the predicted tokens per second of a model with token_flops FLOPs per token.
 
-    measured: FLOPs and tokens per second of some models, smallest first. Between them, the FLOP/s
-    are interpolated over the logarithm of the FLOPs.
+    measured: (FLOPs per token, tokens per second) of some models, smallest first. The FLOP/s are
+    interpolated linearly over the logarithm of the FLOPs per token.
     """
     logs, rates = zip(*((math.log(F), F * speed) for F, speed in measured))
-    return float(np.interp(math.log(flops), logs, rates)) / flops
+    return float(np.interp(math.log(token_flops), logs, rates)) / token_flops

@@ -9,7 +9,7 @@ import pytest
 from helpers import HERE, one_line_error, run
 from lib import scaling
 from lib.checkpoint import load_checkpoint
-from lib.scaling import Law, effective_tokens, flops_per_token, model_of, speed_of
+from lib.scaling import Law, effective_tokens, flops_per_token, interpolate_speed, meta_model
 
 
 def docs_scaling():
@@ -20,15 +20,15 @@ def docs_scaling():
 
 
 def test_repeated_tokens_teach_less_and_in_the_limit_nothing():
-    assert effective_tokens(500.0, 1000.0, epochs=5) == 500
-    assert effective_tokens(1000.0, 1000.0, epochs=5) == 1000
-    # the first repetition is worth 1 - 1 / (2 * epochs) of new tokens, to first order
-    assert effective_tokens(2000.0, 1000.0, epochs=100) == pytest.approx(1995, abs=1)
-    assert effective_tokens(1e9, 1000.0, epochs=5) == pytest.approx(6000)
+    assert effective_tokens(500.0, 1000.0, repeat_scale=5) == 500
+    assert effective_tokens(1000.0, 1000.0, repeat_scale=5) == 1000
+    # the first repetition is worth 1 - 1 / (2 * repeat_scale) of new tokens, to first order
+    assert effective_tokens(2000.0, 1000.0, repeat_scale=100) == pytest.approx(1995, abs=1)
+    assert effective_tokens(1e9, 1000.0, repeat_scale=5) == pytest.approx(6000)
 
 
 def test_the_fit_finds_the_law_that_made_the_losses():
-    law = Law(floor=0.4, size=5.0, a=0.25, data=100.0, b=0.4, epochs=8.0)
+    law = Law(floor=0.4, A=5.0, a=0.25, B=100.0, b=0.4, repeat_scale=8.0)
     rng = np.random.default_rng(0)
     runs = []
     for _ in range(60):
@@ -42,7 +42,7 @@ def test_the_fit_finds_the_law_that_made_the_losses():
 
 
 def test_the_fit_predicts_a_budget_that_it_has_not_seen():
-    """Runs of one and of three minutes predict those of ten within 2%, and which size is best."""
+    """Fit to runs of one and three minutes: the chosen size is within 1% of the best after ten."""
     docs = docs_scaling()
     runs = docs.comparable_runs()["tinystories", 50257]
     law = docs.fit([run for run in runs if run["flops"] < docs.LARGE])
@@ -60,14 +60,14 @@ def test_the_fit_predicts_a_budget_that_it_has_not_seen():
 def test_speed_is_exact_where_it_was_measured():
     measured = [(1e6, 9000.0), (1e7, 2000.0), (1e8, 300.0)]
     for flops, speed in measured:
-        assert speed_of(flops, measured) == pytest.approx(speed)
+        assert interpolate_speed(flops, measured) == pytest.approx(speed)
     # between them the FLOP/s are between those of the neighbors, beyond them they stay
-    assert 9e9 < speed_of(3e6, measured) * 3e6 < 2e10
-    assert speed_of(2e8, measured) * 2e8 == pytest.approx(3e10)
+    assert 9e9 < interpolate_speed(3e6, measured) * 3e6 < 2e10
+    assert interpolate_speed(2e8, measured) * 2e8 == pytest.approx(3e10)
 
 
 def test_the_ladder_is_ordered_by_size():
-    costs = [flops_per_token(model_of(L, C, 128, 50257)) for L, C in scaling.LADDER]
+    costs = [flops_per_token(meta_model(L, C, 128, 50257)) for L, C in scaling.LADDER]
     assert costs == sorted(costs) and set(scaling.MEASURED) <= set(scaling.LADDER)
 
 
@@ -100,6 +100,7 @@ def test_the_written_config_trains_for_the_minutes(tmp_path, fables_data):
         assert model_args[key] == chosen[key]
     # an own config file is never replaced, one of plan.py is
     assert plan("--minutes=0.05", "--gpu=T4", f"--dataset={fables_data}", f"--to={to}")
+    assert 'dtype = "auto"' in to.read_text()  # that GPU is not here
     to.write_text("n_layer = 2\n")
     error = one_line_error(run("plan.py", "--minutes=1", "--gpu=T4", f"--dataset={fables_data}",
                                f"--to={to}"))
@@ -107,7 +108,8 @@ def test_the_written_config_trains_for_the_minutes(tmp_path, fables_data):
 
 
 @pytest.mark.parametrize("args, message", [
-    (("--to=x.py",), "to and pilot need --minutes"),
+    (("--to=x.py",), "--to and --pilot also need --minutes"),
+    (("--minutes=1", "--gpu=T4", "--pilot=True"), "leave out --gpu"),
     (("--minutes=1", "--gpu=T4", "--device_memory=100MB"), "no model of the ladder fits"),
     (("--minutes=1", "--gpu=T4", "--block_size=4096"), "block_size must be at most 3,072"),
 ])
