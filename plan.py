@@ -329,14 +329,14 @@ exec(open("config/tuned.py").read())
 
 
 def train_pilot(size: dict, kind: str, compute_dtype: str, distinct: int) -> float:
-    """Train for a minute; return the bits per byte over those that the law predicts."""
+    """Train for a minute; return by how many bits per byte the loss is above the law."""
     print("pilot: training for a minute ...", flush=True)
     settings = recipe(size, 1.0, kind, compute_dtype)
     settings["eval_interval"] = 10**6  # only at the end
     summary = scaling.train_and_evaluate(settings)
     predicted = scaling.LAW.bits_per_byte(size["parameters_non_embedding"],
                                           summary["step"] * scaling.TOKENS_PER_STEP, distinct)
-    return summary["bits_per_byte"] / predicted
+    return summary["bits_per_byte"] - predicted
 
 
 def plan_minutes(chip: str, here: str, compute_dtype: str, limit: float) -> None:
@@ -357,9 +357,9 @@ def plan_minutes(chip: str, here: str, compute_dtype: str, limit: float) -> None
     if not fitting:
         raise ValueError(f"no model of the ladder fits into {limit / 1e9:.3g} GB")
     best = min(fitting, key=lambda size: size["bits_per_byte"])
-    factor = train_pilot(best, kind, compute_dtype, distinct) if pilot else 1.0
+    offset = train_pilot(best, kind, compute_dtype, distinct) if pilot else 0.0
     for size in ladder:
-        size["bits_per_byte"] *= factor
+        size["bits_per_byte"] += offset
     print()
     print_ladder(ladder, best, distinct)
     if to:
@@ -370,7 +370,7 @@ def plan_minutes(chip: str, here: str, compute_dtype: str, limit: float) -> None
         print(f"\nwrote {to}; train it with `python train.py {to}`")
     print()
     print(json.dumps(dict(mode="minutes", minutes=minutes, device=chip or here, dataset=dataset,
-                          block_size=block_size, factor=factor, **best, ladder=ladder)))
+                          block_size=block_size, offset=offset, **best, ladder=ladder)))
 
 
 def main() -> None:

@@ -12,18 +12,18 @@ batch_size = 6  # about 750 tokens per step: in three minutes, many small steps 
 block_size = 192  # longer than any fable
 
 n_layer = 2
-n_head = 2  # with AdamW, a single head sometimes never learned to copy a name
-n_embd = 64  # wider models make fewer steps in the same time, and the number of fables counts
-dropout = 0.0  # almost no fable is seen twice
+n_head = 2  # a single head did not always learn to copy a name
+n_embd = 64  # wider models see fewer fables in the same time
+dropout = 0.0  # 1.1 epochs: there is nothing to overfit
 bias = True
 
 optimizer = "muon"
 learning_rate = 8e-3
-embedding_lr_scale = 3  # it is also the head: larger logits exclude impossible tokens earlier
+embedding_lr_scale = 3  # as the head, it learns to exclude impossible tokens sooner
 min_lr = 0.0
 max_iters = 9000
 warmup_iters = 200
-weight_decay = 0.0  # almost no fable is seen twice, so there is nothing to overfit
+weight_decay = 0.0
 beta2 = 0.995  # a long average, since each step has few tokens
 eval_interval = 900
 eval_iters = 16  # 96 fables; eval.py scores all 2,000

@@ -1,4 +1,4 @@
-# Shakespeare's characters with nanoGPT's loss in a ninth of its time, 0.77M parameters.
+# 0.77M parameters on Shakespeare's characters: nanoGPT's loss in a ninth of its time.
 #     python data/shakespeare_char/prepare.py
 #     python train.py config/train_shakespeare_char_qwen3.py
 # Reaches 1.876 nats per token in 9.8 s on two cores of an AMD EPYC (mean of three seeds).
@@ -15,7 +15,7 @@ block_size = 64
 arch = "qwen3"
 n_layer = 4
 n_head = 4
-n_kv_head = 1  # shared by the heads: an eighth less time, and as good for so few characters
+n_kv_head = 1  # shared by the heads: an eighth less time at the same loss
 n_embd = 128
 dropout = 0.0
 tied = False

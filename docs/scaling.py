@@ -150,8 +150,8 @@ def report_fit() -> None:
     """
     Fit the law to the runs on TinyStories; print its constants and a table of all losses.
 
-    For other texts and vocabularies the law is multiplied by a factor: the geometric mean of
-    measured over predicted.
+    For other texts and vocabularies an offset is added to the law: the mean of measured minus
+    predicted.
     """
     groups = comparable_runs()
     law = fit(groups["tinystories", 50257])
@@ -160,13 +160,13 @@ def report_fit() -> None:
         predicted = np.array([law.bits_per_byte(run["parameters_non_embedding"], run["tokens"],
                                                 run["distinct_tokens"]) for run in runs])
         measured = np.array([run["bits_per_byte"] for run in runs])
-        factor = np.exp(np.log(measured / predicted).mean())
-        errors = factor * predicted / measured - 1
-        print(f"\n{text}, vocabulary {V:,}: {factor:.3f} times the law; mean error "
+        offset = (measured - predicted).mean()
+        errors = (predicted + offset) / measured - 1
+        print(f"\n{text}, vocabulary {V:,}: law + {offset:.3f}; mean error "
               f"{np.abs(errors).mean():.1%}, largest {np.abs(errors).max():.1%}")
         print_table([["layers x width", "FLOPs", "steps", "tokens", "bits per byte", "law"]] + [
             [f"{run['n_layer']} x {run['n_embd']}", f"{run['flops']:.2g}", f"{run['steps']:,}",
-             f"{run['tokens'] / 1e6:.2f}M", f"{run['bits_per_byte']:.3f}", f"{factor * x:.3f}"]
+             f"{run['tokens'] / 1e6:.2f}M", f"{run['bits_per_byte']:.3f}", f"{x + offset:.3f}"]
             for run, x in zip(runs, predicted)])
 
 

@@ -57,6 +57,18 @@ def test_the_fit_predicts_a_budget_that_it_has_not_seen():
     assert docs.fit(runs) == pytest.approx(scaling.LAW, rel=0.01)
 
 
+def test_a_run_of_a_minute_tells_how_hard_another_text_is():
+    """As with --pilot=True: an offset from one run predicts the other sizes and times within 4%."""
+    for name, runs in docs_scaling().comparable_runs().items():
+        if name == ("tinystories", 50257):
+            continue
+        predicted = [scaling.LAW.bits_per_byte(run["parameters_non_embedding"], run["tokens"],
+                                               run["distinct_tokens"]) for run in runs]
+        measured = [run["bits_per_byte"] for run in runs]
+        offset = measured[0] - predicted[0]
+        assert [p + offset for p in predicted] == pytest.approx(measured, rel=0.04)
+
+
 def test_speed_is_exact_where_it_was_measured():
     measured = [(1e6, 9000.0), (1e7, 2000.0), (1e8, 300.0)]
     for flops, speed in measured:
