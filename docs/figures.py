@@ -80,7 +80,9 @@ def prepare(name: str, source: str) -> None:
 
 def bench(options: str) -> dict:
     """Return the JSON object that bench.py prints last. Raise ValueError if a target is missed."""
-    result = json.loads(run(f"bench.py {options}")[-1][1])
+    last = run(f"bench.py {options}")[-1][1]
+    print(last, flush=True)  # it has the loss of each seed
+    result = json.loads(last)
     if result["mode"] == "loss" and result["ours"]["reached"] < result["seeds"]:
         raise ValueError("not every seed reached nanoGPT's loss")
     return result
