@@ -14,6 +14,7 @@ all, to measure this machine, and predicts the loss of a list of sizes from a sc
 import json
 import math
 import re
+import shlex
 from pathlib import Path
 
 import torch
@@ -89,11 +90,11 @@ def bytes_of(text: str) -> float:
 def chip_of(name: str) -> str:
     """Return the name of a chip as PEAK_FLOPS has it, or '' for ''."""
     names = {"": ""} | {chip.lower().replace(" ", ""): chip for chip in machine.PEAK_FLOPS}
-    name = re.sub("[ _-]", "", name.lower())
-    if name not in names:
+    key = re.sub("[ _-]", "", name.lower())
+    if key not in names:
         raise ValueError(f"gpu must be one of {', '.join(machine.PEAK_FLOPS)}, or empty for this "
                          f"machine; got {name!r}")
-    return names[name]
+    return names[key]
 
 
 def block_activations(c: GPTConfig, n: int, size: int, on_cpu: bool) -> int:
@@ -294,6 +295,26 @@ def print_ladder(ladder: list[dict], best: dict, distinct: int) -> None:
     print_table(table)
 
 
+def print_notes(ladder: list[dict], best: dict, distinct: int, chip: str) -> None:
+    """Print why the predictions may be wrong."""
+    steps, epochs = best["tokens"] // scaling.TOKENS_PER_STEP, best["tokens"] / distinct
+    if steps < scaling.MIN_STEPS:
+        print(f"note: the predictions need at least {scaling.MIN_STEPS} steps, this has {steps}")
+    if best is ladder[-1]:
+        print("note: the best is the largest of these sizes; a larger one may be better")
+    if epochs > 4:
+        print(f"note: {dataset} is read {epochs:.0f} times; more text would lower the loss")
+    if chip:
+        print(f"note: all sizes are assumed to reach {mfu:.0%} of the GPU's peak; small ones will "
+              "not")
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise ValueError if the file exists and is not one that plan.py wrote."""
+    if path.exists() and not path.read_text(encoding="utf-8").startswith("# The best model for"):
+        raise ValueError(f"{path} exists and is not from plan.py: choose another name")
+
+
 def recipe(size: dict, max_minutes: float, kind: str, compute_dtype: str) -> dict[str, object]:
     """Return the settings that train a size of the ladder, in addition to config/tuned.py."""
     steps = size["tokens"] // scaling.TOKENS_PER_STEP
@@ -306,10 +327,11 @@ def recipe(size: dict, max_minutes: float, kind: str, compute_dtype: str) -> dic
 
 def write_config(path: Path, size: dict, settings: dict[str, object], where: str,
                  distinct: int) -> None:
-    """Write a config file that states the prediction. It replaces only files of plan.py."""
-    if path.exists() and not path.read_text(encoding="utf-8").startswith("# The best model for"):
-        raise ValueError(f"{path} exists and is not from plan.py: choose another name")
-    command = f"python plan.py --minutes={minutes:g} --dataset={dataset}" + " --pilot=True" * pilot
+    """Write a config file that states the prediction."""
+    options = {"minutes": f"{minutes:g}", "dataset": dataset} | {
+        name: config[name] for name in sorted(given - {"minutes", "dataset", "to"})}
+    command = " ".join(["python plan.py", *(f"--{name}={shlex.quote(str(value))}"
+                                            for name, value in options.items())])
     millions, in_blocks = size["parameters"] / 1e6, size["parameters_non_embedding"] / 1e6
     text = f"""\
 # The best model for {minutes:g} minutes on {where}, chosen by
@@ -344,6 +366,8 @@ def plan_minutes(chip: str, here: str, compute_dtype: str, limit: float) -> None
     if block_size > scaling.TOKENS_PER_STEP:
         raise ValueError(f"block_size must be at most {scaling.TOKENS_PER_STEP:,} with minutes, "
                          f"got {block_size}")
+    if to:
+        check_replaceable(Path(to))
     folder, kind = Path("data") / dataset, here.split(":")[0]
     meta = load_meta(folder)
     stream, V = TokenStream(folder, "train", meta), meta["vocab_size"]
@@ -362,6 +386,7 @@ def plan_minutes(chip: str, here: str, compute_dtype: str, limit: float) -> None
         size["bits_per_byte"] += offset
     print()
     print_ladder(ladder, best, distinct)
+    print_notes(ladder, best, distinct, chip)
     if to:
         where = chip or (f"{torch.get_num_threads()} CPU threads" if kind == "cpu" else
                          torch.cuda.get_device_name(here) if kind == "cuda" else kind)

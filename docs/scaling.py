@@ -21,7 +21,7 @@ from lib.configurator import at_least, configure, user_errors
 from lib.console import print_table
 from lib.corpus import load_meta
 from lib.dataset import TokenStream
-from lib.scaling import LAW, Law
+from lib.scaling import LAW, MIN_STEPS, Law
 
 # -----------------------------------------------------------------------------
 datasets = ""  # prepared folders, with commas (empty: only fit)
@@ -32,7 +32,6 @@ max_flops = 4e13  # leave out budgets above this
 RESULTS = ROOT / "docs/scaling.jsonl"
 LEARNING_RATE = 8e-3
 CONTEXT = 128
-MIN_STEPS = 90  # the law is too inaccurate for shorter runs
 SMALL, MEDIUM, LARGE = 4e12, 1.2e13, 4e13  # about 1, 3 and 10 minutes on two cores
 KEYS = ("text", "vocab_size", "n_layer", "n_embd", "block_size", "learning_rate", "flops")
 

@@ -22,6 +22,7 @@ from model import GPT, GPTConfig
 
 TOKENS_PER_STEP = 3072
 SOFTMAX_TOKENS = 4096  # tokens in the training softmax
+MIN_STEPS = 90  # the law is too inaccurate for shorter runs
 # (n_layer, n_embd) of the models to choose from, smallest first
 LADDER = [(2, 48), (2, 64), (2, 96), (2, 128), (3, 128), (4, 128), (3, 192), (4, 192), (4, 256),
           (6, 256), (4, 384), (6, 384), (8, 384), (8, 512)]
