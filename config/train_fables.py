@@ -19,7 +19,7 @@ bias = True
 
 optimizer = "muon"
 learning_rate = 8e-3
-embedding_lr_scale = 3  # as the head, it learns to exclude impossible tokens sooner
+embedding_lr_scale = 3  # as the head, it learns faster to exclude impossible tokens
 min_lr = 0.0
 max_iters = 9000
 warmup_iters = 200

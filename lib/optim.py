@@ -33,7 +33,7 @@ def make_optimizers(model: GPT, optimizer: str, weight_decay: float, learning_ra
     if optimizer == "muon":
         embedding_lr_scale = embedding_lr_scale or EMBEDDING_LR_WIDTH / model.config.n_embd
     if embedding_lr_scale:
-        move_to_own_group(adamw, model.transformer.wte.weight, lr_factor=embedding_lr_scale)
+        move_to_own_group(adamw, model.transformer.wte.weight, lr_scale=embedding_lr_scale)
     if optimizer == "adamw":
         return [adamw]
     blocks, n_inner = model.transformer.h, model.config.n_inner
@@ -63,8 +63,8 @@ class Muon(torch.optim.Optimizer):
     """
     Momentum with orthogonalized updates, which change every direction of a matrix equally.
 
-    The update of an (r, c) matrix has the spectral norm 4 * lr * sqrt(max(1, r / c)). The factor 4
-    lets Muon and AdamW share a learning rate, and the root lets models of any width share it
+    The update of an (r, c) matrix has the spectral norm 4 * lr * sqrt(max(1, r / c)). With
+    the factor 4, one learning rate suits Muon and AdamW; with the root, models of any width
     (https://arxiv.org/abs/2310.17813). Source: https://kellerjordan.github.io/posts/muon/
 
     stacked: for parameters that hold several matrices on top of each other, their heights.
@@ -125,9 +125,9 @@ def orthogonalize(g: torch.Tensor) -> torch.Tensor:
 
 
 def set_lr(optimizers: list[torch.optim.Optimizer], lr: float) -> None:
-    """Set the learning rate of each parameter group to lr, times its lr_factor if it has one."""
+    """Set the learning rate of each parameter group to lr, times its lr_scale if it has one."""
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["lr"] = lr * group.get("lr_factor", 1.0)
+        group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def step(model: nn.Module, optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler,

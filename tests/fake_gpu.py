@@ -12,8 +12,8 @@ import json
 from itertools import product
 
 import torch
+from torch import library
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.library import Library, fallthrough_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.backend_registration import (
     _DummyBackendModule,
@@ -28,7 +28,7 @@ from lib.quantize import use_int8_layers
 from model import GPT, GPTConfig
 
 GPU = "fakegpu"
-KERNELS = Library("_", "IMPL")  # unregistered when it is deleted
+KERNELS = library.Library("_", "IMPL")  # unregistered when it is deleted
 
 
 class Backend(_DummyBackendModule):
@@ -63,7 +63,7 @@ class Waits(TorchFunctionMode):
 def register() -> None:
     _setup_privateuseone_for_python_backend(GPU, Backend())
     # autocast can be entered, and changes no type
-    KERNELS.fallback(fallthrough_kernel, "AutocastPrivateUse1")
+    KERNELS.fallback(library.fallthrough_kernel, "AutocastPrivateUse1")
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=GPU)
 
 
