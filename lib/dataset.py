@@ -232,7 +232,7 @@ class TrainBatches:
 
         It is proportional to the number of targets, so every target of a step counts the same.
         """
-        if self.documents is None:
+        if self.documents is None or self.micro_batches == 1:
             return 1.0
         step, part = divmod(i, self.micro_batches)
         lengths = np.diff(self.documents_of_step(step))[:, 0]
@@ -307,7 +307,10 @@ def eval_batches(stream: TokenStream, block_size: int, batch_size: int, batching
 
 def prefetch(batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
              device: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield the batches on the device, preparing the next one in a thread."""
+    """Yield the batches on the device; beside a GPU, prepare the next one in a thread."""
+    if device.startswith("cpu"):  # a thread would slow down those that compute
+        yield from batches
+        return
     # CUDA copies without waiting, from pinned memory, which lives until the copy has ended
     batches, cuda = iter(batches), device.startswith("cuda")
 

@@ -82,8 +82,9 @@ class Muon(torch.optim.Optimizer):
         device = self.param_groups[0]["params"][0].device
         # 1 to update, 0 to change nothing
         go = 1 - getattr(self, "found_inf", torch.zeros((), device=device))
-        by_shape = {}  # (r, c) -> [(update, matrix, group)], orthogonalized in one batch
+        by_shape = {}  # (r, c, lr) -> [(update, matrix)], orthogonalized in one batch
         for group in self.param_groups:
+            lr, keep = group["lr"], 1 - group["lr"] * group["weight_decay"] * go
             for p in group["params"]:
                 if p.grad is None:
                     continue
@@ -93,14 +94,16 @@ class Muon(torch.optim.Optimizer):
                 grad = p.grad.where(go > 0, 0.0)
                 state["momentum"].lerp_(grad, (1 - group["momentum"]) * go)
                 update = grad.lerp(state["momentum"], group["momentum"])  # Nesterov
+                if group["weight_decay"]:
+                    p.mul_(keep)
                 heights = self.stacked.get(p, [p.size(0)])
                 for u, matrix in zip(update.split(heights), p.split(heights)):
-                    by_shape.setdefault(u.shape, []).append((u, matrix, group))
-        for (r, c), items in by_shape.items():
-            updates = orthogonalize(torch.stack([u for u, _, _ in items]))  # (n, r, c)
-            for u, (_, matrix, group) in zip(updates, items):
-                matrix.mul_(1 - group["lr"] * group["weight_decay"] * go)
-                matrix.sub_(u * (4 * group["lr"] * math.sqrt(max(1, r / c)) * go))
+                    by_shape.setdefault((*u.shape, lr), []).append((u, matrix))
+        for (r, c, lr), items in by_shape.items():
+            updates = orthogonalize(torch.stack([u for u, _ in items]))  # (n, r, c)
+            updates *= 4 * lr * math.sqrt(max(1, r / c)) * go
+            for u, (_, matrix) in zip(updates, items):
+                matrix.sub_(u)
 
 
 def orthogonalize(g: torch.Tensor) -> torch.Tensor:
