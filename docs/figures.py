@@ -222,7 +222,7 @@ def animate(outputs: list[list[tuple[float, str]]], rows: int = 24, longest_paus
         for seconds, line in output:
             clock += min(longest_pause, max(0.08, seconds - before))
             before = seconds
-            for part in textwrap.wrap(line, 100, subsequent_indent="    ") or [""]:
+            for part in textwrap.wrap(line, 98, subsequent_indent="    ") or [""]:
                 times.append(clock)
                 lines.append(part)
         clock += 1.2
