@@ -334,7 +334,7 @@ def write_config(path: Path, size: dict, settings: dict[str, object], where: str
                                             for name, value in options.items())])
     millions, in_blocks = size["parameters"] / 1e6, size["parameters_non_embedding"] / 1e6
     text = f"""\
-# The best model for {minutes:g} minutes on {where}, chosen by
+# The best model for {minutes:g} minute{'s' if minutes != 1 else ''} on {where}, chosen by
 #     {command} --to={path}
 # {millions:.2f}M parameters, {in_blocks:.2f}M of them in the blocks; \
 {size["memory_bytes"] / 1e9:.1f} GB of memory.
