@@ -7,7 +7,7 @@ SMALL = config/train_nano.py --batch_size=8 --rounds=3 --max_new_tokens=32
 HAS_GPU = $(shell .venv/bin/python -c "import torch; print(int(torch.cuda.is_available()))")
 BENCH = $(if $(filter 1,$(HAS_GPU)),config/train_gpt2_124m.py,$(SMALL))
 
-.PHONY: bench demo figures test test-slow lint venv
+.PHONY: bench demo figures story test test-slow lint venv
 
 demo: venv
 	.venv/bin/python data/fables/prepare.py
@@ -15,6 +15,10 @@ demo: venv
 	.venv/bin/python eval.py --out_dir=out-fables
 	.venv/bin/python sample.py --out_dir=out-fables
 	@echo "to run more commands, activate the environment: source .venv/bin/activate"
+
+# Three stories by the model in models/tinystories.
+story: venv
+	.venv/bin/python sample.py --out_dir=models/tinystories
 
 # Print a table to paste into a GitHub issue; AGAINST=PATH/nanoGPT/model.py also measures nanoGPT.
 bench: venv

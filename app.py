@@ -279,12 +279,44 @@ def alert(error: Exception) -> str:
 # What the widgets call
 
 def list_runs():
-    """Update the list of runs; choose the newest."""
+    """Update the list of runs and choose one."""
     import gradio as gr
 
     found = find_runs()
-    return gr.Dropdown(choices=[(run_label(run), run) for run in found],
-                       value=max(found, key=found.get, default=None))
+    return gr.Dropdown(choices=[(run_label(run), run) for run in found], value=first_run(found))
+
+
+def first_run(found: dict[str, int]) -> str | None:
+    """Return the newest measured run of the user, else the shipped one, else the newest."""
+    own = [run for run in found if run not in (sample.SHIPPED, "models/fables")]
+    measured = [run for run in own if Path(folder, run, "metrics_summary.json").exists()]
+    shipped = [run for run in found if run == sample.SHIPPED]
+    return max(measured or shipped or found, key=found.get, default=None)
+
+
+@functools.lru_cache(maxsize=4)
+def first_sample(run: str, device: str, written: int) -> tuple[str, str, str]:
+    """
+    Return what `generate` yields last for the sample that the page opens with.
+
+    All visitors share it; a run that is `written` again has a new one.
+    """
+    sampling = {name: getattr(sample, name) for name in SLIDERS}
+    *_, last = generate(dict(run=run, device=device, int8=False, prompt=EXAMPLES[0], stop="",
+                             seed=sample.seed, max_new_tokens=min(200, max_tokens), **sampling))
+    return last
+
+
+def show_first_sample(run, device):
+    """Show a sample of the model that the page opens with, if its vocabulary has the prompt."""
+    import gradio as gr
+
+    try:
+        if fits(load(run, device, False)[1], EXAMPLES[0]):
+            return first_sample(run, device, find_runs()[run])
+    except (ValueError, OSError, KeyError):  # show_run reports what is wrong with the model
+        pass
+    return gr.skip(), gr.skip(), gr.skip()
 
 
 def show_run(run, device, int8, prompt) -> list:
@@ -340,7 +372,7 @@ def make_page():
     import gradio as gr
 
     with gr.Blocks(title="fablegpt", analytics_enabled=False) as page:
-        gr.Markdown("# fablegpt\nSmall GPTs that tell stories, and the tokens that they predict.")
+        gr.Markdown("# fablegpt\nSample a small GPT and see its most probable next tokens.")
         with gr.Row():
             with gr.Column(scale=3):
                 with gr.Row():
@@ -366,23 +398,29 @@ def make_page():
         with gr.Accordion("Sampling"), gr.Row():
             sampling = make_sampling_inputs()
 
-        # preprocess=False: check_request reports bad values in one line, Gradio in a traceback
+        # preprocess=False: the functions report bad values in one line, Gradio in a traceback
+        show = dict(fn=show_run, inputs=[run, where, int8, prompt], preprocess=False,
+                    outputs=[facts, chart, *examples], show_progress="hidden", api_name="show")
+        listed = page.load(list_runs, None, run, show_progress="hidden", api_name="runs")
+        first = listed.then(**show).then(
+            show_first_sample, [run, where], [text, chart, status], show_progress="hidden",
+            concurrency_limit=at_once, concurrency_id="samples", api_name="first")
         generate_on = dict(fn=show_sample, outputs=[text, chart, status], preprocess=False,
                            inputs_kwargs=dict(run=run, device=where, int8=int8, prompt=prompt,
                                               **sampling),
                            concurrency_limit=at_once, concurrency_id="samples",
-                           show_progress_on=text)
-        halt.click(None, cancels=[go.click(**generate_on, api_name="generate"),
-                                  prompt.submit(**generate_on, api_name="submit")])
+                           show_progress_on=text, cancels=first)
+        samples = [go.click(**generate_on, api_name="generate"),
+                   prompt.submit(**generate_on, api_name="submit")]
+        halt.click(None, cancels=samples)
         for button, example in zip(examples, EXAMPLES):
             button.click(None, None, prompt, js=f"() => {json.dumps(example)}")
-        show = dict(fn=show_run, inputs=[run, where, int8, prompt], preprocess=False,
-                    outputs=[facts, chart, *examples], show_progress="hidden", api_name="show")
         gr.on([run.input, where.input, int8.input], **show)
+        # clear the sample of the previous model
+        run.input(None, None, [text, status], js="() => ['', '']", cancels=[first, *samples])
         # Gradio gives this textarea no label
         page.load(None, js="() => {document.querySelector('#sample textarea').ariaLabel = "
                            "'sample'}")
-        page.load(list_runs, None, run, show_progress="hidden", api_name="runs").then(**show)
     page.queue(max_size=queue_size)
     return page
 

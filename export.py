@@ -3,46 +3,56 @@ Write a trained model in a format that other programs read.
 
     python export.py --out_dir=out --format=hf    # out-hf: a folder for transformers and the hub
     python export.py --out_dir=out --format=gguf  # out-float16.gguf: a file for llama.cpp
+    python export.py --out_dir=out --format=html  # out.html: a web page that runs the model offline
     python export.py --out_dir=out --format=int8  # out-int8: a run with a quarter of the size
     python export.py --out_dir=out/step_001000.pt --format=hf  # out/step_001000-hf
 
 The tokenizer is exported with the model. sample.py, eval.py and app.py read out-hf and out-int8.
 """
+import base64
 import contextlib
+import html
 import importlib
 import inspect
 import json
 import re
+import shlex
 import shutil
 import sys
 import tempfile
+import zlib
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 import lib.tokenizer
 from lib.checkpoint import build_model, load_checkpoint, save_checkpoint
-from lib.configurator import configure, one_line, one_of, user_errors
+from lib.configurator import configure, one_line, one_of, read_settings, user_errors
 from lib.console import hide_hub_progress
 from lib.convert import check_exportable, config_to_hf, is_transposed, to_hf
-from lib.files import replace_file, results_file, sync_file
+from lib.decoding import start_token
+from lib.files import replace_file, results_file, sync_file, write_atomically
 from lib.quantize import quantize_int8
 from lib.tokenizer import EOT, LETTER_OF_BYTE, PIECE, UNK, BytePairTokenizer, get_tokenizer
 from model import GPT
 
 # -----------------------------------------------------------------------------
 out_dir = "out"  # a run (best.pt or last.pt), a .pt file, a Hugging Face folder, gpt2 ... gpt2-xl
-format = "int8"  # or 'hf', 'gguf'
+format = "int8"  # or 'hf', 'gguf', 'html'
 dtype = "auto"  # hf: float32 (auto), float16, bfloat16; gguf: float16 (auto), float32, q8_0
-to = ""  # folder or .gguf file to write; '': named after out_dir
+to = ""  # folder or file to write; '': named after out_dir
 overwrite = False  # True: replace existing files
 push = ""  # USER/NAME: also upload to the Hugging Face hub under this name
 if __name__ == "__main__":
-    configure(globals(), skip_settings_of="train.py", format=one_of("int8", "hf", "gguf"))
+    configure(globals(), skip_settings_of="train.py", format=one_of("int8", "hf", "gguf", "html"))
 # -----------------------------------------------------------------------------
 
 DTYPES = {"hf": ["float32", "float16", "bfloat16"], "gguf": ["float16", "float32", "q8_0"],
-          "int8": ["int8"]}  # the first is 'auto'
+          "int8": ["int8"], "html": ["int8"]}  # the first is 'auto'
+PAGE_METRICS = {"loss": "loss, nats per token", "floor": "least possible loss",
+                "bits_per_byte": "bits per byte"}
+EXAMPLE = "Once upon a time"  # the prompt on a page, if the vocabulary has it
 METRICS = ("loss", "floor", "perplexity", "word_perplexity", "bits_per_byte", "accuracy",
            "accuracy_top5", "valid_share")  # of metrics_summary.json, for the model card
 
@@ -246,7 +256,7 @@ def model_card(checkpoint: dict, model: GPT, kind: str, name: str) -> str:
         text += " A prompt with text outside this vocabulary raises an error."
     text += (f" {EOT} in a prompt is read as text, except by programs that ignore "
              "tokenizer_config.json.")
-    measured = measured_table(checkpoint)
+    measured = measured_table(measurements(checkpoint))
     remote = ", trust_remote_code=True" if kind == "word" else ""
     return f"""---
 library_name: transformers
@@ -271,16 +281,21 @@ print(tokenizer.decode(ids[0], skip_special_tokens=True))
 """
 
 
-def measured_table(checkpoint: dict) -> str:
-    """Return the metrics that eval.py measured at the checkpoint's step as a table, or ''."""
+def measurements(checkpoint: dict) -> dict:
+    """Return what eval.py measured at the checkpoint's step over a whole split, or {}."""
     summary = {}
     with contextlib.suppress(OSError, ValueError):
         path = results_file(out_dir, Path(checkpoint["path"]), "metrics_summary.json")
         summary = json.loads(path.read_text(encoding="utf-8"))
+    other = summary.get("quantize") or summary.get("eval_iters")  # other weights or part of a split
+    return {} if other or summary.get("step") != checkpoint["step"] else summary
+
+
+def measured_table(summary: dict) -> str:
+    """Return measurements as a table in Markdown, or ''."""
     rows = [f"| {key} | {summary[key]:.4f} |" for key in METRICS
             if isinstance(summary.get(key), float)]
-    partly = summary.get("quantize") or summary.get("eval_iters")  # not of this model or split
-    if not rows or partly or summary.get("step") != checkpoint["step"]:
+    if not rows:
         return ""
     head = (f"\nMeasured over {summary['tokens']:,} tokens of {summary['dataset']}, split "
             f"{summary['split']}; the loss is in nats per token:\n")
@@ -401,6 +416,128 @@ def export_int8(checkpoint: dict, folder: Path, dtype: str) -> list[Path]:
 
 
 # -----------------------------------------------------------------------------
+# A web page
+
+def export_html(checkpoint: dict, path: Path, dtype: str) -> list[Path]:
+    """Write one page that runs the model in any browser, without Python and without a network."""
+    model = build_model(checkpoint, checkpoint["path"])
+    tokenizer = get_tokenizer(checkpoint["meta"])
+    tensors, floats, data = pack_weights(quantize_int8(model.state_dict()), model.config.tied)
+    spec, tokens = tokenizer_for_page(tokenizer)
+    data += json.dumps(tokens, separators=(",", ":")).encode()
+    content = {"config": asdict(model.config), "tensors": tensors, "floats": floats,
+               "tokenizer": spec, "prompt": EXAMPLE if encodes(tokenizer, EXAMPLE) else "",
+               "card": page_card(checkpoint, model, tokenizer),
+               "command": training_command(checkpoint["config"])}
+    dataset = checkpoint["meta"].get("dataset")
+    about = (f"A language model of {model.num_params():,} parameters"
+             f"{f', trained on {dataset}' if dataset else ''}.")
+    fields = {"title": html.escape(Path(out_dir).resolve().name), "about": html.escape(about),
+              "model": json.dumps(content).replace("<", "\\u003c"),  # no tag can end the script
+              "weights": base64.b64encode(zlib.compress(data, 9)).decode()}
+    template = Path(__file__).with_name("lib").joinpath("page.html").read_text(encoding="utf-8")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, re.sub(r"{{(\w+)}}", lambda field: fields[field[1]], template))
+    return [path]
+
+
+def pack_weights(weights: dict[str, torch.Tensor], tied: bool) -> tuple[list, int, bytes]:
+    """
+    Return the names and shapes of int8 weights, the number of floats and the data.
+
+    The data is all float32 values, gains, biases and scales, in the order of the names, followed
+    by all int8 matrices.
+    """
+    tensors, floats, matrices = [], [], []
+    for name, w in weights.items():
+        if name.endswith("_scale") or (tied and name == "lm_head.weight"):
+            continue
+        is_matrix = w.dtype == torch.int8
+        floats.append(weights[f"{name}_scale"] if is_matrix else w)
+        matrices += [w] if is_matrix else []
+        tensors.append([name.removeprefix("transformer."), *w.shape])
+    values = torch.cat([w.float() for w in floats]).numpy().astype("<f4")
+    data = [values.tobytes(), *(w.numpy().tobytes() for w in matrices)]
+    return tensors, len(values), b"".join(data)
+
+
+def tokenizer_for_page(tokenizer) -> tuple[dict, list[str]]:
+    """Return what lib/page.html needs of a tokenizer, and its tokens."""
+    kind = tokenizer.spec["kind"]
+    if kind == "word":
+        raise ValueError("a web page cannot run NLTK, which the tokenizer 'word' needs: use "
+                         "--format=hf, or train with another tokenizer")
+    is_bpe = isinstance(tokenizer, BytePairTokenizer)
+    pattern = bpe_pattern(tokenizer.encoding._pat_str) if is_bpe else list_pattern(kind)
+    spec = {"kind": "bpe" if is_bpe else kind, "pattern": pattern, "eot": tokenizer.eot,
+            "unk": tokenizer.unk, "first": start_token(tokenizer)}
+    if not is_bpe:
+        return spec, tokenizer.vocab
+    tokens = [""] * tokenizer.vocab_size
+    for token, rank in tokenizer.encoding._mergeable_ranks.items():
+        tokens[rank] = token.decode("latin-1")
+    return spec, tokens
+
+
+def bpe_pattern(pattern: str) -> str:
+    """Return the pattern of a BPE as a regular expression of JavaScript."""
+    pattern = pattern.replace(r"\s", r"\p{White_Space}").replace(r"\S", r"\P{White_Space}")
+    # JavaScript has no possessive quantifiers. Without them the patterns of GPT-2, Qwen and Llama
+    # match the same, as what follows a quantifier never begins with what it repeats.
+    pattern = re.sub(r"([*+?]|\{\d+,\d*\})\+", r"\1", pattern)
+    return re.sub(r"\(\?i:([^)]*)\)", expand_ignore_case, pattern)
+
+
+def expand_ignore_case(group: re.Match) -> str:
+    """
+    Return a group (?i:...) with classes such as [tT], because older browsers lack the flag.
+
+    With the flag, s also matches the long s, \u017f.
+    """
+    letters = re.sub("[a-z]", lambda c: f"[{c[0]}{c[0].upper()}]", group[1])
+    return "(?:" + letters.replace("[sS]", "[sS\u017f]") + ")"
+
+
+def list_pattern(kind: str) -> str:
+    """Return the pattern that splits a text into 'char' or 'pieces', in JavaScript."""
+    if kind == "char":
+        return r"[\s\S]"
+    word, space = r"\p{L}\p{N}_", r"\p{White_Space}\x1c-\x1f"  # Python's \w and \s
+    return (PIECE.pattern.replace(r"[^\w\s]", f"[^{word}{space}]")
+            .replace(r"\w", f"[{word}]").replace(r"\s", f"[{space}]"))
+
+
+def encodes(tokenizer, text: str) -> bool:
+    """Return whether the vocabulary has all of a text."""
+    try:
+        return tokenizer.unk not in tokenizer.encode(text)
+    except ValueError:
+        return False
+
+
+def page_card(checkpoint: dict, model: GPT, tokenizer) -> list[tuple[str, str]]:
+    """Return the facts about a model that its page shows."""
+    c, summary = model.config, measurements(checkpoint)
+    return [("model", f"{c.arch}, {c.n_layer} layers, {c.n_head} heads, width {c.n_embd}"),
+            ("parameters", f"{model.num_params():,}"),
+            ("context", f"{c.block_size:,} tokens"),
+            ("tokenizer", f"{tokenizer.spec['kind']}, {tokenizer.vocab_size:,} tokens"),
+            ("dataset", checkpoint["meta"].get("dataset") or "unknown"),
+            ("steps", f"{checkpoint['step']:,}"),
+            *((name, f"{summary[key]:.4f}") for key, name in PAGE_METRICS.items()
+              if isinstance(summary.get(key), float))]
+
+
+def training_command(config: dict) -> list[str]:
+    """Return the parts of a train.py command with the settings that differ from its defaults."""
+    config = config | {"dataset": Path(config["dataset"]).name}  # no path of this machine
+    settings = read_settings(Path(__file__).with_name("train.py"))
+    changed = [f"--{s.name}={shlex.quote(str(config[s.name]))}" for s in settings
+               if s.group not in ("run", "system") and config.get(s.name, s.default) != s.default]
+    return ["python train.py", *changed] if changed else []
+
+
+# -----------------------------------------------------------------------------
 # What the formats share
 
 def needed(module: str):
@@ -456,12 +593,13 @@ def resolve_weight_dtype() -> str:
 def resolve_path(dtype: str) -> Path:
     """Return the folder or file to write. Raise ValueError if that would destroy something."""
     name = str(Path(out_dir)).removesuffix(".pt")  # without a slash at the end
-    path = Path(to or (f"{name}-{dtype}.gguf" if format == "gguf" else f"{name}-{format}"))
+    names = {"gguf": f"{name}-{dtype}.gguf", "html": f"{name}.html"}
+    path = Path(to or names.get(format, f"{name}-{format}"))
     if (path.is_file() or path.is_dir() and any(path.iterdir())) and not overwrite:
         raise ValueError(f"{path} exists already: --overwrite=True replaces it, --to=OTHER writes "
                          "elsewhere")
-    if path.exists() and path.is_file() != (format == "gguf"):
-        kind, other = ("file", "folder") if format == "gguf" else ("folder", "file")
+    if path.exists() and path.is_file() != (format in names):
+        kind, other = ("file", "folder") if format in names else ("folder", "file")
         raise ValueError(f"--format={format} writes a {kind}, and {path} is a {other}")
     return path
 
@@ -473,7 +611,8 @@ if __name__ == "__main__":
             raise ValueError(f"push takes USER/NAME, got {push!r}")
         path = resolve_path(weight_dtype)
         checkpoint = load_checkpoint(out_dir)
-        export = {"hf": export_hf, "gguf": export_gguf, "int8": export_int8}[format]
+        export = {"hf": export_hf, "gguf": export_gguf, "int8": export_int8,
+                  "html": export_html}[format]
         files = export(checkpoint, path, weight_dtype)
         size = sum(file.stat().st_size for file in files) / 1e6
         print(f"wrote {path} ({weight_dtype}, {size:,.1f} MB) from {checkpoint['path']}, step "
@@ -481,6 +620,8 @@ if __name__ == "__main__":
         if format == "gguf":
             print(f"note: with llama.cpp's parse_special, {EOT} in a prompt is read as the special "
                   "token; sample.py reads it as text")
+        elif format == "html":
+            print(f"next: open {path} in a browser")
         else:
             print(f"next: python sample.py --out_dir={path}")
         if push:

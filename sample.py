@@ -1,8 +1,8 @@
 """
 Continue a text with a trained model.
 
-    python sample.py --start="Once upon a time"
-    python sample.py --out_dir=out-fables --num_samples=5
+    python sample.py
+    python sample.py --out_dir=out-fables --start="Once upon a time" --num_samples=5
     python sample.py --out_dir=out/step_001000.pt
     python sample.py --interactive=True
     python sample.py --start="Once upon a" --next_token=5
@@ -10,7 +10,10 @@ Continue a text with a trained model.
 In a program:
 
     from sample import generate_text
-    print(generate_text("Once upon a time", max_length=100, temperature=0.8, top_k=50, top_p=0.95))
+    print(generate_text("Once upon a time", max_length=100, temperature=0.8, top_k=50, top_p=0.95,
+                        out_dir="models/tinystories"))
+
+On the command line, models/tinystories is used if there is no folder `out`.
 """
 import functools
 import json
@@ -30,6 +33,8 @@ from lib.decoding import Sampling, beam_search, start_token
 from lib.machine import explain_out_of_memory, keep_freed_memory, resolve_device
 from lib.tokenizer import BytePairTokenizer, get_tokenizer
 from model import GPT
+
+SHIPPED = "models/tinystories"  # the trained model in this repository
 
 # -----------------------------------------------------------------------------
 # model
@@ -62,6 +67,10 @@ if __name__ == "__main__":
         quantize=one_of("int8", ""))
     if interactive and "num_samples" not in given:
         num_samples = 1
+    if "out_dir" not in given and not Path(out_dir).exists() and Path(SHIPPED).exists():
+        print(f"note: there is no folder {out_dir}; using {SHIPPED}; choose with --out_dir",
+              file=sys.stderr)
+        out_dir = SHIPPED
 # -----------------------------------------------------------------------------
 
 

@@ -1,7 +1,7 @@
 """
 Measure what README.md and docs/ show, and write it there.
 
-    python docs/figures.py  # the demo and the page: about seven minutes
+    python docs/figures.py  # the demo and both pages: about seven minutes
     python docs/figures.py --parts=shakespeare,tinystories --nanogpt=PATH/nanoGPT
     python docs/figures.py --parts=  # only write figures.json into the pages
 
@@ -11,16 +11,19 @@ may run on the machine.
 
     demo         train, evaluate and sample the fables; the curve, the recording, the story
     page         the screenshot of app.py with the demo's model; needs Chromium and playwright
+    html         docs/index.html, the page of models/tinystories, and its screenshot; Chromium too
     shakespeare  the time to nanoGPT's loss on Shakespeare, twelve minutes
     tinystories  the time to nanoGPT's loss on TinyStories, and training speed, half an hour
     ten_minutes  the loss after ten minutes on TinyStories
     sampling     tokens per second compared with nanoGPT, ten minutes
 """
+import contextlib
 import json
 import math
 import re
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 import textwrap
@@ -35,7 +38,7 @@ from lib.corpus import load_meta
 from lib.files import write_atomically
 
 # -----------------------------------------------------------------------------
-parts = "demo,page"  # what to measure, with commas (empty: nothing)
+parts = "demo,page,html"  # what to measure, with commas (empty: nothing)
 nanogpt = ""  # a clone of nanoGPT
 shakespeare_text = ""  # a local copy (empty: download it)
 tinystories_text = ""  # a local copy (empty: download it)
@@ -127,20 +130,26 @@ def demo() -> dict[str, str]:
             "fables_valid": f"{metrics['valid_share']:.0%}"}
 
 
-def page() -> dict[str, str]:
-    """Write a picture of the page while it shows a sample of the demo's model."""
+@contextlib.contextmanager
+def start_browser():
+    """Start Chromium, and stop it at the end."""
     from playwright.sync_api import sync_playwright
 
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    with sync_playwright() as playwright:
+        with playwright.chromium.launch(executable_path=path, args=["--no-sandbox"]) as browser:
+            yield browser
+
+
+def page() -> dict[str, str]:
+    """Write a picture of app.py while it shows a sample of the demo's model."""
     server = subprocess.Popen([sys.executable, "-u", "app.py", "--port=7871"], cwd=folder,
                               text=True, stdout=subprocess.PIPE)
     try:
         while "http" not in server.stdout.readline():
             if server.poll() is not None:
                 raise ValueError("app.py failed")
-        with sync_playwright() as playwright:
-            browser = playwright.chromium.launch(
-                executable_path=shutil.which("chromium") or shutil.which("google-chrome"),
-                args=["--no-sandbox"])
+        with start_browser() as browser:
             view = browser.new_page(viewport={"width": 1120, "height": 900})
             view.goto("http://127.0.0.1:7871")
             view.locator(".facts caption").first.wait_for()
@@ -151,10 +160,44 @@ def page() -> dict[str, str]:
             view.evaluate("scrollTo(0, 0)")
             view.wait_for_timeout(500)
             view.screenshot(path=ROOT / "assets/app.png")
-            browser.close()
     finally:
         server.terminate()
     return {}
+
+
+def html() -> dict[str, str]:
+    """
+    Write docs/index.html, the model in models/tinystories as a page, and a picture of it.
+
+    Measure the pages of both models in models/: their size and the median speed of five samples.
+    """
+    figures = {}
+    paths = {"fables": Path(folder, "fables.html").resolve(),
+             "tinystories": ROOT / "docs/index.html"}
+    for name, path in paths.items():
+        run(f"export.py --out_dir=models/{name} --format=html --overwrite=True "
+            f"--to={shlex.quote(str(path))}")
+        with start_browser() as browser:
+            view = browser.new_page(viewport={"width": 1120, "height": 760})
+            view.goto(path.as_uri())
+            view.locator("#status", has_text="Ready").wait_for()
+            speeds = [sample_on_page(view, seed) for seed in (6, 5, 4, 3, 2)]
+            if name == "tinystories":
+                view.screenshot(path=ROOT / "assets/page.png")
+        figures |= {f"page_{name}_size": f"{path.stat().st_size / 1e6:.1f}",
+                    f"page_{name}_speed": f"{statistics.median(speeds):,.0f}"}
+    return figures
+
+
+def sample_on_page(view, seed: int) -> int:
+    """Sample on an exported page that is open in a browser; return the tokens per second."""
+    view.evaluate("seed => { document.getElementById('seed').value = seed; }", seed)
+    view.get_by_role("button", name="Continue").click()
+    view.locator("#stop:disabled").wait_for()
+    status = view.locator("#status").inner_text()
+    if speed := re.search(r"(\d+) tokens/s", status):
+        return int(speed[1])
+    raise ValueError(f"the page shows: {status}")
 
 
 def shakespeare() -> dict[str, str]:
@@ -286,7 +329,7 @@ def write_figures(figures: dict[str, str]) -> None:
 
 
 PARTS = {part.__name__: part for part in
-         (demo, page, shakespeare, tinystories, ten_minutes, sampling)}
+         (demo, page, html, shakespeare, tinystories, ten_minutes, sampling)}
 
 if __name__ == "__main__":
     configure(globals())

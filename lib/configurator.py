@@ -105,6 +105,7 @@ class Setting(NamedTuple):
     name: str
     group: str
     comment: str
+    default: object
 
 
 def read_settings(script: str | Path) -> list[Setting]:
@@ -121,7 +122,8 @@ def read_settings(script: str | Path) -> list[Setting]:
         if above.startswith("# ") and not above.startswith("# --") and above[-1] != ".":
             group = above[2:]
         comment = lines[node.end_lineno - 1].encode()[node.end_col_offset:].decode()
-        settings.append(Setting(name, group, comment.strip().lstrip("# ")))
+        settings.append(Setting(name, group, comment.strip().lstrip("# "),
+                                ast.literal_eval(node.value)))
     return settings
 
 

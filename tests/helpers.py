@@ -14,8 +14,9 @@ from pathlib import Path
 
 import torch
 
-from lib.checkpoint import model_from_weights
+from lib.checkpoint import model_from_weights, save_checkpoint
 from lib.quantize import prepare_for_inference, quantize_int8
+from lib.tokenizer import gpt2_tokenizer, train_tokenizer
 from model import GPT, GPTConfig
 
 # the tests run side by side: one thread each, also in the scripts that they start
@@ -237,6 +238,56 @@ def in_int8(model: GPT) -> GPT:
     int8 = model_from_weights(model.config, quantize_int8(model.state_dict())).eval()
     prepare_for_inference(int8)
     return int8
+
+
+SHAPES = {
+    "gpt2": dict(arch="gpt2", n_layer=2, n_head=2, n_embd=32, block_size=64),
+    "nanogpt": dict(arch="gpt2", n_layer=2, n_head=2, n_embd=32, block_size=64, gelu="none",
+                    bias=False),
+    "qwen3": dict(arch="qwen3", n_layer=2, n_head=4, n_kv_head=2, head_dim=12, n_embd=32,
+                  n_inner=64, block_size=64),
+    "untied": dict(arch="qwen3", n_layer=1, n_head=2, n_embd=32, block_size=64, tied=False,
+                   rope_theta=500.0),
+}
+
+
+def tokenizer_of(kind: str):
+    if kind == "gpt2":
+        return gpt2_tokenizer()
+    return train_tokenizer(kind, [TEXT] * 50, 300 if kind == "bpe" else 0)
+
+
+def make_run(folder: Path, shape: str, kind: str, padding: int = 0) -> GPT:
+    """
+    Write a run with random weights, so large that a next token depends on those before it.
+
+    Of such runs it is the first whose 40 greedy tokens after PROMPT are clear: where two tokens are
+    about as probable, rounding to float16 would decide.
+    """
+    tokenizer = tokenizer_of(kind)
+    model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size + padding, **SHAPES[shape])).eval()
+    idx = torch.tensor([[tokenizer.eot] + tokenizer.encode(PROMPT)])
+    for seed in range(100):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.normal_(1.0 if p.dim() == 1 and name.endswith("weight") else 0.0, 0.3)
+            # never the most probable: unused ids, as in a trained model, and here end-of-text
+            model.lm_head.weight[tokenizer.vocab_size:] = 0
+            model.lm_head.weight[tokenizer.eot] = 0
+            logits = model(model.generate(idx, 40, temperature=0))[0][0, idx.size(1) - 1:-1]
+        top = logits.topk(2).values
+        is_clear = (top[:, 0] - top[:, 1]).min() > 0.01 * logits.std()
+        if is_clear and len(logits.argmax(dim=1).unique()) > 4:
+            break
+    meta = {"dataset": "tales", "tokenizer": tokenizer.spec, "eot": tokenizer.eot,
+            "vocab_size": tokenizer.vocab_size, "splits": {}}
+    config = {"dataset": "tales", "batching": "by_length", "seed": 1}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(folder, "best.pt", {
+        "model": model.state_dict(), "model_args": vars(model.config), "step": 7,
+        "best_val_loss": 1.0, "meta": meta, "config": config})
+    return model
 
 
 def export(out_dir: Path, to: Path, *args: str) -> None:

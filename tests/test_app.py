@@ -473,21 +473,19 @@ def test_an_empty_folder_says_how_to_fill_it(tmp_path, monkeypatch):
         app.load(None, "cpu", False)
 
 
+def test_the_page_opens_with_a_measured_run_or_the_shipped_model(tmp_path, monkeypatch):
+    """The newest measured run; else the shipped model; else the newest, even if not measured."""
+    monkeypatch.setattr(app, "folder", str(tmp_path))
+    (tmp_path / "a").mkdir()
+    found = {"a": 1, "b": 2, "models/fables": 8, "models/tinystories": 9}
+    assert app.first_run(found) == "models/tinystories"
+    (tmp_path / "a/metrics_summary.json").write_text("{}")
+    assert app.first_run(found) == "a"
+    assert app.first_run({"b": 2, "c": 3}) == "c" and app.first_run({}) is None
+
+
 # -----------------------------------------------------------------------------
 # In a browser
-
-@pytest.fixture(scope="module")
-def chromium():
-    sync_api = pytest.importorskip("playwright.sync_api")
-    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
-    path = next(filter(None, map(shutil.which, names)), None)
-    with sync_api.sync_playwright() as playwright:
-        if not path and not Path(playwright.chromium.executable_path).exists():
-            pytest.skip("no Chromium: install one, or run `playwright install chromium`")
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
 
 @pytest.fixture
 def page(chromium, server):
@@ -579,10 +577,9 @@ def test_a_user_stops(page):
     assert all(b.startswith(a) for a, b in zip(ordered, ordered[1:]) if a.startswith("ab"))
     with page.expect_response("**/reset"):
         page.get_by_role("button", name="Stop").click()
-    text = page.locator("#sample textarea").input_value()
     choose(page, "fables")  # another sample can be generated now
     page.locator("#prompt textarea").fill("Once upon")
-    assert page.locator("#sample textarea").input_value() == text
+    assert page.locator("#sample textarea").input_value() == ""
     fill(page, "max_new_tokens", 1)
     page.get_by_label("seed").fill("79")
     page.get_by_role("button", name="Generate").click()
@@ -613,3 +610,16 @@ def test_it_fits_into_the_window_and_everything_has_a_label(page, width):
             label = element.evaluate(
                 "x => x.innerText || x.ariaLabel || x.labels?.length || x.title")
             assert label, element
+
+
+def test_a_sample_is_shown_at_first_and_leaves_with_its_model(chromium, server, runs):
+    """The page opens with a sample; another model must not have it under its name."""
+    page = chromium.new_page()
+    page.goto(server.url)
+    page.locator("#status", has_text="seed 1337").wait_for()
+    shown = page.locator("#sample textarea").input_value()
+    assert shown == expected(runs, prompt=app.EXAMPLES[0], max_new_tokens=200, seed=1337)
+    choose(page, "deep/letters")
+    wait_for_sample(page, "")
+    assert page.locator("#status").inner_text() == ""
+    page.close()

@@ -10,69 +10,31 @@ import pytest
 import torch
 
 from export import DTYPES, needed, resolve_path, write_hf_tokenizer
-from helpers import HERE, PROMPT, TEXT, export, one_line_error, run, transformers_of
-from lib.checkpoint import load_model, save_checkpoint
-from lib.tokenizer import EOT, UNK, gpt2_tokenizer, train_tokenizer
-from model import GPT, GPTConfig
+from helpers import (
+    HERE,
+    PROMPT,
+    TEXT,
+    export,
+    make_run,
+    one_line_error,
+    run,
+    tokenizer_of,
+    transformers_of,
+)
+from lib.checkpoint import load_model
+from lib.tokenizer import EOT, UNK
+from model import GPT
 from sample import generate_text
 
 TYPED = [EOT, UNK, f"a{EOT}{UNK} a", f"{UNK} {EOT}\n"]  # special tokens that are ordinary text
-SHAPES = {
-    "gpt2": dict(arch="gpt2", n_layer=2, n_head=2, n_embd=32, block_size=64),
-    "nanogpt": dict(arch="gpt2", n_layer=2, n_head=2, n_embd=32, block_size=64, gelu="none",
-                    bias=False),
-    "qwen3": dict(arch="qwen3", n_layer=2, n_head=4, n_kv_head=2, head_dim=12, n_embd=32,
-                  n_inner=64, block_size=64),
-    "untied": dict(arch="qwen3", n_layer=1, n_head=2, n_embd=32, block_size=64, tied=False,
-                   rope_theta=500.0),
-}
 # shape, tokenizer, unused ids at the end of the vocabulary
 PAIRS = [("gpt2", "gpt2", 47), ("nanogpt", "char", 0), ("qwen3", "bpe", 0), ("untied", "pieces", 3),
          ("gpt2", "word", 0), ("gpt2", "char", 0)]
 
 
-def tokenizer_of(kind: str):
-    if kind == "gpt2":
-        return gpt2_tokenizer()
-    return train_tokenizer(kind, [TEXT] * 50, 300 if kind == "bpe" else 0)
-
-
 def greedy_text(out_dir: Path) -> str:
     """Return PROMPT and 40 tokens that follow it at temperature 0."""
     return generate_text(PROMPT, 40, temperature=0, out_dir=str(out_dir), device="cpu")
-
-
-def make_run(folder: Path, shape: str, kind: str, padding: int = 0) -> GPT:
-    """
-    Write a run with random weights, so large that a next token depends on those before it.
-
-    Of such runs it is the first whose 40 greedy tokens after PROMPT are clear: where two tokens are
-    about as probable, rounding to float16 would decide.
-    """
-    tokenizer = tokenizer_of(kind)
-    model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size + padding, **SHAPES[shape])).eval()
-    idx = torch.tensor([[tokenizer.eot] + tokenizer.encode(PROMPT)])
-    for seed in range(100):
-        torch.manual_seed(seed)
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                p.normal_(1.0 if p.dim() == 1 and name.endswith("weight") else 0.0, 0.3)
-            # never the most probable: unused ids, as in a trained model, and here end-of-text
-            model.lm_head.weight[tokenizer.vocab_size:] = 0
-            model.lm_head.weight[tokenizer.eot] = 0
-            logits = model(model.generate(idx, 40, temperature=0))[0][0, idx.size(1) - 1:-1]
-        top = logits.topk(2).values
-        is_clear = (top[:, 0] - top[:, 1]).min() > 0.01 * logits.std()
-        if is_clear and len(logits.argmax(dim=1).unique()) > 4:
-            break
-    meta = {"dataset": "tales", "tokenizer": tokenizer.spec, "eot": tokenizer.eot,
-            "vocab_size": tokenizer.vocab_size, "splits": {}}
-    config = {"dataset": "tales", "batching": "by_length", "seed": 1}
-    folder.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(folder, "best.pt", {
-        "model": model.state_dict(), "model_args": vars(model.config), "step": 7,
-        "best_val_loss": 1.0, "meta": meta, "config": config})
-    return model
 
 
 @pytest.fixture(scope="module")

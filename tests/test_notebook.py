@@ -68,7 +68,7 @@ def code(tmp_path) -> Path:
         scripts.append(HERE / name)
     for path in scripts:
         shutil.copy(path, folder / path.relative_to(HERE))
-    for name in ("config", "lib"):
+    for name in ("config", "lib", "models"):
         shutil.copytree(HERE / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     return folder
 
@@ -80,6 +80,7 @@ def test_from_top_to_bottom(code, tmp_path):
     to_install = json.loads((tmp_path / "pip.json").read_text())["install"]
     assert said["install"] == "" and said["device"].startswith("torch ")
     assert [package["metadata"]["name"] for package in to_install] == ["fablegpt"]
+    assert said["story"].startswith("model: models/tinystories/best.pt") and "." in said["story"]
     assert "entropy of the validation split" in said["data"]
 
     # interrupted once and resumed, the run is the same as without an interruption
