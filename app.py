@@ -303,7 +303,7 @@ def first_sample(run: str, device: str, written: int) -> tuple[str, str, str]:
     """
     sampling = {name: getattr(sample, name) for name in SLIDERS}
     *_, last = generate(dict(run=run, device=device, int8=False, prompt=EXAMPLES[0], stop="",
-                             seed=sample.seed, max_new_tokens=min(200, max_tokens), **sampling))
+                             seed=sample.seed, max_new_tokens=min(300, max_tokens), **sampling))
     return last
 
 
@@ -356,7 +356,7 @@ def make_sampling_inputs() -> dict:
     settings = read_settings(Path(__file__).with_name("sample.py"))
     comments = {setting.name: setting.comment for setting in settings}
     inputs = {"max_new_tokens": gr.Slider(
-        1, max_tokens, min(200, max_tokens), step=1, label="max_new_tokens", min_width=280,
+        1, max_tokens, min(300, max_tokens), step=1, label="max_new_tokens", min_width=280,
         info="a sample ends earlier at the end of its document")}
     for name, (least, most, step) in SLIDERS.items():
         inputs[name] = gr.Slider(least, most, getattr(sample, name), step=step, label=name,

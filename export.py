@@ -430,8 +430,9 @@ def export_html(checkpoint: dict, path: Path, dtype: str) -> list[Path]:
                "card": page_card(checkpoint, model, tokenizer),
                "command": training_command(checkpoint["config"])}
     dataset = checkpoint["meta"].get("dataset")
-    about = (f"A language model of {model.num_params():,} parameters"
-             f"{f', trained on {dataset}' if dataset else ''}.")
+    style = f" in the style of {dataset}" if dataset else ""
+    about = (f"A language model of {model.num_params() / 1e6:.1f} million parameters in one file: "
+             f"it continues a text{style}.")
     fields = {"title": html.escape(Path(out_dir).resolve().name), "about": html.escape(about),
               "model": json.dumps(content).replace("<", "\\u003c"),  # no tag can end the script
               "weights": base64.b64encode(zlib.compress(data, 9)).decode()}
@@ -519,7 +520,7 @@ def page_card(checkpoint: dict, model: GPT, tokenizer) -> list[tuple[str, str]]:
     """Return the facts about a model that its page shows."""
     c, summary = model.config, measurements(checkpoint)
     return [("model", f"{c.arch}, {c.n_layer} layers, {c.n_head} heads, width {c.n_embd}"),
-            ("parameters", f"{model.num_params():,}"),
+            ("parameters", f"{model.num_params():,}, in int8"),
             ("context", f"{c.block_size:,} tokens"),
             ("tokenizer", f"{tokenizer.spec['kind']}, {tokenizer.vocab_size:,} tokens"),
             ("dataset", checkpoint["meta"].get("dataset") or "unknown"),
@@ -595,12 +596,14 @@ def resolve_path(dtype: str) -> Path:
     name = str(Path(out_dir)).removesuffix(".pt")  # without a slash at the end
     names = {"gguf": f"{name}-{dtype}.gguf", "html": f"{name}.html"}
     path = Path(to or names.get(format, f"{name}-{format}"))
-    if (path.is_file() or path.is_dir() and any(path.iterdir())) and not overwrite:
-        raise ValueError(f"{path} exists already: --overwrite=True replaces it, --to=OTHER writes "
-                         "elsewhere")
     if path.exists() and path.is_file() != (format in names):
         kind, other = ("file", "folder") if format in names else ("folder", "file")
         raise ValueError(f"--format={format} writes a {kind}, and {path} is a {other}")
+    if (path.is_file() or path.is_dir() and any(path.iterdir())) and not overwrite:
+        raise ValueError(f"{path} exists already: --overwrite=True replaces it, --to=OTHER writes "
+                         "elsewhere")
+    if format == "html" and path.suffix != ".html":
+        raise ValueError(f"a browser shows {path} as a page only if its name ends in .html")
     return path
 
 

@@ -68,8 +68,9 @@ if __name__ == "__main__":
     if interactive and "num_samples" not in given:
         num_samples = 1
     if "out_dir" not in given and not Path(out_dir).exists() and Path(SHIPPED).exists():
-        print(f"note: there is no folder {out_dir}; using {SHIPPED}; choose with --out_dir",
-              file=sys.stderr)
+        runs = sorted(str(path.parent) for path in Path().glob("*/best.pt"))
+        print(f"note: there is no folder {out_dir}; using {SHIPPED}"
+              f"{'; --out_dir can be ' if runs else ''}{', '.join(runs)}", file=sys.stderr)
         out_dir = SHIPPED
 # -----------------------------------------------------------------------------
 

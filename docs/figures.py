@@ -192,7 +192,7 @@ def html() -> dict[str, str]:
 def sample_on_page(view, seed: int) -> int:
     """Sample on an exported page that is open in a browser; return the tokens per second."""
     view.evaluate("seed => { document.getElementById('seed').value = seed; }", seed)
-    view.get_by_role("button", name="Continue").click()
+    view.get_by_role("button", name="Generate").click()
     view.locator("#stop:disabled").wait_for()
     status = view.locator("#status").inner_text()
     if speed := re.search(r"(\d+) tokens/s", status):

@@ -618,7 +618,7 @@ def test_a_sample_is_shown_at_first_and_leaves_with_its_model(chromium, server, 
     page.goto(server.url)
     page.locator("#status", has_text="seed 1337").wait_for()
     shown = page.locator("#sample textarea").input_value()
-    assert shown == expected(runs, prompt=app.EXAMPLES[0], max_new_tokens=200, seed=1337)
+    assert shown == expected(runs, prompt=app.EXAMPLES[0], max_new_tokens=300, seed=1337)
     choose(page, "deep/letters")
     wait_for_sample(page, "")
     assert page.locator("#status").inner_text() == ""

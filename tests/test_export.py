@@ -219,7 +219,7 @@ def test_llama_cpp_computes_the_same(runs, tmp_path, pair):
 # Errors, files and uploads
 
 @pytest.mark.parametrize("args, says", [
-    (["--format=onnx"], "format must be int8, hf or gguf"),
+    (["--format=onnx"], "format must be int8, hf, gguf or html"),
     (["--dtype=q8_0"], "dtype must be auto, float32, float16, bfloat16 with --format=hf"),
     (["--format=gguf", "--dtype=int4"], "dtype must be auto, float16, float32, q8_0"),
     (["--push=me"], "push takes USER/NAME"),
@@ -252,7 +252,7 @@ def test_git_ignores_what_is_written_by_default(monkeypatch, tmp_path):
         monkeypatch.setattr("export.format", format)
         monkeypatch.setattr("export.out_dir", "gpt2")
         for path in map(resolve_path, dtypes):
-            file = path if format == "gguf" else path / "config.json"
+            file = path if format in ("gguf", "html") else path / "config.json"
             done = subprocess.run(["git", "check-ignore", "-q", file], cwd=tmp_path)
             assert done.returncode == 0, file
     for file, status in (("a/model.safetensors", 0), ("a/config.json", 1)):

@@ -173,14 +173,14 @@ def fables_page(trained, tmp_path_factory) -> Path:
 
 
 def fill(page, **values: object) -> None:
-    page.locator("details").evaluate("details => { details.open = true; }")
+    page.locator("#sampling").evaluate("details => { details.open = true; }")
     for name, value in values.items():
         page.locator(f"#{name}").fill(str(value))
 
 
 def generate(page) -> tuple[str, str]:
     """Click, wait for the end, and return the status and the text."""
-    page.get_by_role("button", name="Continue").click()
+    page.get_by_role("button", name="Generate").click()
     page.locator("#go:enabled").wait_for()
     return page.locator("#status").inner_text(), page.locator("#text").inner_text()
 
@@ -201,8 +201,31 @@ def test_a_reader_generates(fables_page, open_page):
     assert generate(page)[1] == greedy
     shares = [float(p.rstrip("%")) for p in page.locator("#bars span").all_inner_texts()]
     assert shares == sorted(shares, reverse=True) and 0 < sum(shares) <= 100.5
-    facts = page.locator("#card").inner_text()
-    assert "fables" in facts and "--n_layer=2" in facts
+    assert "fables" in page.locator("#card").inner_text()
+    assert "--n_layer=2" in page.locator("#training").text_content()
+
+
+def test_bars_follow_the_prompt(exported, open_page):
+    """They are the model's own probabilities of what follows the prompt that is typed."""
+    model, tokenizer, path = exported
+    page = open_page(path)
+    page.locator("#prompt").fill("Then 12 dogs")
+    idx = torch.tensor([[tokenizer.eot, *tokenizer.encode("Then 12 dogs")]])
+    p = model(idx)[0][0, -1].softmax(-1).max().item()
+    page.locator("#bars span", has_text=f"{p:.1%}").first.wait_for()
+    assert page.locator("#bars span").first.inner_text() == f"{p:.1%}"
+
+
+def test_the_status_says_why_a_text_ends(fables_page, open_page):
+    page = open_page(fables_page)
+    fill(page, tokens=3, temperature=0)
+    assert "The maximum length." in generate(page)[0]
+    fill(page, tokens=10000, temperature=5)  # each token is about as probable as the end
+    assert "The model ended the text." in generate(page)[0]
+    page.locator("#prompt").fill("Once upon" + " a" * 400)
+    fill(page, tokens=1)
+    status, text = generate(page)
+    assert "only the last 32 tokens" in status and text.startswith("... ") and len(text) < 700
 
 
 def test_stop_ends_generation(tmp_path, open_page):
@@ -210,10 +233,11 @@ def test_stop_ends_generation(tmp_path, open_page):
     path, = export_html(load_checkpoint(tmp_path), tmp_path / "page.html", "int8")
     page = open_page(path)
     fill(page, tokens=10000)  # without an end of text, it would be as long
-    page.get_by_role("button", name="Continue").click()
+    page.get_by_role("button", name="Generate").click()
     page.locator("#status", has_text="tokens/s").wait_for()
     page.get_by_role("button", name="Stop").click()
     page.locator("#go:enabled").wait_for()
+    assert "Stopped." in page.locator("#status").inner_text()
     assert 0 < len(page.locator("#text").inner_text()) < 10000
 
 
