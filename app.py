@@ -307,18 +307,6 @@ def first_sample(run: str, device: str, written: int) -> tuple[str, str, str]:
     return last
 
 
-def show_first_sample(run, device):
-    """Show a sample of the model that the page opens with, if its vocabulary has the prompt."""
-    import gradio as gr
-
-    try:
-        if fits(load(run, device, False)[1], EXAMPLES[0]):
-            return first_sample(run, device, find_runs()[run])
-    except (ValueError, OSError, KeyError):  # show_run reports what is wrong with the model
-        pass
-    return gr.skip(), gr.skip(), gr.skip()
-
-
 def show_run(run, device, int8, prompt) -> list:
     """Load a model; show facts about it, what follows the prompt, and the examples it can read."""
     import gradio as gr
@@ -334,6 +322,19 @@ def show_run(run, device, int8, prompt) -> list:
         idx, _ = sample.encode_prompts([prompt[:max_prompt]], tokenizer, "cpu")
         chart = chart_after(model, tokenizer, idx[0].tolist())
     return [about(run, model, tokenizer, checkpoint), chart, *buttons]
+
+
+def show_opening(run, device, int8, prompt) -> list:
+    """Show what show_run shows, and a sample of the model if its vocabulary has the prompt."""
+    import gradio as gr
+
+    facts, chart, *buttons = show_run(run, device, int8, prompt)
+    text, status = gr.skip(), gr.skip()
+    # show_run reports what is wrong with the model
+    with contextlib.suppress(ValueError, OSError, KeyError):
+        if fits(load(run, device, False)[1], EXAMPLES[0]):
+            text, chart, status = first_sample(run, device, find_runs()[run])
+    return [facts, chart, *buttons, text, status]
 
 
 def show_sample(**request) -> Iterator[tuple]:
@@ -402,14 +403,14 @@ def make_page():
         show = dict(fn=show_run, inputs=[run, where, int8, prompt], preprocess=False,
                     outputs=[facts, chart, *examples], show_progress="hidden", api_name="show")
         listed = page.load(list_runs, None, run, show_progress="hidden", api_name="runs")
-        first = listed.then(**show).then(
-            show_first_sample, [run, where], [text, chart, status], show_progress="hidden",
-            concurrency_limit=at_once, concurrency_id="samples", api_name="first")
+        opened = listed.then(**show | dict(
+            fn=show_opening, outputs=[facts, chart, *examples, text, status], api_name="open",
+            concurrency_limit=at_once, concurrency_id="samples"))
         generate_on = dict(fn=show_sample, outputs=[text, chart, status], preprocess=False,
                            inputs_kwargs=dict(run=run, device=where, int8=int8, prompt=prompt,
                                               **sampling),
                            concurrency_limit=at_once, concurrency_id="samples",
-                           show_progress_on=text, cancels=first)
+                           show_progress_on=text, cancels=opened)
         samples = [go.click(**generate_on, api_name="generate"),
                    prompt.submit(**generate_on, api_name="submit")]
         halt.click(None, cancels=samples)
@@ -417,7 +418,7 @@ def make_page():
             button.click(None, None, prompt, js=f"() => {json.dumps(example)}")
         gr.on([run.input, where.input, int8.input], **show)
         # clear the sample of the previous model
-        run.input(None, None, [text, status], js="() => ['', '']", cancels=[first, *samples])
+        run.input(None, None, [text, status], js="() => ['', '']", cancels=[opened, *samples])
         # Gradio gives this textarea no label
         page.load(None, js="() => {document.querySelector('#sample textarea').ariaLabel = "
                            "'sample'}")
