@@ -48,7 +48,7 @@ from lib.configurator import (
 )
 from lib.decoding import Sampling
 from lib.machine import keep_freed_memory, resolve_device
-from lib.tokenizer import get_tokenizer
+from lib.tokenizer import get_tokenizer, has_all_of
 from model import GPT
 
 # -----------------------------------------------------------------------------
@@ -262,14 +262,6 @@ def about(run: str, model: GPT, tokenizer, checkpoint: dict) -> str:
     return table(html.escape(run_label(run)), rows)
 
 
-def fits(tokenizer, prompt: str) -> bool:
-    """Return whether the vocabulary has all of the prompt."""
-    try:
-        return tokenizer.unk not in tokenizer.encode(prompt)
-    except ValueError:
-        return False
-
-
 def alert(error: Exception) -> str:
     """Return an error as one line."""
     return f'<div role="alert">error: {html.escape(one_line(error))}</div>'
@@ -314,7 +306,7 @@ def show_run(run, device, int8, prompt) -> list:
     try:
         prompt = coerce("prompt", prompt, "")
         model, tokenizer, checkpoint = load(run, device, coerce("int8", int8, False))
-        buttons = [gr.Button(visible=fits(tokenizer, example)) for example in EXAMPLES]
+        buttons = [gr.Button(visible=has_all_of(tokenizer, example)) for example in EXAMPLES]
     except (ValueError, OSError) as error:
         return [alert(error), "", *(gr.skip() for _ in EXAMPLES)]
     chart = ""
@@ -332,7 +324,7 @@ def show_opening(run, device, int8, prompt) -> list:
     text, status = gr.skip(), gr.skip()
     # show_run reports what is wrong with the model
     with contextlib.suppress(ValueError, OSError, KeyError):
-        if fits(load(run, device, False)[1], EXAMPLES[0]):
+        if has_all_of(load(run, device, False)[1], EXAMPLES[0]):
             text, chart, status = first_sample(run, device, find_runs()[run])
     return [facts, chart, *buttons, text, status]
 

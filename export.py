@@ -34,7 +34,15 @@ from lib.convert import check_exportable, config_to_hf, is_transposed, to_hf
 from lib.decoding import start_token
 from lib.files import replace_file, results_file, sync_file, write_atomically
 from lib.quantize import quantize_int8
-from lib.tokenizer import EOT, LETTER_OF_BYTE, PIECE, UNK, BytePairTokenizer, get_tokenizer
+from lib.tokenizer import (
+    EOT,
+    LETTER_OF_BYTE,
+    PIECE,
+    UNK,
+    BytePairTokenizer,
+    get_tokenizer,
+    has_all_of,
+)
 from model import GPT
 
 # -----------------------------------------------------------------------------
@@ -426,7 +434,7 @@ def export_html(checkpoint: dict, path: Path, dtype: str) -> list[Path]:
     spec, tokens = tokenizer_for_page(tokenizer)
     data += json.dumps(tokens, separators=(",", ":")).encode()
     content = {"config": asdict(model.config), "tensors": tensors, "floats": floats,
-               "tokenizer": spec, "prompt": EXAMPLE if encodes(tokenizer, EXAMPLE) else "",
+               "tokenizer": spec, "prompt": EXAMPLE if has_all_of(tokenizer, EXAMPLE) else "",
                "card": page_card(checkpoint, model, tokenizer),
                "command": training_command(checkpoint["config"])}
     dataset = checkpoint["meta"].get("dataset")
@@ -508,14 +516,6 @@ def list_pattern(kind: str) -> str:
             .replace(r"\w", f"[{word}]").replace(r"\s", f"[{space}]"))
 
 
-def encodes(tokenizer, text: str) -> bool:
-    """Return whether the vocabulary has all of a text."""
-    try:
-        return tokenizer.unk not in tokenizer.encode(text)
-    except ValueError:
-        return False
-
-
 def page_card(checkpoint: dict, model: GPT, tokenizer) -> list[tuple[str, str]]:
     """Return the facts about a model that its page shows."""
     c, summary = model.config, measurements(checkpoint)
@@ -534,7 +534,8 @@ def training_command(config: dict) -> list[str]:
     config = config | {"dataset": Path(config["dataset"]).name}  # no path of this machine
     settings = read_settings(Path(__file__).with_name("train.py"))
     changed = [f"--{s.name}={shlex.quote(str(config[s.name]))}" for s in settings
-               if s.group not in ("run", "system") and config.get(s.name, s.default) != s.default]
+               if s.group not in ("run", "system") and s.name in config
+               and repr(config[s.name]) != s.default]
     return ["python train.py", *changed] if changed else []
 
 

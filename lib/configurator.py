@@ -105,7 +105,7 @@ class Setting(NamedTuple):
     name: str
     group: str
     comment: str
-    default: object
+    default: str  # as in the script; an expression is not evaluated
 
 
 def read_settings(script: str | Path) -> list[Setting]:
@@ -123,7 +123,7 @@ def read_settings(script: str | Path) -> list[Setting]:
             group = above[2:]
         comment = lines[node.end_lineno - 1].encode()[node.end_col_offset:].decode()
         settings.append(Setting(name, group, comment.strip().lstrip("# "),
-                                ast.literal_eval(node.value)))
+                                ast.unparse(node.value)))
     return settings
 
 

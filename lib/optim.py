@@ -84,7 +84,7 @@ class Muon(torch.optim.Optimizer):
         go = 1 - getattr(self, "found_inf", torch.zeros((), device=device))
         by_shape = {}  # (r, c, lr) -> [(update, matrix)], orthogonalized in one batch
         for group in self.param_groups:
-            lr, keep = group["lr"], 1 - group["lr"] * group["weight_decay"] * go
+            lr = group["lr"]
             for p in group["params"]:
                 if p.grad is None:
                     continue
@@ -95,7 +95,7 @@ class Muon(torch.optim.Optimizer):
                 state["momentum"].lerp_(grad, (1 - group["momentum"]) * go)
                 update = grad.lerp(state["momentum"], group["momentum"])  # Nesterov
                 if group["weight_decay"]:
-                    p.mul_(keep)
+                    p.mul_(1 - lr * group["weight_decay"] * go)
                 heights = self.stacked.get(p, [p.size(0)])
                 for u, matrix in zip(update.split(heights), p.split(heights)):
                     by_shape.setdefault((*u.shape, lr), []).append((u, matrix))

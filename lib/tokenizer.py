@@ -346,6 +346,14 @@ def get_tokenizer(meta: dict):
                          "again") from None
 
 
+def has_all_of(tokenizer, text: str) -> bool:
+    """Return whether the vocabulary of a tokenizer has all of a text."""
+    try:
+        return tokenizer.unk not in tokenizer.encode(text)
+    except ValueError:
+        return False
+
+
 def meta_of(spec: dict, dataset: str = "") -> dict:
     """Return the meta.json of a dataset of which only the tokenizer is known."""
     size, eot = 50257, 50256  # of GPT-2, whose spec lists no tokens

@@ -296,7 +296,7 @@ def test_unknown_words_are_named(tmp_path, monkeypatch):
     assert n < 99  # it is likely that end-of-text is sampled
     assert chart_rows(chart) == expected_rows(tmp_path, n, run=".", prompt="a b")
     tokenizer = app.load(".", "cpu", False)[1]
-    assert app.fits(tokenizer, "a b") and not app.fits(tokenizer, "a c")
+    assert app.has_all_of(tokenizer, "a b") and not app.has_all_of(tokenizer, "a c")
 
 
 def test_twenty_clients_at_once_get_their_own_samples(server, runs):

@@ -189,6 +189,13 @@ def settings_by_group(script: str) -> dict[str, dict[str, str]]:
     raise AssertionError(f"{script} does not call configure()")
 
 
+def test_a_default_may_be_an_expression(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("a = 20 * 1000  # steps\nb = 1e-4\nconfigure(globals())\n")
+    assert read_settings(script) == [("a", "settings", "steps", "20 * 1000"),
+                                     ("b", "settings", "", "0.0001")]
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_lists_every_setting_with_its_reason_under_its_group(script):
     done = run(script, "--help", COLUMNS="100")
