@@ -66,10 +66,10 @@ batch_size = 32  # rows of a micro-batch
 block_size = 128  # context in tokens
 vocab_size = 0  # train, generate (0: that of the prepared dataset, else GPT-2's 50,257)
 # model
-arch = "gpt2"  # or 'qwen3'
+arch = "gpt2"  # or 'qwen3', 'llama'
 n_layer = 6  # blocks
 n_head = 6  # attention heads
-n_kv_head = 0  # qwen3: heads of keys and values (0: n_head)
+n_kv_head = 0  # not gpt2: heads of keys and values (0: n_head)
 n_embd = 384  # width
 dropout = 0.1  # share of activations that are set to zero
 bias = True  # gpt2: biases in Linear and LayerNorm

@@ -30,7 +30,7 @@ import lib.tokenizer
 from lib.checkpoint import build_model, load_checkpoint, save_checkpoint
 from lib.configurator import configure, one_line, one_of, read_settings, user_errors
 from lib.console import hide_hub_progress
-from lib.convert import check_exportable, config_to_hf, is_transposed, to_hf
+from lib.convert import check_exportable, config_to_hf, interleave, is_transposed, to_hf
 from lib.decoding import start_token
 from lib.files import replace_file, results_file, sync_file, write_atomically
 from lib.quantize import quantize_int8
@@ -253,7 +253,7 @@ def add_gguf_tokenizer(writer, tokenizer, vocab_size: int) -> None:
 def model_card(checkpoint: dict, model: GPT, kind: str, name: str) -> str:
     """Return the README.md of a model for transformers. kind: of the tokenizer."""
     c, params = model.config, model.num_params
-    arch = "GPT-2" if c.arch == "gpt2" else "Qwen3"
+    arch = {"gpt2": "GPT-2", "qwen3": "Qwen3", "llama": "Llama"}[c.arch]
     text = (f"A {arch} of {params():,} parameters ({params(non_embedding=True):,} without "
             f"embeddings): {c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, a context of "
             f"{c.block_size:,} tokens, a vocabulary of {c.vocab_size:,} (tokenizer: {kind}).")
@@ -389,13 +389,14 @@ def add_gguf_fields(writer, name: str, model: GPT, dtype: str) -> None:
     writer.add_feed_forward_length(c.n_inner)
     writer.add_head_count(c.n_head)
     if c.arch == "gpt2":
-        writer.add_layer_norm_eps(1e-5)
+        writer.add_layer_norm_eps(c.norm_eps)
     else:
         writer.add_head_count_kv(c.n_kv_head)
         writer.add_key_length(c.head_dim)
         writer.add_value_length(c.head_dim)
-        writer.add_layer_norm_rms_eps(1e-6)
+        writer.add_layer_norm_rms_eps(c.norm_eps)
         writer.add_rope_freq_base(c.rope_theta)
+        writer.add_rope_dimension_count(c.head_dim)
 
 
 def add_gguf_tensors(writer, model: GPT, dtype: str) -> None:
@@ -409,6 +410,8 @@ def add_gguf_tensors(writer, model: GPT, dtype: str) -> None:
             continue
         name = names.get_name(theirs, try_suffixes=(".weight", ".bias"))
         kind = kinds.F32 if w.dim() == 1 or name == "position_embd.weight" else matrix_kind
+        if c.arch == "llama" and theirs.endswith(("q_proj.weight", "k_proj.weight")):
+            w = interleave(w, c.head_dim)
         w = (w.t() if is_transposed(theirs) else w).contiguous().numpy()
         if kind == kinds.Q8_0 and w.shape[-1] % 32:
             kind = kinds.F16

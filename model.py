@@ -2,8 +2,8 @@
 A GPT in one file. It needs only torch: copy it next to your own script and it works.
 
 arch 'gpt2': learned positions, LayerNorm, GELU, tied head; loads OpenAI's weights unchanged.
-arch 'qwen3': rotary positions, RMSNorm (also of queries and keys), SwiGLU, no biases; loads the
-weights of Qwen3ForCausalLM.
+arch 'llama': rotary positions, RMSNorm, SwiGLU, no biases; loads the weights of LlamaForCausalLM.
+arch 'qwen3': llama with an RMSNorm of queries and keys; loads the weights of Qwen3ForCausalLM.
 """
 import math
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass
 class GPTConfig:
-    arch: str = "gpt2"  # or 'qwen3'
+    arch: str = "gpt2"  # or 'qwen3', 'llama'
     block_size: int = 1024  # longest context in tokens
     vocab_size: int = 50257
     n_layer: int = 12
@@ -26,10 +26,11 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = True  # gpt2: biases in Linear and LayerNorm, as in OpenAI's weights
     gelu: str = "tanh"  # gpt2: OpenAI's approximation; 'none': the exact GELU, as in nanoGPT
-    n_kv_head: int = 0  # qwen3: heads of keys and values, shared by the query heads (0: n_head)
-    head_dim: int = 0  # qwen3: width of a head (0: n_embd / n_head)
-    n_inner: int = 0  # qwen3: width of the SwiGLU (0: 8/3 n_embd, as many weights as GPT-2's MLP)
-    rope_theta: float = 10000.0  # qwen3: base of the rotary wavelengths
+    n_kv_head: int = 0  # not gpt2: heads of keys and values, shared by the query heads (0: n_head)
+    head_dim: int = 0  # not gpt2: width of a head (0: n_embd / n_head)
+    n_inner: int = 0  # not gpt2: width of the SwiGLU (0: 8/3 n_embd, as many weights as in gpt2)
+    rope_theta: float = 10000.0  # not gpt2: base of the rotary wavelengths
+    norm_eps: float = 0.0  # not gpt2: of RMSNorm (0: 1e-6 in qwen3, 1e-5 in llama)
     tied: bool = True  # the head shares the weights of the token embedding; gpt2: always
 
     def __post_init__(self):
@@ -41,15 +42,15 @@ class GPTConfig:
             # integers must be positive, except those whose default is 0
             if kind is int and value < (least := min(field.default, 1)):
                 raise ValueError(f"{field.name} must be at least {least}, got {value}")
-        if self.arch not in ("gpt2", "qwen3"):
-            raise ValueError(f"arch must be gpt2 or qwen3, got {self.arch!r}")
+        if self.arch not in ("gpt2", "qwen3", "llama"):
+            raise ValueError(f"arch must be gpt2, qwen3 or llama, got {self.arch!r}")
         if self.gelu not in ("tanh", "none"):
             raise ValueError(f"gelu must be tanh or none, got {self.gelu!r}")
         if self.n_embd % self.n_head and not self.head_dim:
             raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         if self.arch == "gpt2":
             resolved = dict(n_kv_head=self.n_head, head_dim=self.n_embd // self.n_head,
-                            n_inner=4 * self.n_embd)
+                            n_inner=4 * self.n_embd, norm_eps=1e-5)
             for name, value in resolved.items():
                 if (given := getattr(self, name)) not in (0, value):
                     raise ValueError(f"{name} must be 0 or {value} with arch gpt2, got {given}")
@@ -58,25 +59,27 @@ class GPTConfig:
         else:
             resolved = dict(n_kv_head=self.n_kv_head or self.n_head, bias=False,
                             head_dim=self.head_dim or self.n_embd // self.n_head,
-                            n_inner=self.n_inner or 64 * math.ceil(self.n_embd / 24))
+                            n_inner=self.n_inner or 64 * math.ceil(self.n_embd / 24),
+                            norm_eps=self.norm_eps or (1e-6 if self.arch == "qwen3" else 1e-5))
         for name, value in resolved.items():
             setattr(self, name, value)
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head ({self.n_head}) must be a multiple of n_kv_head "
                              f"({self.n_kv_head})")
-        if self.arch == "qwen3" and self.head_dim % 2:
+        if self.arch != "gpt2" and self.head_dim % 2:
             raise ValueError(f"head_dim (by default n_embd / n_head) must be even for rotary "
                              f"positions, got {self.head_dim}")
-        if not self.rope_theta > 0:
-            raise ValueError(f"rope_theta must be above 0, got {self.rope_theta}")
+        for name in ("rope_theta", "norm_eps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout}")
 
 
 def make_norm(config: GPTConfig, width: int) -> nn.Module:
     if config.arch == "gpt2":
-        return nn.LayerNorm(width, bias=config.bias)
-    return nn.RMSNorm(width, eps=1e-6)
+        return nn.LayerNorm(width, eps=config.norm_eps, bias=config.bias)
+    return nn.RMSNorm(width, eps=config.norm_eps)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -100,7 +103,8 @@ class CausalSelfAttention(nn.Module):
         self.qkv_sizes = [self.head_dim * n for n in (self.n_head, self.n_kv_head, self.n_kv_head)]
         self.c_attn = nn.Linear(config.n_embd, sum(self.qkv_sizes), bias=config.bias)
         self.c_proj = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=config.bias)
-        if config.arch == "qwen3":
+        self.normalize_qk = config.arch == "qwen3"
+        if self.normalize_qk:
             self.q_norm = make_norm(config, self.head_dim)
             self.k_norm = make_norm(config, self.head_dim)
         self.resid_dropout = nn.Dropout(config.dropout)
@@ -111,8 +115,11 @@ class CausalSelfAttention(nn.Module):
         qkv = self.c_attn(x).view(B, T, -1, self.head_dim)  # (B, T, n_head + 2 * n_kv_head, hs)
         q, k, v = qkv.transpose(1, 2).split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
         if rope is not None:  # in float32 also under autocast, as the norms
-            q = rotate(self.q_norm(q.float()), *rope).type_as(v)  # (B, n_head, T, hs)
-            k = rotate(self.k_norm(k.float()), *rope).type_as(v)  # (B, n_kv_head, T, hs)
+            q, k = q.float(), k.float()
+            if self.normalize_qk:
+                q, k = self.q_norm(q), self.k_norm(k)
+            q = rotate(q, *rope).type_as(v)  # (B, n_head, T, hs)
+            k = rotate(k, *rope).type_as(v)  # (B, n_kv_head, T, hs)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, n_kv_head, cache.length + T, hs)
         y = F.scaled_dot_product_attention(
@@ -243,7 +250,7 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied:
             self.lm_head.weight = self.transformer.wte.weight  # https://arxiv.org/abs/1608.05859
-        if config.arch == "qwen3":
+        if config.arch != "gpt2":
             half = config.head_dim // 2
             # real values on the CPU, even if the model itself is created on 'meta'
             frequencies = config.rope_theta ** (-torch.arange(half, device="cpu") / half)
@@ -255,18 +262,18 @@ class GPT(nn.Module):
     @torch.no_grad()
     def init_weights(self) -> None:
         """
-        Initialize as GPT-2, but for other widths and for qwen3.
+        Initialize as GPT-2, but for other widths, for qwen3 and for llama.
 
         Matrices have std 0.02 * sqrt(768 / n_embd): GPT-2's 0.02 at its own width, larger for
-        narrower models, so that attention starts to learn early. In qwen3 the residual projections
-        and an untied head start at zero, so that the first prediction is uniform.
+        narrower models, so that attention starts to learn early. In qwen3 and llama the residual
+        projections and an untied head start at zero, so that the first prediction is uniform.
         """
         std = 0.02 * math.sqrt(768 / self.config.n_embd)
         for name, p in self.named_parameters():
             if name.startswith(("transformer.wte", "transformer.wpe")):
                 # small where it is also the head, so that the first prediction is nearly uniform
                 p.normal_(std=0.02 if self.config.tied else 0.5)
-            elif self.config.arch == "qwen3" and name.endswith(("c_proj.weight", "lm_head.weight")):
+            elif self.config.arch != "gpt2" and name.endswith(("c_proj.weight", "lm_head.weight")):
                 p.zero_()
             elif name.endswith("c_proj.weight"):
                 p.normal_(std=std / math.sqrt(2 * self.config.n_layer))

@@ -45,10 +45,10 @@ batch_size = 32  # rows of a micro-batch
 block_size = 128  # context in tokens
 vocab_size = 0  # 0: that of the dataset, where it is prepared, else GPT-2's 50,257
 # model
-arch = "gpt2"  # or 'qwen3'
+arch = "gpt2"  # or 'qwen3', 'llama'
 n_layer = 6  # blocks
 n_head = 6  # attention heads
-n_kv_head = 0  # qwen3: heads of keys and values (0: n_head)
+n_kv_head = 0  # not gpt2: heads of keys and values (0: n_head)
 n_embd = 384  # width
 dropout = 0.1  # share of activations that are set to zero
 bias = True  # gpt2: biases in Linear and LayerNorm
@@ -104,24 +104,24 @@ def block_activations(c: GPTConfig, n: int, size: int, on_cpu: bool) -> int:
     size: bytes of a number that a matrix product reads or writes.
     """
     q, kv = c.n_head * c.head_dim, c.n_kv_head * c.head_dim  # widths of all heads together
-    qwen3, autocast, dropout = c.arch == "qwen3", size == 2, c.dropout > 0
+    gpt2, autocast, dropout = c.arch == "gpt2", size == 2, c.dropout > 0
     # the input of a norm; a CPU's RMSNorm also keeps its result before the gains
-    norm = 8 if qwen3 and on_cpu else 4
-    fc_out = c.n_inner * (2 if qwen3 else 1)
+    norm = 8 if on_cpu and not gpt2 else 4
+    fc_out = c.n_inner * (1 if gpt2 else 2)
     kept = 2 * c.n_embd * (norm + size)  # two norms, and what they pass to c_attn and c_fc
     if dropout and on_cpu:  # the CPU has no attention kernel with dropout
         kept += 3 * 4 * q  # scaled queries and keys, values, in float32 and for every head
         kept += 3 * 4 * c.n_head * c.block_size  # softmax, mask and product of each pair of tokens
     else:
         kept += size * (q + 2 * kv)  # the output of c_attn; its values and, in gpt2, queries, keys
-    if qwen3:
+    if not gpt2:
         # the output of c_attn, or the rotated queries and keys and c_proj's copy
         kept += size * (q + 2 * kv if dropout and on_cpu else q + kv + q)
-        # q_norm and k_norm: their input, unless it is a view, and their result
+    if c.arch == "qwen3":  # q_norm and k_norm: their input, unless it is a view, and their result
         kept += (q + kv) * ((4 if autocast else 0) + norm - 4)
     kept += size * q  # the output of attention
     kept += size * (fc_out + c.n_inner)  # the output of c_fc, the input of c_proj
-    kept += size * c.n_inner if qwen3 else 0  # SwiGLU: silu of the gate
+    kept += 0 if gpt2 else size * c.n_inner  # SwiGLU: silu of the gate
     kept += 2 * c.n_embd * (size if on_cpu else 1) if dropout else 0  # dropout masks
     return n * kept
 
@@ -150,10 +150,10 @@ def training_memory(model: GPT, B: int, accumulation: int, compute_dtype: str, k
     states = 8 * params - (4 * matrices if optimizer == "muon" else 0)
 
     block = block_activations(c, n, size, on_cpu)
-    fc_out = c.n_inner * (2 if c.arch == "qwen3" else 1)
+    fc_out = c.n_inner * (1 if c.arch == "gpt2" else 2)
     backward = n * (2 * size * fc_out + 4 * C)  # gradients inside a block in the backward pass
     blocks = c.n_layer * (n * 4 * C if remat else block)  # remat: only the inputs
-    norm = 8 if c.arch == "qwen3" and on_cpu else 4
+    norm = 8 if on_cpu and c.arch != "gpt2" else 4
     mask = (4 if on_cpu else 1) * (c.dropout > 0)
     ends = n * C * (norm + 4 + 4 + mask)  # ln_f in and out, its gradient; the embedding's mask
     activations = blocks + ends + (block if remat else 0)

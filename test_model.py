@@ -42,23 +42,25 @@ def test_same_logits_and_greedy_ids_as_hugging_face(gelu, theirs):
     assert_same_as_hugging_face(model, hf)
 
 
+@pytest.mark.parametrize("arch", ["qwen3", "llama"])
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(tied=True),
-        dict(tied=False),
-        dict(n_kv_head=2, n_inner=48),
+        dict(tied=True, norm_eps=1e-5),
+        dict(tied=False, norm_eps=1e-6),
+        dict(n_kv_head=2, n_inner=48, rope_theta=1e5),
         dict(n_kv_head=1, head_dim=6, tied=False),
     ],
 )
-def test_qwen3_is_that_of_hugging_face(changes):
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+def test_rotary_models_are_those_of_hugging_face(arch, changes):
+    import transformers
 
-    model = tiny(arch="qwen3", **changes)
+    model = tiny(arch=arch, **changes)
     randomize(model)
     c = model.config
-    hf = Qwen3ForCausalLM(
-        Qwen3Config(
+    name = {"qwen3": "Qwen3", "llama": "Llama"}[arch]
+    hf = getattr(transformers, f"{name}ForCausalLM")(
+        getattr(transformers, f"{name}Config")(
             vocab_size=c.vocab_size,
             hidden_size=c.n_embd,
             intermediate_size=c.n_inner,
@@ -67,7 +69,8 @@ def test_qwen3_is_that_of_hugging_face(changes):
             num_key_value_heads=c.n_kv_head,
             head_dim=c.head_dim,
             max_position_embeddings=c.block_size,
-            rope_theta=c.rope_theta,
+            rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+            rms_norm_eps=c.norm_eps,
             tie_word_embeddings=c.tied,
             bos_token_id=None,
             eos_token_id=None,
@@ -168,7 +171,7 @@ def test_initialisation_of_qwen3(tied, loss_above_uniform):
         ), name
 
 
-@pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
+@pytest.mark.parametrize("arch", ["gpt2", "qwen3", "llama"])
 def test_no_position_sees_a_later_one(arch):
     model = tiny(arch=arch)
     randomize(model)
@@ -205,7 +208,7 @@ def test_flops_per_token(changes):
     assert model.flops_per_token() - 6 * gains == 3 * counter.get_total_flops() / 32
 
 
-@pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
+@pytest.mark.parametrize("arch", ["gpt2", "qwen3", "llama"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_is_close_to_float32(dtype, arch):
     model = tiny(arch=arch)
@@ -265,7 +268,7 @@ def test_padding_at_the_left_changes_no_logit(changes, pieces):
             torch.testing.assert_close(logits[row, n:], alone, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
+@pytest.mark.parametrize("arch", ["gpt2", "qwen3", "llama"])
 def test_generation_past_block_size_keeps_the_newest_half(arch):
     model = tiny(block_size=8, arch=arch)
     randomize(model)
@@ -427,7 +430,7 @@ def test_remat_does_not_change_generation():
     assert model.generate(idx, 8, temperature=0).equal(expected)
 
 
-@pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
+@pytest.mark.parametrize("arch", ["gpt2", "qwen3", "llama"])
 def test_rows_of_many_lengths_compile_to_two_graphs(arch):
     """One for the first length and one for all others, without a break."""
     torch._dynamo.reset()

@@ -56,10 +56,10 @@ gradient_accumulation_steps = 2  # micro-batches per step, a multiple of the num
 batch_size = 32  # rows of a micro-batch
 block_size = 128  # longest context in tokens
 # model
-arch = "gpt2"  # or 'qwen3', which learns faster
+arch = "gpt2"  # or 'qwen3', which learns faster, or 'llama'
 n_layer = 6  # blocks
 n_head = 6  # attention heads
-n_kv_head = 0  # qwen3: heads of keys and values, shared by the query heads (0: n_head)
+n_kv_head = 0  # not gpt2: heads of keys and values, shared by the query heads (0: n_head)
 n_embd = 384  # width
 dropout = 0.1  # 0 is good when no token is seen twice
 bias = True  # gpt2: biases in Linear and LayerNorm

@@ -1,8 +1,8 @@
 """
 Convert to and from our weights and config: Hugging Face folders, nanoGPT checkpoints.
 
-GPT2LMHeadModel has our names but keeps the matrices of its blocks transposed. Qwen3ForCausalLM
-keeps apart what we stack: queries, keys and values, and the two halves of a SwiGLU.
+GPT2LMHeadModel has our names but keeps the matrices of its blocks transposed. LlamaForCausalLM and
+Qwen3ForCausalLM keep apart what we stack: queries, keys and values, and the halves of a SwiGLU.
 """
 import json
 import sys
@@ -18,19 +18,22 @@ from model import GPT, GPTConfig
 
 # fields of GPTConfig that other programs also have, or that follow from those
 EXPORTED = {"arch", "block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias",
-            "gelu", "n_kv_head", "head_dim", "n_inner", "rope_theta", "tied"}
+            "gelu", "n_kv_head", "head_dim", "n_inner", "rope_theta", "norm_eps", "tied"}
 OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # their names on the Hugging Face hub
+CLASSES = {"gpt2": "GPT2LMHeadModel", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 
-QWEN3_BLOCK = {
+LLAMA_BLOCK = {
     "ln_1.weight": ["input_layernorm.weight"],
     "attn.c_attn.weight": ["self_attn.q_proj.weight", "self_attn.k_proj.weight",
                            "self_attn.v_proj.weight"],
-    "attn.q_norm.weight": ["self_attn.q_norm.weight"],
-    "attn.k_norm.weight": ["self_attn.k_norm.weight"],
     "attn.c_proj.weight": ["self_attn.o_proj.weight"],
     "ln_2.weight": ["post_attention_layernorm.weight"],
     "mlp.c_fc.weight": ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
     "mlp.c_proj.weight": ["mlp.down_proj.weight"],
+}
+QWEN3_BLOCK = LLAMA_BLOCK | {
+    "attn.q_norm.weight": ["self_attn.q_norm.weight"],
+    "attn.k_norm.weight": ["self_attn.k_norm.weight"],
 }
 
 
@@ -45,8 +48,9 @@ def hf_names(config: GPTConfig) -> dict[str, list[str]]:
     names = {"transformer.wte.weight": ["model.embed_tokens.weight"],
              "transformer.ln_f.weight": ["model.norm.weight"],
              "lm_head.weight": ["lm_head.weight"]}
+    block = QWEN3_BLOCK if config.arch == "qwen3" else LLAMA_BLOCK
     for i in range(config.n_layer):
-        for ours, theirs in QWEN3_BLOCK.items():
+        for ours, theirs in block.items():
             names[f"transformer.h.{i}.{ours}"] = [f"model.layers.{i}.{name}" for name in theirs]
     return names
 
@@ -57,19 +61,28 @@ def is_transposed(name: str) -> bool:
 
 
 def to_hf(model: GPT) -> dict[str, torch.Tensor]:
-    """Return the weights as GPT2LMHeadModel, which always has biases, or Qwen3ForCausalLM."""
+    """Return the weights under the names of the class in transformers. GPT-2 gets all biases."""
     weights, state, config = {}, model.state_dict(), model.config
     for ours, theirs in hf_names(config).items():
         w = state[ours]
         if config.arch == "gpt2" and not config.bias and (".ln_" in ours or is_transposed(ours)):
             weights[ours.replace(".weight", ".bias")] = w.new_zeros(len(w))
-        if ours.endswith("c_attn.weight") and config.arch == "qwen3":
+        if ours.endswith("c_attn.weight") and config.arch != "gpt2":
             parts = w.split(model.transformer.h[0].attn.qkv_sizes)
         else:
             parts = w.chunk(len(theirs))
         for name, part in zip(theirs, parts):
             weights[name] = (part.t() if is_transposed(name) else part).contiguous()
     return weights
+
+
+def interleave(w: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """
+    Return the projection of queries or keys (heads * hs, C) in the order of GGUF files of llama.
+
+    They rotate neighboring rows of a head, we rotate rows i and i + hs / 2.
+    """
+    return w.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
 def from_hf(weights: dict[str, torch.Tensor], config: GPTConfig) -> dict[str, torch.Tensor]:
@@ -109,20 +122,23 @@ def config_from_hf(theirs: dict) -> GPTConfig:
         args = dict(block_size=theirs["n_positions"], n_layer=theirs["n_layer"],
                     n_head=theirs["n_head"], n_embd=theirs["n_embd"],
                     gelu="none" if exact else "tanh")
-    elif theirs["model_type"] == "qwen3":
-        known = {"hidden_act": ["silu"], "rms_norm_eps": [1e-6], "attention_bias": [False],
-                 "use_sliding_window": [False], "rope_scaling": [None]}
+    elif theirs["model_type"] in ("qwen3", "llama"):
+        known = {"hidden_act": ["silu"], "attention_bias": [False], "mlp_bias": [False],
+                 "use_sliding_window": [False], "rope_interleaved": [False], "rope_scaling": [None]}
         # rope_parameters since transformers 5
-        rope = theirs.get("rope_parameters") or {"rope_theta": theirs["rope_theta"]}
+        rope = theirs.get("rope_parameters") or {"rope_theta": theirs.get("rope_theta", 10000.0)}
         if rope.get("rope_type", "default") != "default":
             raise ValueError(f"its rope_type is {rope['rope_type']!r}; only 'default' is supported")
         args = dict(block_size=theirs["max_position_embeddings"],
                     n_layer=theirs["num_hidden_layers"], n_head=theirs["num_attention_heads"],
-                    n_kv_head=theirs["num_key_value_heads"], head_dim=theirs["head_dim"],
-                    n_inner=theirs["intermediate_size"], n_embd=theirs["hidden_size"],
-                    rope_theta=float(rope["rope_theta"]), tied=theirs["tie_word_embeddings"])
+                    n_kv_head=theirs.get("num_key_value_heads") or 0,
+                    head_dim=theirs.get("head_dim") or 0, n_inner=theirs["intermediate_size"],
+                    n_embd=theirs["hidden_size"], rope_theta=float(rope["rope_theta"]),
+                    norm_eps=theirs["rms_norm_eps"],
+                    tied=theirs.get("tie_word_embeddings", theirs["model_type"] != "llama"))
     else:
-        raise ValueError(f"its model_type is {theirs['model_type']!r}, not 'gpt2' or 'qwen3'")
+        raise ValueError(f"its model_type is {theirs['model_type']!r}, not "
+                         f"{' or '.join(map(repr, CLASSES))}")
     for name, values in known.items():
         if theirs.get(name, values[0]) not in values:
             raise ValueError(f"its {name} is {theirs[name]!r}; only "
@@ -140,27 +156,28 @@ def check_exportable(config: GPTConfig) -> None:
 
 
 def config_to_hf(c: GPTConfig, eot: int, dtype: str) -> dict:
-    """Return the config.json of GPT2LMHeadModel or Qwen3ForCausalLM."""
+    """Return the config.json of a model for transformers."""
     check_exportable(c)
-    ends = {"bos_token_id": eot, "eos_token_id": eot} if eot >= 0 else {}
+    common = {"architectures": [CLASSES[c.arch]], "model_type": c.arch, "dtype": dtype,
+              "vocab_size": c.vocab_size, "tie_word_embeddings": c.tied}
+    if eot >= 0:
+        common |= {"bos_token_id": eot, "eos_token_id": eot}
     if c.arch == "gpt2":
-        return {
-            "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "dtype": dtype,
-            "vocab_size": c.vocab_size, "n_positions": c.block_size, "n_layer": c.n_layer,
-            "n_head": c.n_head, "n_embd": c.n_embd,
+        return common | {
+            "n_positions": c.block_size, "n_layer": c.n_layer, "n_head": c.n_head,
+            "n_embd": c.n_embd,
             "activation_function": "gelu_new" if c.gelu == "tanh" else "gelu",
             "layer_norm_epsilon": 1e-5, "resid_pdrop": c.dropout, "embd_pdrop": c.dropout,
-            "attn_pdrop": c.dropout, "tie_word_embeddings": True, **ends}
-    return {
-        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "dtype": dtype,
-        "vocab_size": c.vocab_size, "max_position_embeddings": c.block_size,
-        "num_hidden_layers": c.n_layer, "num_attention_heads": c.n_head,
+            "attn_pdrop": c.dropout}
+    return common | {
+        "max_position_embeddings": c.block_size, "num_hidden_layers": c.n_layer,
+        "num_attention_heads": c.n_head,
         "num_key_value_heads": c.n_kv_head, "head_dim": c.head_dim, "hidden_size": c.n_embd,
-        "intermediate_size": c.n_inner, "hidden_act": "silu", "rms_norm_eps": 1e-6,
+        "intermediate_size": c.n_inner, "hidden_act": "silu", "rms_norm_eps": c.norm_eps,
         # rope_theta is read by transformers 4, rope_parameters by 5
         "rope_theta": c.rope_theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta},
-        "attention_bias": False, "tie_word_embeddings": c.tied, **ends}
+        "attention_bias": False}
 
 
 # -----------------------------------------------------------------------------
@@ -183,7 +200,7 @@ def download_openai(name: str) -> Path:
 
 def read_hugging_face(folder: Path) -> dict:
     """
-    Read a folder of GPT2LMHeadModel or Qwen3ForCausalLM as a checkpoint.
+    Read a folder with a model of transformers as a checkpoint.
 
     Step, dataset and tokenizer are in the meta.json that export.py writes. Without it, the
     tokenizer is the byte-level BPE of tokenizer.json, or else GPT-2's.

@@ -44,7 +44,7 @@ def make_optimizers(model: GPT, optimizer: str, weight_decay: float, learning_ra
         {"params": [block.mlp.c_proj.weight for block in blocks]},
     ]
     stacked = {block.attn.c_attn.weight: block.attn.qkv_sizes for block in blocks}
-    if model.config.arch == "qwen3":  # SwiGLU stacks gate and up
+    if model.config.arch != "gpt2":  # SwiGLU stacks gate and up
         stacked |= {block.mlp.c_fc.weight: [n_inner, n_inner] for block in blocks}
     matrices = {p for group in groups for p in group["params"]}
     for group in adamw.param_groups:

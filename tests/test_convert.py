@@ -31,7 +31,7 @@ def test_a_field_that_transformers_does_not_have_is_named():
     class WithWindow(GPTConfig):
         window: int = 0
 
-    for arch in ("gpt2", "qwen3"):
+    for arch in ("gpt2", "qwen3", "llama"):
         plain = config_to_hf(GPTConfig(arch), 0, "float32")
         assert config_to_hf(WithWindow(arch), 0, "float32") == plain
         with pytest.raises(ValueError, match="do not have window=8 of this model"):
@@ -58,7 +58,7 @@ def test_hugging_face_folders_load(openai_folder, tmp_path):
             expected = kind.from_pretrained(folder)(idx).logits
             assert torch.allclose(model(idx)[0], expected, atol=1e-5)
     config = json.loads((openai_folder / "config.json").read_text())
-    for change, says in (({"model_type": "llama"}, "'llama'"),
+    for change, says in (({"model_type": "mamba"}, "'mamba'"),
                          ({"vocab_size": 99}, "vocabulary of 99"),
                          ({"n_layer": 3}, "missing"), ({"n_embd": "x"}, "n_embd")):
         (tmp_path / "bad").mkdir(exist_ok=True)
@@ -142,7 +142,8 @@ def test_the_tokenizer_of_gpt2_is_recognized(tmp_path):
      "its rope_type is 'yarn'"),
     ({"vocab_size": 290}, None, "vocabulary of 290"),
     ({"num_hidden_layers": "2"}, None, "n_layer takes int"),
-    ({"model_type": "llama"}, None, "'llama'"),
+    ({"model_type": "mamba"}, None, "its model_type is 'mamba', not 'gpt2' or 'qwen3' or 'llama'"),
+    ({"model_type": "llama"}, None, "k_norm.weight, which the model does not have"),
 ])
 def test_what_does_not_fit_is_named(tmp_path, config, weights, says):
     from safetensors.torch import load_file, save_file

@@ -77,7 +77,7 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
+@pytest.mark.parametrize("arch", ["gpt2", "qwen3", "llama"])
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_loss_under_autocast(arch, loss, dtype):
@@ -102,7 +102,7 @@ def test_every_loss_under_autocast(arch, loss, dtype):
     assert (grads16 - grads32).norm() < 0.03 * grads32.norm()
 
 
-@pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
+@pytest.mark.parametrize("arch", ["gpt2", "qwen3", "llama"])
 @pytest.mark.parametrize("remat", [False, True])
 @pytest.mark.parametrize(
     "loss, graphs, breaks", [("whole", 1, 0), ("chunked", 2, 2), ("sampled", 1, 0)]

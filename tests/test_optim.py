@@ -10,7 +10,7 @@ from lib import optim
 from lib.optim import Muon, make_optimizers, orthogonalize, scheduled_lr, set_lr
 
 
-@pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
+@pytest.mark.parametrize("arch", ["gpt2", "qwen3", "llama"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_overfits_one_batch(arch, optimizer):
     model = tiny(arch=arch).train()
@@ -33,7 +33,7 @@ def test_only_matrices_decay():
     assert len(decay["params"]) + len(rest["params"]) == len(list(model.parameters()))
 
 
-@pytest.mark.parametrize("arch", ["gpt2", "qwen3"])
+@pytest.mark.parametrize("arch", ["gpt2", "qwen3", "llama"])
 def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest(arch):
     model = tiny(arch=arch)
     adamw, muon = make_optimizers(model, "muon", 0.1, 1e-3, (0.9, 0.95), "cpu")

@@ -30,6 +30,7 @@ def plan(*args: str) -> dict:
         (dict(n_embd=96, vocab_size=65, n_layer=8), dict(remat=True)),
         (dict(n_embd=192, vocab_size=20), dict(batch_size=1, block_size=32, optimizer="muon")),
         (dict(arch="qwen3", n_embd=96, vocab_size=300, n_kv_head=1, dropout=0.1), dict()),
+        (dict(arch="llama", n_embd=96, vocab_size=300, n_kv_head=1), dict()),
         (
             dict(arch="qwen3", n_embd=96, vocab_size=2000),
             dict(softmax_tokens=600, optimizer="muon"),
@@ -39,7 +40,10 @@ def plan(*args: str) -> dict:
             dict(batch_size=1, gradient_accumulation_steps=2),
         ),
     ],
-    ids=["gpt2", "dropout", "loss_chunk", "remat", "muon", "qwen3", "softmax_tokens", "untied"],
+    ids=[
+        *("gpt2", "dropout", "loss_chunk", "remat", "muon"),
+        *("qwen3", "llama", "softmax_tokens", "untied"),
+    ],
 )
 def test_plan_of_memory_beside_what_torch_allocates(shape, training):
     """The oracle: the peak of allocations in a second step, as the profiler records them."""
