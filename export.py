@@ -36,11 +36,13 @@ from lib.files import replace_file, results_file, sync_file, write_atomically
 from lib.quantize import quantize_int8
 from lib.tokenizer import (
     EOT,
-    LETTER_OF_BYTE,
+    PATTERNS,
     PIECE,
     UNK,
     BytePairTokenizer,
+    byte_level,
     get_tokenizer,
+    gpt2_pattern,
     has_all_of,
 )
 from model import GPT
@@ -67,33 +69,6 @@ METRICS = ("loss", "floor", "perplexity", "word_perplexity", "bits_per_byte", "a
 
 # -----------------------------------------------------------------------------
 # Tokenizers
-
-def spell(token: bytes) -> str:
-    """Return a token as GPT-2's files write it, with a visible character for every byte."""
-    return "".join(LETTER_OF_BYTE[byte] for byte in token)
-
-
-def byte_level(tokenizer: BytePairTokenizer) -> tuple[list[str], list[tuple[str, str]]]:
-    """
-    Return the tokens of a byte-level BPE by id, and its merges in their order.
-
-    tiktoken knows only ranks. A token was merged from the two parts that remain of it after all
-    earlier merges.
-    """
-    ranks = tokenizer.encoding._mergeable_ranks
-    vocab, merges = [""] * tokenizer.vocab_size, []
-    for token, rank in sorted(ranks.items(), key=lambda pair: pair[1]):
-        vocab[rank] = spell(token)
-        parts = [token[i:i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            pairs = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
-            i = pairs.index(min(pairs))
-            parts[i:i + 2] = [parts[i] + parts[i + 1]]
-        if len(parts) == 2:
-            merges.append((spell(parts[0]), spell(parts[1])))
-    vocab[tokenizer.eot] = tokenizer.encoding.decode([tokenizer.eot])
-    return vocab, merges
-
 
 # tokenization_word.py of an exported 'word' tokenizer: this text and the source of these functions
 WORD_FUNCTIONS = ("nltk_tools", "split_words", "join_words")
@@ -159,7 +134,8 @@ def write_hf_tokenizer(tokenizer, folder: Path, block_size: int) -> None:
               "model_input_names": ["input_ids", "attention_mask"],
               "clean_up_tokenization_spaces": False, "split_special_tokens": True}
     if tokenizer.eot >= 0:
-        config |= dict.fromkeys(("bos_token", "eos_token", "pad_token"), EOT)
+        eot = tokenizer.spec.get("eot", EOT)
+        config |= dict.fromkeys(("bos_token", "eos_token", "pad_token"), eot)
     if tokenizer.unk >= 0:
         config["unk_token"] = UNK
     if tokenizer.spec["kind"] == "word":
@@ -196,11 +172,12 @@ def to_rust(tokenizer):
         pattern = r"[\s\S]" if tokenizer.spec["kind"] == "char" else PIECE.pattern
         rust.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
         rust.decoder = decoders.Fuse()
-    specials = [name for name, i in ((EOT, tokenizer.eot), (UNK, tokenizer.unk)) if i >= 0]
+    specials = [*tokenizer.specials, *([UNK] if tokenizer.unk >= 0 else [])]
     rust.add_special_tokens([AddedToken(name, special=True) for name in specials])
     if tokenizer.eot >= 0:
-        rust.post_processor = TemplateProcessing(f"{EOT} $A", f"{EOT} $A {EOT} $B",
-                                                 [(EOT, tokenizer.eot)])
+        eot = tokenizer.spec.get("eot", EOT)
+        rust.post_processor = TemplateProcessing(f"{eot} $A", f"{eot} $A {eot} $B",
+                                                 [(eot, tokenizer.eot)])
     return rust
 
 
@@ -216,9 +193,12 @@ def add_gguf_tokenizer(writer, tokenizer, vocab_size: int) -> None:
 
     if isinstance(tokenizer, BytePairTokenizer):
         tokens, merges = byte_level(tokenizer)
-        is_qwen = tokenizer.encoding._pat_str.startswith("(?i:")
+        names = {pattern: name for name, pattern in PATTERNS.items()} | {gpt2_pattern(): "gpt-2"}
+        if (pattern := tokenizer.encoding._pat_str) not in names:
+            raise ValueError("llama.cpp does not have the pattern of this tokenizer, "
+                             f"{pattern[:60]!r} ...: use --format=hf")
         writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre("qwen2" if is_qwen else "gpt-2")
+        writer.add_tokenizer_pre(names[pattern])
         writer.add_token_merges([" ".join(merge) for merge in merges])
     elif tokenizer.spec["kind"] == "word":
         raise ValueError("llama.cpp has nothing like the tokenizer 'word': use --format=hf")
@@ -235,7 +215,7 @@ def add_gguf_tokenizer(writer, tokenizer, vocab_size: int) -> None:
         writer.add_add_space_prefix(False)
         # it needs some id
         writer.add_unk_token_id(tokenizer.unk if tokenizer.unk >= 0 else tokenizer.eot)
-    specials = {tokenizer.eot, tokenizer.unk}
+    specials = {*tokenizer.specials.values(), tokenizer.unk}
     types = [gguf.TokenType.CONTROL if i in specials else gguf.TokenType.NORMAL
              for i in range(len(tokens))]
     padding = vocab_size - len(tokens)  # unused ids of a padded vocabulary
@@ -482,12 +462,16 @@ def tokenizer_for_page(tokenizer) -> tuple[dict, list[str]]:
     is_bpe = isinstance(tokenizer, BytePairTokenizer)
     pattern = bpe_pattern(tokenizer.encoding._pat_str) if is_bpe else list_pattern(kind)
     spec = {"kind": "bpe" if is_bpe else kind, "pattern": pattern, "eot": tokenizer.eot,
-            "unk": tokenizer.unk, "first": start_token(tokenizer)}
+            "unk": tokenizer.unk, "first": start_token(tokenizer),
+            "control": sorted(tokenizer.specials.values())}
     if not is_bpe:
         return spec, tokenizer.vocab
     tokens = [""] * tokenizer.vocab_size
     for token, rank in tokenizer.encoding._mergeable_ranks.items():
-        tokens[rank] = token.decode("latin-1")
+        if rank < len(tokens):  # not a missing byte
+            tokens[rank] = token.decode("latin-1")
+    for token, rank in tokenizer.specials.items():
+        tokens[rank] = token
     return spec, tokens
 
 

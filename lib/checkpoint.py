@@ -17,7 +17,7 @@ into place once complete. Keys:
 import math
 import sys
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -25,9 +25,16 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from lib.configurator import one_line
-from lib.convert import OPENAI, download_openai, from_nanogpt, read_hugging_face
+from lib.convert import (
+    OPENAI,
+    download_openai,
+    from_nanogpt,
+    read_hf_tokenizer,
+    read_hugging_face,
+)
 from lib.files import open_synced, replace_file
 from lib.quantize import prepare_for_inference, quantize_int8, use_int8_layers
+from lib.tokenizer import KINDS, extends, get_tokenizer, meta_of, train_tokenizer
 from model import GPT, GPTConfig
 
 VERSION = 1
@@ -217,6 +224,29 @@ def load_checkpoint(name: str | Path) -> dict:
         f"train a model with `python train.py --out_dir={name}`"))
 
 
+def load_tokenizer(name: str) -> tuple[object, str]:
+    """Return the tokenizer of a model and its chat template, or ''. name: see load_checkpoint()."""
+    if (Path(name) / "tokenizer.json").exists() and not (Path(name) / "meta.json").exists():
+        try:
+            meta = read_hf_tokenizer(Path(name))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"the tokenizer of {name} cannot be read: {error}") from None
+    else:
+        meta = load_checkpoint(name)["meta"]
+    return get_tokenizer(meta), meta.get("chat_template", "")
+
+
+def make_tokenizer(name: str, texts: Iterable[str], vocab_size: int = 0,
+                   specials: tuple[str, ...] | None = None):
+    """Return a tokenizer of a kind, see train_tokenizer(), or the tokenizer of a model."""
+    if name in KINDS:
+        return train_tokenizer(name, texts, vocab_size, specials)
+    if not (Path(name).exists() or "/" in name or name in OPENAI):
+        raise ValueError(f"tokenizer must be {', '.join(KINDS)}, or a model to take it from: a "
+                         f"run, a Hugging Face folder or a GGUF file; got {name!r}")
+    return load_tokenizer(name)[0]
+
+
 # -----------------------------------------------------------------------------
 # Resuming
 
@@ -386,21 +416,38 @@ def model_from_weights(config: GPTConfig, weights: dict[str, torch.Tensor],
     return model.to(device)
 
 
+def grown_embeddings(weights: dict[str, torch.Tensor],
+                     size: int) -> tuple[dict[str, torch.Tensor], int]:
+    """
+    Return the weights with at least `size` tokens, and how many there are.
+
+    A new token starts as the mean of all others, so that it is about as probable as they are.
+    """
+    new, tables = size - len(weights["transformer.wte.weight"]), {}
+    for name in ("transformer.wte.weight", "lm_head.weight") if new > 0 else ():
+        w = weights[name].float()
+        tables[name] = torch.cat((w, w.mean(dim=0).expand(new, -1)))
+    return weights | tables, size - min(new, 0)
+
+
 def model_to_finetune(checkpoint: dict, name: str, tokenizer: dict, block_size: int = 0,
                       **changes) -> GPT:
     """
     Build a model from a checkpoint for fine-tuning.
 
-    tokenizer: the dataset's, which must equal the model's. block_size: crop the context to this
-    many tokens (0: keep the model's). changes: other config fields to replace, such as dropout.
+    tokenizer: the dataset's, which must equal the model's, or have more tokens at the end, such as
+    the control tokens of conversations: the model gets embeddings for them. block_size: crop the
+    context to this many tokens (0: keep the model's). changes: other config fields to replace, such
+    as dropout.
     """
-    if checkpoint["meta"]["tokenizer"] != tokenizer:
+    if not extends(tokenizer, checkpoint["meta"]["tokenizer"]):
         raise ValueError(f"{name} has another tokenizer than the dataset: prepare the dataset with "
-                         "its tokenizer")
+                         f"its tokenizer, --tokenizer={name}")
     if any(w.dtype == torch.int8 for w in checkpoint["model"].values()):
         raise ValueError(f"{name} is in int8, which cannot be trained: start from the run that it "
                          "was made of")
-    model = build_model(checkpoint, name, **changes)
+    weights, size = grown_embeddings(checkpoint["model"], meta_of(tokenizer)["vocab_size"])
+    model = build_model(checkpoint | {"model": weights}, name, **changes | {"vocab_size": size})
     if block_size > model.config.block_size:
         raise ValueError(f"block_size ({block_size}) is more than the {model.config.block_size} of "
                          f"{name}")

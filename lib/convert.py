@@ -19,6 +19,7 @@ from model import GPT, GPTConfig
 # fields of GPTConfig that other programs also have, or that follow from those
 EXPORTED = {"arch", "block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias",
             "gelu", "n_kv_head", "head_dim", "n_inner", "rope_theta", "norm_eps", "tied"}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # their names on the Hugging Face hub
 CLASSES = {"gpt2": "GPT2LMHeadModel", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 
@@ -198,12 +199,32 @@ def download_openai(name: str) -> Path:
                          "its name") from None
 
 
+def read_hf_tokenizer(folder: Path) -> dict:
+    """
+    Return the meta of a folder's tokenizer: the byte-level BPE of tokenizer.json, or GPT-2's.
+
+    A chat template is its entry chat_template. Raises ValueError for other tokenizers.
+    """
+    files = {name: (folder / name).read_text(encoding="utf-8") for name in TOKENIZER_FILES
+             if (folder / name).exists()}
+    about = json.loads(files.get("tokenizer_config.json", "{}"))
+    eos = about.get("eos_token") or ""
+    eos = eos["content"] if isinstance(eos, dict) else eos
+    spec = {"kind": "gpt2"}
+    if "tokenizer.json" in files:
+        spec = read_tokenizer_json(files["tokenizer.json"], eos)
+    template = files.get("chat_template.jinja") or about.get("chat_template")
+    if isinstance(template, list):  # several with names
+        template = {each["name"]: each["template"] for each in template}.get("default")
+    return meta_of(spec) | ({"chat_template": template} if template else {})
+
+
 def read_hugging_face(folder: Path) -> dict:
     """
     Read a folder with a model of transformers as a checkpoint.
 
     Step, dataset and tokenizer are in the meta.json that export.py writes. Without it, the
-    tokenizer is the byte-level BPE of tokenizer.json, or else GPT-2's.
+    tokenizer is that of read_hf_tokenizer().
     """
     try:
         from safetensors.torch import load_file
@@ -215,11 +236,11 @@ def read_hugging_face(folder: Path) -> dict:
 
     try:
         config = config_from_hf(json.loads(read("config.json")))
-        trained = {"step": 0, "config": {"dataset": ""}, "meta": meta_of({"kind": "gpt2"})}
+        trained = {"step": 0, "config": {"dataset": ""}}
         if (folder / "meta.json").exists():
             trained |= json.loads(read("meta.json"))
-        elif (folder / "tokenizer.json").exists():
-            trained["meta"] = meta_of(read_tokenizer_json(read("tokenizer.json")))
+        else:
+            trained["meta"] = read_hf_tokenizer(folder)
         tokens = trained["meta"]["vocab_size"]
         if not tokens <= config.vocab_size <= tokens + 4096:  # some models pad the vocabulary
             raise ValueError(f"its vocabulary of {config.vocab_size:,} tokens is not that of its "

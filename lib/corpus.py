@@ -23,13 +23,14 @@ import numpy as np
 
 from lib.configurator import one_line
 from lib.console import progress
-from lib.dataset import TokenStream, split_files
+from lib.dataset import TokenStream, split_files, token_dtype
 from lib.files import open_synced, replace_file, write_atomically
 from lib.tokenizer import EOT, KINDS, leading, meta_of, read_nanogpt_characters
 
 FORMAT_VERSION = 1  # of meta.json
 PART = 16_000_000  # characters that are tokenized at a time
 LONGEST = 4_000_000  # characters of a document in a text file
+LARGEST_VOCABULARY = 1 << 24
 LARGE = 1 << 28  # bytes; the checksum of a larger split is remembered
 TABLES = (".jsonl", ".json", ".csv", ".parquet")
 SUFFIXES = (".txt", ".md", *TABLES)
@@ -288,7 +289,7 @@ def tokenized(documents: Iterable[str], tokenizer) -> Iterator[tuple[np.ndarray,
     eot = [np.array([tokenizer.eot], dtype=np.uint32)] if tokenizer.eot >= 0 else []
     while texts := list(leading(documents, PART)):
         parts = [part for ids in tokenizer.encode_many(texts) for part in (ids, *eot)]
-        ids = np.concatenate(parts).astype("<u2")
+        ids = np.concatenate(parts).astype(token_dtype(tokenizer.vocab_size))
         raw = "\n".join(["", *texts]).encode()
         # len(raw.split()) would take a fifth of the whole time
         space = WHITE_SPACE[np.frombuffer(raw, dtype=np.uint8)]
@@ -359,7 +360,8 @@ def finish_dataset(folder: Path, tokenizer, splits: dict[str, dict], **more) -> 
     splits: their entries for meta.json. One with `shards` has that many files. more: other entries.
     """
     meta = {"format_version": FORMAT_VERSION, "dataset": folder.name, "tokenizer": tokenizer.spec,
-            "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot, "splits": splits, **more}
+            "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot,
+            "dtype": token_dtype(tokenizer.vocab_size).name, "splits": splits, **more}
     temporary = folder / "meta.json.tmp"
     with open_synced(temporary) as file:
         json.dump(meta, file, indent=1, ensure_ascii=False)
@@ -449,8 +451,11 @@ def check_meta(meta: dict) -> None:
     if type(version) is not int or version != FORMAT_VERSION:
         raise ValueError(f"its format version is {version}, not {FORMAT_VERSION}")
     vocab_size, eot = meta["vocab_size"], meta["eot"]
-    if not (type(vocab_size) is type(eot) is int and 0 < vocab_size <= 65536):
-        raise ValueError("vocab_size and eot must be integers, vocab_size at most 65,536")
+    if not (type(vocab_size) is type(eot) is int and 0 < vocab_size <= LARGEST_VOCABULARY):
+        raise ValueError("vocab_size and eot must be integers, vocab_size at most "
+                         f"{LARGEST_VOCABULARY:,}")
+    if meta.get("dtype", (expected := token_dtype(vocab_size).name)) != expected:
+        raise ValueError(f"dtype must be {expected} with a vocabulary of {vocab_size:,}")
     if not -1 <= eot < vocab_size:
         raise ValueError("eot must be a token id, or -1")
     tokenizer = meta["tokenizer"]

@@ -2,8 +2,8 @@
 Read token files and batch them.
 
 data/<name>/ holds train.bin and val.bin, raw little-endian uint16 token ids with the end-of-text id
-after each document, and meta.json, which corpus.py writes and reads. A large split may be divided
-into train_000.bin, train_001.bin, ...
+after each document, and meta.json, which corpus.py writes and reads. With more than 65,536 tokens,
+ids are uint32, and meta.json says so. A large split may be divided into train_000.bin, ...
 """
 import hashlib
 import math
@@ -23,6 +23,11 @@ def split_files(folder: Path, split: str) -> list[Path]:
                   if re.fullmatch(rf"{split}(_\d+)?\.bin", path.name))
 
 
+def token_dtype(vocab_size: int) -> np.dtype:
+    """Return the type of the ids in .bin files."""
+    return np.dtype("<u2" if vocab_size <= 65536 else "<u4")
+
+
 class TokenStream:
     """
     One split of a dataset: all its .bin files as one sequence of token ids.
@@ -33,14 +38,16 @@ class TokenStream:
 
     def __init__(self, folder: Path, split: str, meta: dict):
         paths = split_files(folder, split)
+        dtype = np.dtype(meta.get("dtype", "uint16")).newbyteorder("<")
         if not paths:
             raise ValueError(f"there is no {folder}/{split}.bin: run `python {folder}/prepare.py`")
         for path in paths:
             size = path.stat().st_size
-            if size == 0 or size % 2:
-                raise ValueError(f"{path} has {size} bytes: not a file of 2-byte tokens")
+            if size == 0 or size % dtype.itemsize:
+                raise ValueError(f"{path} has {size} bytes: not a file of {dtype.itemsize}-byte "
+                                 "tokens")
         self.name, self.split = f"{folder}/{split}", split
-        self.shards = [np.memmap(path, dtype="<u2", mode="r") for path in paths]
+        self.shards = [np.memmap(path, dtype=dtype, mode="r") for path in paths]
         self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
         expected = meta["splits"].get(split, {}).get("tokens", len(self))
         if len(self) != expected:

@@ -2,14 +2,22 @@
 Tokenizers: text to token ids and back.
 
     gpt2    GPT-2's byte-level BPE, 50,257 tokens
-    bpe     byte-level BPE trained on the text
+    bpe     byte-level BPE trained on the text, or that of another model
     char    characters
     word    the most frequent lower-cased words and punctuation marks; others become <UNK>
     pieces  words with the space before them, so that every text can be restored exactly
 
-Every tokenizer has encode(text), encode_many(texts), decode(ids), vocab_size, eot and unk. eot is
-the id that ends a document and unk the id of unknown tokens; each is -1 where there is none. `spec`
-is a dictionary for meta.json and for checkpoints, from which get_tokenizer() builds it again.
+Every tokenizer has encode(text), encode_many(texts), decode(ids) and vocab_size. eot is the id that
+ends a document and unk the id of unknown tokens; each is -1 where there is none. specials are the
+control tokens and their ids; encode() never returns them, whatever the text is. spec is a
+dictionary for meta.json and for checkpoints, from which get_tokenizer() builds the tokenizer again:
+
+    kind      one of the above
+    vocab     all tokens in the order of their ids, except in gpt2. In bpe, each byte of a token is
+              written as the character with its number.
+    pattern   bpe: the regular expression that divides a text before bytes are merged
+    specials  the control tokens and their ids; by default only the end of text
+    eot       the control token that ends a document; by default <|endoftext|>
 """
 import functools
 import hashlib
@@ -46,18 +54,39 @@ LETTER_OF_BYTE |= {byte: chr(256 + i) for i, byte in enumerate(HIDDEN)}
 GPT2_VOCAB_HASH = "28a4987fe397fcdd4bf3a21e2723815a3c16b18bca2bb4cbad0c2b8a0695de8a"
 
 
+# The patterns of other models, by their names in llama.cpp; that of gpt-2 is in tiktoken
+QWEN2_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+                 r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+PATTERNS = {
+    "qwen2": QWEN2_PATTERN,
+    "llama-bpe": QWEN2_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|"),
+    # digits are split off before GPT-2's pattern is applied, so white space also ends at a digit
+    "smollm": (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+"
+               r"|\s+(?![^\s\p{N}])|\s+"),
+}
+
+
 class BytePairTokenizer:
-    """Byte-level BPE, encoded by tiktoken. Every text can be restored exactly."""
+    """
+    Byte-level BPE, encoded by tiktoken.
+
+    Every text can be restored exactly, except for bytes that a vocabulary of another model does not
+    have; they are left out.
+    """
 
     unk = -1
 
     def __init__(self, spec: dict, encoding):
         self.spec, self.encoding = spec, encoding
-        self.vocab_size = encoding.n_vocab
-        self.eot = encoding.eot_token
+        self.specials = dict(encoding._special_tokens)
+        # tiktoken needs all bytes: those that are missing have the ids from vocab_size on
+        self.vocab_size = len(spec["vocab"]) if "vocab" in spec else encoding.n_vocab
+        self.is_complete = self.vocab_size == encoding.n_vocab
+        self.eot = self.specials.get(spec.get("eot", EOT), -1)
 
     def encode(self, text: str) -> list[int]:
-        return self.encoding.encode_ordinary(text)
+        ids = self.encoding.encode_ordinary(text)
+        return ids if self.is_complete else [i for i in ids if i < self.vocab_size]
 
     def encode_many(self, texts: list[str]) -> list[np.ndarray]:
         """
@@ -66,7 +95,8 @@ class BytePairTokenizer:
         Each task has about CHUNK characters, which takes half the time of one task per text.
         """
         def encode_task(task: list[str]) -> list[np.ndarray]:
-            return [self.encoding.encode_to_numpy(part, disallowed_special=()) for part in task]
+            encoded = [self.encoding.encode_to_numpy(part, disallowed_special=()) for part in task]
+            return encoded if self.is_complete else [ids[ids < self.vocab_size] for ids in encoded]
 
         texts_in_parts = [list(chunks(text)) for text in texts]
         all_parts = chain.from_iterable(texts_in_parts)
@@ -86,14 +116,17 @@ class ListTokenizer:
     An unknown token becomes <UNK>. If the list has no <UNK>, it raises ValueError.
     """
 
-    def __init__(self, kind: str, vocab: list[str]):
+    def __init__(self, kind: str, vocab: list[str], specials: dict[str, int] | None = None):
         self.spec = {"kind": kind, "vocab": vocab}
+        if specials is not None:
+            self.spec["specials"] = specials
         self.split, self.join = {"char": (list, "".join), "word": (split_words, join_words),
                                  "pieces": (PIECE.findall, "".join)}[kind]
         self.vocab = vocab
         self.ids = {token: i for i, token in enumerate(vocab)}
         self.vocab_size = len(vocab)
         self.eot, self.unk = self.ids.get(EOT, -1), self.ids.get(UNK, -1)
+        self.specials = specials or ({EOT: self.eot} if self.eot >= 0 else {})
 
     def unknown(self, tokens: list[str]) -> str:
         """Name the unknown tokens for a message: "the words 'a', 'b'", or '' if all are known."""
@@ -116,7 +149,7 @@ class ListTokenizer:
         return self.ids_of(self.split(text))
 
     def encode_many(self, texts: list[str]) -> list[np.ndarray]:
-        return [np.array(self.ids_of(tokens), dtype=np.uint16)
+        return [np.array(self.ids_of(tokens), dtype=np.uint32)
                 for tokens in split_many(self.split, texts)]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -254,25 +287,64 @@ def gpt2_pattern() -> str:
     return r50k_pat_str
 
 
-def gpt2_tokenizer() -> BytePairTokenizer:
-    return BytePairTokenizer({"kind": "gpt2"}, load_gpt2_encoding())
+def gpt2_tokenizer(spec: dict | None = None) -> BytePairTokenizer:
+    """Return GPT-2's tokenizer, possibly with more control tokens in spec["specials"]."""
+    import tiktoken
+
+    encoding, spec = load_gpt2_encoding(), spec or {"kind": "gpt2"}
+    if "specials" in spec:
+        encoding = tiktoken.Encoding(
+            "gpt2", pat_str=encoding._pat_str, mergeable_ranks=encoding._mergeable_ranks,
+            special_tokens=spec["specials"])
+    return BytePairTokenizer(spec, encoding)
 
 
 def bpe_tokenizer(spec: dict) -> BytePairTokenizer:
-    """
-    Build a BPE tokenizer from its spec. Raise ValueError if the vocabulary is damaged.
-
-    spec["vocab"] lists the tokens by rank and then the end of text. Each byte of a token is written
-    as the character with its number.
-    """
+    """Build a BPE tokenizer from its spec. Raise ValueError if the vocabulary is damaged."""
     import tiktoken
 
-    tokens = [token.encode("latin-1") for token in spec["vocab"][:-1]]
-    ranks = {token: rank for rank, token in enumerate(tokens)}
-    if len(ranks) != len(tokens) or not all(bytes([byte]) in ranks for byte in range(256)):
-        raise ValueError("a token occurs twice or a byte is missing")
+    vocab = spec["vocab"]
+    specials = spec.get("specials", {EOT: len(vocab) - 1})
+    control = set(specials.values())
+    ranks = {token.encode("latin-1"): i for i, token in enumerate(vocab) if i not in control}
+    if len(ranks) + len(control) != len(vocab) or len(control) != len(specials):
+        raise ValueError("a token occurs twice")
+    missing = [bytes([byte]) for byte in range(256) if bytes([byte]) not in ranks]
+    if len(missing) > (64 if "specials" in spec else 0):  # other models may leave out unused bytes
+        raise ValueError(f"{len(missing)} of 256 bytes are missing")
+    ranks |= {byte: len(vocab) + i for i, byte in enumerate(missing)}
     return BytePairTokenizer(spec, tiktoken.Encoding(
-        "bpe", pat_str=spec["pattern"], mergeable_ranks=ranks, special_tokens={EOT: len(ranks)}))
+        "bpe", pat_str=spec["pattern"], mergeable_ranks=ranks, special_tokens=specials))
+
+
+def byte_level(tokenizer: BytePairTokenizer) -> tuple[list[str], list[tuple[str, str]]]:
+    """
+    Return the tokens of a byte-level BPE by id, as GPT-2's files write them, and its merges.
+
+    tiktoken knows only ranks. A token was merged from the two parts that remain of it after all
+    earlier merges.
+    """
+    ranks = tokenizer.encoding._mergeable_ranks
+    vocab, merges = [""] * tokenizer.vocab_size, []
+    for token, rank in sorted(ranks.items(), key=lambda pair: pair[1]):
+        if rank >= tokenizer.vocab_size:  # a missing byte
+            continue
+        vocab[rank] = spell(token)
+        parts = [token[i:i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            pairs = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
+            i = pairs.index(min(pairs))
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            merges.append((spell(parts[0]), spell(parts[1])))
+    for token, i in tokenizer.specials.items():
+        vocab[i] = token
+    return vocab, merges
+
+
+def spell(token: bytes) -> str:
+    """Return a token as GPT-2's files write it, with a visible character for every byte."""
+    return "".join(LETTER_OF_BYTE[byte] for byte in token)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BytePairTokenizer:
@@ -331,16 +403,19 @@ def get_tokenizer(meta: dict):
     kind = spec.get("kind") if isinstance(spec, dict) else None
     if kind not in KINDS:
         raise ValueError(f"unknown tokenizer {kind!r}; known are {', '.join(KINDS)}")
-    if kind == "gpt2":
-        return gpt2_tokenizer()
     vocab = spec.get("vocab")
-    if (not isinstance(vocab, list) or not vocab
-            or not all(isinstance(token, str) for token in vocab)):
+    if kind != "gpt2" and (not isinstance(vocab, list) or not vocab
+                           or not all(isinstance(token, str) for token in vocab)):
         raise ValueError(f"the {kind} tokenizer has no vocabulary: prepare the dataset again")
     if kind == "word" and UNK not in vocab:
         kind = "pieces"  # their name in old files
     try:
-        return bpe_tokenizer(spec) if kind == "bpe" else ListTokenizer(kind, vocab)
+        check_specials(spec)
+        if kind == "gpt2":
+            return gpt2_tokenizer(spec)
+        if kind == "bpe":
+            return bpe_tokenizer(spec)
+        return ListTokenizer(kind, vocab, spec.get("specials"))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"the {kind} tokenizer is damaged ({error}): prepare the dataset "
                          "again") from None
@@ -354,38 +429,114 @@ def has_all_of(tokenizer, text: str) -> bool:
         return False
 
 
+def check_specials(spec: dict) -> None:
+    """Raise ValueError unless the control tokens of a spec have ids, and a vocabulary has them."""
+    specials, vocab = spec.get("specials", {}), spec.get("vocab")
+    if not isinstance(specials, dict) or not isinstance(spec.get("eot", ""), str):
+        raise ValueError("its control tokens are not a dictionary")
+    for token, i in specials.items():
+        if type(i) is not int or not 0 <= i < (len(vocab) if vocab else 1 << 24):
+            raise ValueError(f"the control token {token!r} has the id {i!r}")
+        if vocab and vocab[i] != token:
+            raise ValueError(f"the control token {token!r} is not token {i}")
+
+
+def add_specials(tokenizer, names: Iterable[str]):
+    """Return a tokenizer with these control tokens; new ones follow the vocabulary."""
+    new = [name for name in names if name not in tokenizer.specials]
+    ids = {name: tokenizer.vocab_size + i for i, name in enumerate(new)}
+    spec = tokenizer.spec | {"specials": tokenizer.specials | ids}
+    if "vocab" in spec:
+        spec["vocab"] = [*spec["vocab"], *new]
+    return get_tokenizer({"tokenizer": spec})
+
+
+def extends(spec: dict, other: dict) -> bool:
+    """Return whether a tokenizer encodes as another one, and at most has more tokens at the end."""
+    size = len(other.get("vocab", []))
+    specials = other.get("specials", {}).items()
+    return (spec["kind"] == other["kind"] and spec.get("pattern") == other.get("pattern")
+            and spec.get("eot") == other.get("eot")
+            and spec.get("vocab", [])[:size] == other.get("vocab", [])
+            and specials <= spec.get("specials", {}).items())
+
+
 def meta_of(spec: dict, dataset: str = "") -> dict:
     """Return the meta.json of a dataset of which only the tokenizer is known."""
-    size, eot = 50257, 50256  # of GPT-2, whose spec lists no tokens
-    if vocab := spec.get("vocab"):
-        size, eot = len(vocab), vocab.index(EOT) if EOT in vocab else -1
-    return {"dataset": dataset, "tokenizer": spec, "vocab_size": size, "eot": eot, "splits": {}}
+    eot, vocab = spec.get("eot", EOT), spec.get("vocab")
+    if vocab:
+        size, ids = len(vocab), spec.get("specials") or {token: i for i, token in enumerate(vocab)}
+    else:  # GPT-2's spec lists no tokens
+        ids = spec.get("specials", {EOT: 50256})
+        size = max(ids.values()) + 1
+    return {"dataset": dataset, "tokenizer": spec, "vocab_size": size, "eot": ids.get(eot, -1),
+            "splits": {}}
 
 
-def read_tokenizer_json(text: str) -> dict:
+# -----------------------------------------------------------------------------
+# Tokenizers of other models
+
+def bpe_of_model(tokens: list[str], merges: list[list[str]], pattern: str, control: set[int],
+                 eos: str) -> dict:
+    """
+    Return the spec of another model's byte-level BPE.
+
+    tokens: by id, as GPT-2's files write them. merges: pairs of tokens. control: the ids of tokens
+    that are never merged. eos: ends a document if there is no <|endoftext|>. Raises ValueError for
+    a vocabulary that tiktoken, which merges by the order of the ids, would encode differently.
+    """
+    byte_of = {letter: chr(byte) for byte, letter in LETTER_OF_BYTE.items()}
+    try:
+        vocab = [token if i in control else "".join(byte_of[letter] for letter in token)
+                 for i, token in enumerate(tokens)]
+    except KeyError as error:
+        raise ValueError("its tokenizer is not a byte-level BPE, as its tokens have the character "
+                         f"{error.args[0]!r}; SentencePiece cannot be read") from None
+    specials = {vocab[i]: i for i in sorted(control)}
+    spec = {"kind": "bpe", "pattern": pattern, "vocab": vocab, "specials": specials}
+    if EOT not in specials:
+        if eos not in specials:
+            raise ValueError("its tokenizer has no token that ends a text")
+        spec["eot"] = eos
+    if hashlib.sha256("\n".join(vocab).encode()).hexdigest() == GPT2_VOCAB_HASH:
+        return {"kind": "gpt2"}
+    if byte_level(bpe_tokenizer(spec))[1] != [tuple(pair) for pair in merges]:
+        raise ValueError("its tokenizer has tokens in another order than merges")
+    if list(specials.items()) == [(EOT, len(vocab) - 1)]:
+        del spec["specials"]  # the default
+    return spec
+
+
+def read_tokenizer_json(text: str, eos: str = "") -> dict:
     """
     Return the spec of a byte-level BPE in the format of Hugging Face's `tokenizers`.
 
-    Tokens after <|endoftext|> and the Unicode normalization are left out. Reads GPT-2's file,
-    Qwen3's and ours; raises ValueError for one that tiktoken would encode differently.
+    eos: as in bpe_of_model(). The Unicode normalization is left out.
     """
     theirs = json.loads(text)
-    vocab, merges = theirs["model"]["vocab"], theirs["model"].get("merges")
-    ids = vocab | {token["content"]: token["id"] for token in theirs["added_tokens"]}
-    if merges is None or EOT not in ids:
-        raise ValueError(f"its tokenizer.json is not a byte-level BPE with {EOT}")
-    tokens = sorted((i, token) for token, i in vocab.items() if i < ids[EOT])
-    pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in merges)
-    merged = [vocab["".join(pair)] for pair in pairs]
-    if merged != list(range(256, ids[EOT])) or len(tokens) != ids[EOT]:
-        raise ValueError("its tokenizer.json has tokens in another order than merges")
-    parts = theirs["pre_tokenizer"].get("pretokenizers", [theirs["pre_tokenizer"]])
-    patterns = [part["pattern"]["Regex"] for part in parts if part["type"] == "Split"]
-    byte_of = {letter: chr(byte) for byte, letter in LETTER_OF_BYTE.items()}
-    vocab = ["".join(byte_of[letter] for letter in token) for _, token in tokens] + [EOT]
-    if hashlib.sha256("\n".join(vocab).encode()).hexdigest() == GPT2_VOCAB_HASH:
-        return {"kind": "gpt2"}
-    return {"kind": "bpe", "pattern": patterns[0] if patterns else gpt2_pattern(), "vocab": vocab}
+    model, added = theirs["model"], {t["content"]: t["id"] for t in theirs["added_tokens"]}
+    if "merges" not in model or model.get("byte_fallback"):
+        raise ValueError("its tokenizer.json is not a byte-level BPE; SentencePiece cannot be read")
+    tokens = {i: token for token, i in [*model["vocab"].items(), *added.items()]}
+    if sorted(tokens) != list(range(len(tokens))):
+        raise ValueError("its tokenizer.json has ids without a token")
+    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+    return bpe_of_model([tokens[i] for i in range(len(tokens))], merges,
+                        pattern_of(theirs["pre_tokenizer"]), set(added.values()), eos)
+
+
+def pattern_of(pre_tokenizer: dict) -> str:
+    """Return the regular expression that does the same as a pre-tokenizer of `tokenizers`."""
+    parts = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    kinds = [part["type"] for part in parts]
+    uses_gpt2 = parts[-1].get("use_regex", True)
+    if kinds == ["Split", "ByteLevel"] and not uses_gpt2:
+        return parts[0]["pattern"]["Regex"]
+    if kinds == ["ByteLevel"] and uses_gpt2:
+        return gpt2_pattern()
+    if kinds == ["Digits", "ByteLevel"] and parts[0].get("individual_digits") and uses_gpt2:
+        return PATTERNS["smollm"]
+    raise ValueError(f"its pre-tokenizer ({', '.join(kinds)}) cannot be read")
 
 
 class PlainUnpickler(pickle.Unpickler):

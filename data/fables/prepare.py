@@ -24,15 +24,16 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
-from lib.configurator import at_least, configure, one_of, user_errors
+from lib.checkpoint import make_tokenizer
+from lib.configurator import at_least, configure, user_errors
 from lib.corpus import finish_dataset, remove_temporary_files, write_split
-from lib.tokenizer import EOT, KINDS, train_tokenizer
+from lib.tokenizer import EOT
 
 # -----------------------------------------------------------------------------
 train_stories = 50000  # about 130 tokens each
 val_stories = 2000  # held out for validation
 seed = 1337  # of the random choices
-tokenizer = "pieces"  # words with the space before them, the fastest to learn; or any other kind
+tokenizer = "pieces"  # words with the space before them, the fastest to learn; or any other
 vocab_size = 0  # at most this many tokens (0: 4,096 of bpe, 10,000 words, all others)
 out_dir = ""  # where to write (empty: this folder)
 # -----------------------------------------------------------------------------
@@ -487,7 +488,7 @@ def prepare(folder: Path, train_stories: int, val_stories: int, seed: int, kind:
     stories = {split: write_stories(f"{seed} {split}", n) for split, n in sizes.items()}
     texts = {split: [text for text, _ in stories[split]] for split in sizes}
     specials = None if kind == "word" else (EOT,)
-    trained = train_tokenizer(kind, texts["train"] + texts["val"], vocab_size, specials)
+    trained = make_tokenizer(kind, texts["train"] + texts["val"], vocab_size, specials)
     with remove_temporary_files(folder):
         splits = {split: write_split(folder, split, texts[split], trained, n)
                   for split, n in sizes.items()}
@@ -504,7 +505,7 @@ def prepare(folder: Path, train_stories: int, val_stories: int, seed: int, kind:
 
 if __name__ == "__main__":
     configure(globals(), train_stories=at_least(1), val_stories=at_least(1), seed=at_least(0),
-              tokenizer=one_of(*KINDS), vocab_size=at_least(0, at_most=65536))
+              vocab_size=at_least(0, at_most=65536))
     with user_errors():
         folder = Path(out_dir) if out_dir else HERE
         prepare(folder, train_stories, val_stories, seed, tokenizer, vocab_size)

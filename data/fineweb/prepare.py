@@ -19,7 +19,8 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
-from lib.configurator import at_least, configure, one_of, user_errors
+from lib.checkpoint import make_tokenizer
+from lib.configurator import at_least, configure, user_errors
 from lib.console import progress
 from lib.corpus import (
     ask_hub,
@@ -31,12 +32,12 @@ from lib.corpus import (
     write_tokens,
 )
 from lib.files import write_atomically
-from lib.tokenizer import KINDS, get_tokenizer, train_tokenizer
+from lib.tokenizer import get_tokenizer
 
 # -----------------------------------------------------------------------------
 source = ""  # a local copy: a folder of .parquet or .jsonl files, column text (empty: the hub)
 shards = 0  # stop after this many (0: the whole text)
-tokenizer = "gpt2"  # or bpe, char, word or pieces, learned from the first pages
+tokenizer = "gpt2"  # or bpe, char, word, pieces (learned from the first pages), or that of a model
 vocab_size = 0  # at most this many tokens (0: 4,096 of bpe, 10,000 words, all characters)
 out_dir = ""  # where to write (empty: this folder)
 # -----------------------------------------------------------------------------
@@ -89,7 +90,7 @@ def prepare(folder: Path, name: str, subset: str, source: str, kind: str, vocab_
         documents = documents_of(rows, where)
         print(f"resuming after {len(written)} shards, {train['tokens']:,} tokens", file=sys.stderr)
     else:
-        trained, train = train_tokenizer(kind, documents_of(rows, where), vocab_size), Counter()
+        trained, train = make_tokenizer(kind, documents_of(rows, where), vocab_size), Counter()
         documents = documents_of(rows, where)
         val = write_split(folder, "val", islice(documents, validation), trained)
     bar = progress(documents, "tokenizing train", unit=" documents", smoothing=0)
@@ -116,8 +117,7 @@ def prepare(folder: Path, name: str, subset: str, source: str, kind: str, vocab_
 
 
 if __name__ == "__main__":
-    configure(globals(), shards=at_least(0), tokenizer=one_of(*KINDS),
-              vocab_size=at_least(0, at_most=65536))
+    configure(globals(), shards=at_least(0), vocab_size=at_least(0, at_most=65536))
     with user_errors():
         folder = Path(out_dir) if out_dir else HERE
         prepare(folder, "HuggingFaceFW/fineweb", "sample-10BT", source, tokenizer, vocab_size,

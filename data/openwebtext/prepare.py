@@ -15,17 +15,15 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 from data.fineweb.prepare import prepare
-from lib.configurator import at_least, configure, one_of, user_errors
-from lib.tokenizer import KINDS
+from lib.configurator import at_least, configure, user_errors
 
 # -----------------------------------------------------------------------------
 source = ""  # a local copy: a folder of .parquet or .jsonl files, column text (empty: the hub)
 shards = 0  # stop after this many (0: the whole text)
-tokenizer = "gpt2"  # or bpe, char, word or pieces, learned from the first pages
+tokenizer = "gpt2"  # or bpe, char, word, pieces (learned from the first pages), or that of a model
 vocab_size = 0  # at most this many tokens (0: 4,096 of bpe, 10,000 words, all characters)
 out_dir = ""  # where to write (empty: this folder)
-configure(globals(), shards=at_least(0), tokenizer=one_of(*KINDS),
-          vocab_size=at_least(0, at_most=65536))
+configure(globals(), shards=at_least(0), vocab_size=at_least(0, at_most=65536))
 # -----------------------------------------------------------------------------
 
 with user_errors():

@@ -15,13 +15,13 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
-from lib.configurator import at_least, configure, one_of, user_errors
+from lib.checkpoint import make_tokenizer
+from lib.configurator import at_least, configure, user_errors
 from lib.corpus import open_text, write_dataset
-from lib.tokenizer import KINDS, train_tokenizer
 
 # -----------------------------------------------------------------------------
 source = ""  # a local copy, or any other text file (empty: download it)
-tokenizer = "gpt2"  # or bpe, char, word or pieces, learned from the text
+tokenizer = "gpt2"  # or bpe, char, word, pieces (learned from the text), or that of a model
 vocab_size = 0  # at most this many tokens (0: 4,096 of bpe, 10,000 words, all characters)
 out_dir = ""  # where to write (empty: this folder)
 # -----------------------------------------------------------------------------
@@ -57,13 +57,13 @@ def prepare(folder: Path, source: str, kind: str, vocab_size: int) -> None:
     border = int(len(text) * 0.9)
     parts = {"train": text[:border], "val": text[border:]}
     if kind == "char":  # nanoGPT's ids: the characters of the whole text, and no other tokens
-        trained = train_tokenizer(kind, [text], vocab_size, specials=())
+        trained = make_tokenizer(kind, [text], vocab_size, specials=())
     else:
-        trained = train_tokenizer(kind, [parts["train"]], vocab_size)
+        trained = make_tokenizer(kind, [parts["train"]], vocab_size)
     write_dataset(folder, lambda split: [parts[split]] if parts[split] else [], trained)
 
 
 if __name__ == "__main__":
-    configure(globals(), tokenizer=one_of(*KINDS), vocab_size=at_least(0, at_most=65536))
+    configure(globals(), vocab_size=at_least(0, at_most=65536))
     with user_errors():
         prepare(Path(out_dir) if out_dir else HERE, source, tokenizer, vocab_size)

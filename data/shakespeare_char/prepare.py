@@ -14,15 +14,14 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 from data.shakespeare.prepare import prepare
-from lib.configurator import at_least, configure, one_of, user_errors
-from lib.tokenizer import KINDS
+from lib.configurator import at_least, configure, user_errors
 
 # -----------------------------------------------------------------------------
 source = ""  # a local copy, or any other text file (empty: download it)
-tokenizer = "char"  # or gpt2, bpe or word
+tokenizer = "char"  # or gpt2, bpe, word, or that of a model
 vocab_size = 0  # at most this many tokens (0: 4,096 of bpe, 10,000 words, all characters)
 out_dir = ""  # where to write (empty: this folder)
-configure(globals(), tokenizer=one_of(*KINDS), vocab_size=at_least(0, at_most=65536))
+configure(globals(), vocab_size=at_least(0, at_most=65536))
 # -----------------------------------------------------------------------------
 
 with user_errors():

@@ -21,19 +21,19 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
-from lib.configurator import at_least, configure, one_of, user_errors
+from lib.checkpoint import make_tokenizer
+from lib.configurator import at_least, configure, user_errors
 from lib.corpus import SUFFIXES, hub_documents, local_documents, write_dataset
-from lib.tokenizer import KINDS, train_tokenizer
 
 # -----------------------------------------------------------------------------
 source = ""  # a file, a folder or the name of a dataset on the hub
 column = "text"  # the column to read; in local files also a nested field: message.content
 encoding = "utf-8"  # of text, JSON and CSV files, such as windows-1252 or utf-16
 subset = ""  # of a hub dataset with several subsets
-tokenizer = "gpt2"  # or bpe, char, word or pieces, learned from the text
+tokenizer = "gpt2"  # or bpe, char, word, pieces (learned from the text), or that of a model
 vocab_size = 0  # at most this many tokens (0: 4,096 of bpe, 10,000 words, all characters)
 out_dir = ""  # where to write (empty: this folder)
-configure(globals(), tokenizer=one_of(*KINDS), vocab_size=at_least(0, at_most=65536))
+configure(globals(), vocab_size=at_least(0, at_most=65536))
 # -----------------------------------------------------------------------------
 
 
@@ -63,7 +63,7 @@ with user_errors():
         "".encode(encoding)
     except LookupError as error:
         raise ValueError(f"--encoding={encoding}: {error}") from None
-    trained = train_tokenizer(tokenizer, documents("train"), vocab_size)
+    trained = make_tokenizer(tokenizer, documents("train"), vocab_size)
     folder = Path(out_dir) if out_dir else HERE
     write_dataset(folder, documents, trained)
     print(f"next: {next_command(folder.resolve())}")

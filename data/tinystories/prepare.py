@@ -13,16 +13,16 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
-from lib.configurator import at_least, configure, one_of, user_errors
+from lib.checkpoint import make_tokenizer
+from lib.configurator import at_least, configure, user_errors
 from lib.corpus import hub_documents, local_documents, write_dataset
-from lib.tokenizer import KINDS, train_tokenizer
 
 # -----------------------------------------------------------------------------
 source = ""  # a local copy: a file or a folder of .txt, .jsonl, .csv or .parquet (empty: the hub)
-tokenizer = "gpt2"  # or bpe, char, word or pieces, learned from the stories
+tokenizer = "gpt2"  # or bpe, char, word, pieces (learned from the stories), or that of a model
 vocab_size = 0  # at most this many tokens (0: 4,096 of bpe, 10,000 words, all characters)
 out_dir = ""  # where to write (empty: this folder)
-configure(globals(), tokenizer=one_of(*KINDS), vocab_size=at_least(0, at_most=65536))
+configure(globals(), vocab_size=at_least(0, at_most=65536))
 # -----------------------------------------------------------------------------
 
 
@@ -33,5 +33,5 @@ def documents(split: str) -> Iterator[str]:
 
 
 with user_errors():
-    trained = train_tokenizer(tokenizer, documents("train"), vocab_size)
+    trained = make_tokenizer(tokenizer, documents("train"), vocab_size)
     write_dataset(Path(out_dir) if out_dir else HERE, documents, trained)

@@ -20,7 +20,8 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
-from lib.configurator import at_least, configure, one_of, user_errors
+from lib.checkpoint import make_tokenizer
+from lib.configurator import at_least, configure, user_errors
 from lib.corpus import (
     finish_dataset,
     hub_rows,
@@ -30,11 +31,10 @@ from lib.corpus import (
     text_files,
     write_split,
 )
-from lib.tokenizer import KINDS, train_tokenizer
 
 # -----------------------------------------------------------------------------
 source = ""  # a local copy: a folder of wiki.train.raw, ... or of .parquet files (empty: the hub)
-tokenizer = "gpt2"  # or bpe, char, word or pieces, learned from the articles
+tokenizer = "gpt2"  # or bpe, char, word, pieces (learned from the articles), or that of a model
 vocab_size = 0  # at most this many tokens (0: 4,096 of bpe, 10,000 words, all characters)
 out_dir = ""  # where to write (empty: this folder)
 # -----------------------------------------------------------------------------
@@ -93,7 +93,7 @@ def articles(lines: Iterable[str]) -> Iterator[str]:
 
 
 def prepare(folder: Path, subset: str, source: str, kind: str, vocab_size: int) -> None:
-    trained = train_tokenizer(kind, articles(lines_of("train", source, subset)), vocab_size)
+    trained = make_tokenizer(kind, articles(lines_of("train", source, subset)), vocab_size)
     splits = {}
     with remove_temporary_files(folder):
         for split in ("train", "val", "test"):
@@ -104,7 +104,7 @@ def prepare(folder: Path, subset: str, source: str, kind: str, vocab_size: int) 
 
 
 if __name__ == "__main__":
-    configure(globals(), tokenizer=one_of(*KINDS), vocab_size=at_least(0, at_most=65536))
+    configure(globals(), vocab_size=at_least(0, at_most=65536))
     with user_errors():
         folder = Path(out_dir) if out_dir else HERE
         prepare(folder, "wikitext-103-raw-v1", source, tokenizer, vocab_size)

@@ -13,15 +13,14 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 from data.wikitext103.prepare import prepare
-from lib.configurator import at_least, configure, one_of, user_errors
-from lib.tokenizer import KINDS
+from lib.configurator import at_least, configure, user_errors
 
 # -----------------------------------------------------------------------------
 source = ""  # a local copy: a folder of wiki.train.raw, ... or of .parquet files (empty: the hub)
-tokenizer = "gpt2"  # or bpe, char, word or pieces, learned from the articles
+tokenizer = "gpt2"  # or bpe, char, word, pieces (learned from the articles), or that of a model
 vocab_size = 0  # at most this many tokens (0: 4,096 of bpe, 10,000 words, all characters)
 out_dir = ""  # where to write (empty: this folder)
-configure(globals(), tokenizer=one_of(*KINDS), vocab_size=at_least(0, at_most=65536))
+configure(globals(), vocab_size=at_least(0, at_most=65536))
 # -----------------------------------------------------------------------------
 
 with user_errors():
