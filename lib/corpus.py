@@ -41,10 +41,12 @@ WHITE_SPACE = np.isin(np.arange(256), [9, 10, 11, 12, 13, 32])
 # -----------------------------------------------------------------------------
 # Text from local files
 
-def local_documents(source: str, split: str, column: str = "text",
-                    encoding: str = "utf-8") -> Iterator[str]:
+def local_documents(source: str, split: str, column: str = "text", encoding: str = "utf-8",
+                    read_table: Callable[..., Iterator[str]] | None = None) -> Iterator[str]:
     """
     Return the documents of one split, 'train' or 'val', of a local file or folder.
+
+    read_table: makes documents that cannot be divided from rows; see stripped(), the default.
 
     Reads text files with <|endoftext|> between documents, JSON, CSV and parquet. If files are named
     train and val, see split_of(), they are the splits, and other files are ignored. If they are
@@ -61,13 +63,13 @@ def local_documents(source: str, split: str, column: str = "text",
     if has_val or {"train", "test"} <= set(named):
         wanted = split if has_val else "train"
         files = [path for path, name in zip(files, named) if name == wanted]
-    texts = (text for path in files for text in read_documents(path, column, encoding))
+    texts = (text for path in files for text in read_documents(path, column, encoding, read_table))
     first = next(texts, None)
     if first is None:
         more = f", like the other {len(files) - 1} files of the {split} split" if files[1:] else ""
         raise ValueError(f"{files[0]} is empty{more}")
     texts = chain([first], texts)
-    return texts if has_val else held_out(texts, split)
+    return texts if has_val else held_out(texts, split, divisible=read_table is None)
 
 
 def text_files(root: Path, suffixes: Iterable[str] = ("", *SUFFIXES)) -> list[Path]:
@@ -90,14 +92,18 @@ def split_of(path: Path) -> str:
     return ""
 
 
-def held_out(texts: Iterator[str], split: str) -> Iterator[str]:
+def held_out(texts: Iterator[str], split: str, divisible: bool = True) -> Iterator[str]:
     """
     Hold out every 20th document for validation. With fewer than 20, hold out the end of the text.
 
     The end begins at the last start of a document in the first 95% of the characters. If that is
-    more than a fifth of the text, the last 5% are held out instead.
+    more than a fifth of the text, the last 5% are held out instead. Raises ValueError for fewer
+    than 20 documents that are not divisible.
     """
     first = list(islice(texts, 20))
+    if len(first) < 20 and not divisible:
+        raise ValueError(f"every 20th conversation is held out for validation, and there are only "
+                         f"{len(first)}: add some, or name files train.jsonl and val.jsonl")
     if len(first) == 20:
         return (text for i, text in enumerate(chain(first, texts))
                 if (i % 20 == 19) == (split == "val"))
@@ -111,10 +117,11 @@ def held_out(texts: Iterator[str], split: str) -> Iterator[str]:
     return (part for part in parts if part)
 
 
-def read_documents(path: Path, column: str = "text", encoding: str = "utf-8") -> Iterator[str]:
+def read_documents(path: Path, column: str = "text", encoding: str = "utf-8",
+                   read_table: Callable[..., Iterator[str]] | None = None) -> Iterator[str]:
     """Return the documents of one file. Only a JSON list is read into memory as a whole."""
-    if path.suffix.lower() in TABLES:
-        return stripped(read_rows(path, column, encoding), path, column)
+    if read_table or path.suffix.lower() in TABLES:
+        return (read_table or stripped)(read_rows(path, column, encoding), path, column)
     return stripped(read_text_file(path, encoding), path, column)
 
 
@@ -266,12 +273,17 @@ def hub_rows(name: str, split: str, column: str = "text", subset: str = "") -> I
     return (value for part in parts for batch in part.iter(1024) for value in batch[column])
 
 
-def hub_documents(name: str, split: str, column: str = "text", subset: str = "") -> Iterator[str]:
-    """Return the documents of one split of a hub dataset, if necessary divided by held_out()."""
+def hub_documents(name: str, split: str, column: str = "text", subset: str = "",
+                  read_table: Callable[..., Iterator[str]] | None = None) -> Iterator[str]:
+    """
+    Return the documents of one split of a hub dataset, if necessary divided by held_out().
+
+    read_table: see local_documents().
+    """
     has_val = any(key.startswith("val") for key in hub_dataset(name, subset))
     rows = hub_rows(name, split if has_val else "train", column, subset)
-    texts = stripped(rows, name, column)
-    return texts if has_val else held_out(texts, split)
+    texts = (read_table or stripped)(rows, name, column)
+    return texts if has_val else held_out(texts, split, divisible=read_table is None)
 
 
 # -----------------------------------------------------------------------------
@@ -345,12 +357,17 @@ def remove_temporary_files(folder: Path) -> Iterator[None]:
             path.unlink()
 
 
-def write_dataset(folder: Path, documents: Callable[[str], Iterable[str]], tokenizer) -> None:
-    """Write a dataset. documents: a function of the split, 'train' or 'val'."""
+def write_dataset(folder: Path, documents: Callable[[str], Iterable[str]], tokenizer,
+                  **more) -> None:
+    """
+    Write a dataset. documents: a function of the split, 'train' or 'val'.
+
+    more: other entries for meta.json.
+    """
     with remove_temporary_files(folder):
         splits = {split: write_split(folder, split, documents(split), tokenizer)
                   for split in ("train", "val")}
-        finish_dataset(folder, tokenizer, splits)
+        finish_dataset(folder, tokenizer, splits, **more)
 
 
 def finish_dataset(folder: Path, tokenizer, splits: dict[str, dict], **more) -> None:
@@ -462,6 +479,10 @@ def check_meta(meta: dict) -> None:
     size = len(tokenizer.get("vocab", range(vocab_size)))
     if tokenizer["kind"] not in KINDS or size != vocab_size:
         raise ValueError("its tokenizer is unknown or has another vocabulary")
+    if chat := meta.get("chat"):
+        ids = [chat["end"], *chat["answer"]]
+        if chat.keys() != {"answer", "end"} or not all(type(i) is int for i in ids):
+            raise ValueError("chat must have the ids of `answer` and `end`")
     for counts in (meta["splits"]["train"], meta["splits"]["val"]):
         if not (type(counts["tokens"]) is int and counts["tokens"] > 0
                 and type(counts["sha256"]) is str):

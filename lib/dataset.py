@@ -46,13 +46,16 @@ class TokenStream:
             if size == 0 or size % dtype.itemsize:
                 raise ValueError(f"{path} has {size} bytes: not a file of {dtype.itemsize}-byte "
                                  "tokens")
-        self.name, self.split = f"{folder}/{split}", split
+        self.name, self.split, self.answers = f"{folder}/{split}", split, None
         self.shards = [np.memmap(path, dtype=dtype, mode="r") for path in paths]
         self.starts = np.cumsum([0] + [len(shard) for shard in self.shards])
         expected = meta["splits"].get(split, {}).get("tokens", len(self))
         if len(self) != expected:
             raise ValueError(f"{self.name} has {len(self):,} tokens, but meta.json says "
                              f"{expected:,}: prepare it again")
+
+        if "chat" in meta:  # only the answers of conversations are trained and measured
+            self.answers = self.answer_spans(**meta["chat"])
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -109,7 +112,37 @@ class TokenStream:
         part = np.arange(n_parts.sum()) - np.repeat(n_parts.cumsum() - n_parts, n_parts)
         starts = np.repeat(begins, n_parts) + block_size * part
         stops = np.minimum(starts + block_size, np.repeat(ends, n_parts))
-        return np.stack([starts, stops], axis=1)
+        spans = np.stack([starts, stops], axis=1)
+        if self.answers is None:
+            return spans
+        # leave out parts without an answer: the first that ends after a part begins must overlap it
+        first = np.searchsorted(self.answers[:, 1], starts, side="right")
+        begins = np.append(self.answers[:, 0], len(self))[first]
+        return spans[begins < stops]
+
+    def answer_spans(self, answer: list[int], end: int) -> np.ndarray:
+        """
+        Return the spans of all answers: they follow the ids `answer` and end with the id `end`.
+
+        See chat.answer_marks().
+        """
+        ids = np.concatenate(self.shards)
+        found = np.ones(max(0, len(ids) - len(answer)), dtype=bool)
+        for i, token in enumerate(answer):
+            found &= ids[i:i + len(found)] == token
+        starts = np.flatnonzero(found) + len(answer)
+        if not len(starts):
+            raise ValueError(f"{self.name} has no answers: no message is by the assistant")
+        ends = np.append(np.flatnonzero(ids == end) + 1, len(ids))
+        return np.stack([starts, ends[np.searchsorted(ends, starts, side="right")]], axis=1)
+
+    def is_target(self, start: int, stop: int) -> np.ndarray:
+        """Return which of the tokens start to stop - 1 are targets: all, or those of answers."""
+        tokens = np.arange(start, stop)
+        if self.answers is None:
+            return np.ones(stop - start, dtype=bool)
+        last = np.searchsorted(self.answers[:, 0], tokens, side="right") - 1  # to begin before
+        return (last >= 0) & (tokens < self.answers[last, 1])
 
     def sliding_spans(self, block_size: int, stride: int) -> np.ndarray:
         """
@@ -131,7 +164,8 @@ def collate(stream: TokenStream, spans: np.ndarray, eot: int) -> tuple[torch.Ten
     """
     Return inputs and targets (B, T) of B spans, T the length of the longest.
 
-    Targets are -1 for padding and, in spans of (start, stop, first), for the tokens before first.
+    Targets are -1 for padding, outside of the answers of conversations and, in spans of
+    (start, stop, first), for the tokens before first.
     """
     T = int((spans[:, 1] - spans[:, 0]).max())
     x = np.zeros((len(spans), T), dtype=np.int64)
@@ -140,6 +174,8 @@ def collate(stream: TokenStream, spans: np.ndarray, eot: int) -> tuple[torch.Ten
         tokens = stream.read(max(start - 1, 0), stop)
         x[i, :stop - start] = tokens[:-1] if start else np.append(eot, tokens[:-1])
         y[i, :stop - start] = tokens[-(stop - start):]
+        if stream.answers is not None:
+            y[i, :stop - start][~stream.is_target(start, stop)] = -1
         if first:
             y[i, :first[0] - start] = -1
     return torch.from_numpy(x), torch.from_numpy(y)
@@ -186,7 +222,7 @@ class TrainBatches:
 
     def __init__(self, stream: TokenStream, block_size: int, batch_size: int, seed: int,
                  batching: str = "windows", eot: int = -1, micro_batches: int = 1):
-        check_batching(batching)
+        check_batching(batching, stream)
         if batching == "windows" and len(stream) <= block_size:
             raise ValueError(f"{stream.name} has {len(stream):,} tokens, fewer than a window of "
                              f"block_size + 1 = {block_size + 1:,}")
@@ -242,7 +278,8 @@ class TrainBatches:
         if self.documents is None or self.micro_batches == 1:
             return 1.0
         step, part = divmod(i, self.micro_batches)
-        lengths = np.diff(self.documents_of_step(step))[:, 0]
+        lengths = np.array([self.stream.is_target(*span).sum()
+                            for span in self.documents_of_step(step)])
         mine = lengths[part * self.batch_size:(part + 1) * self.batch_size]
         return self.micro_batches * float(mine.sum() / lengths.sum())
 
@@ -275,15 +312,17 @@ class TrainBatches:
         return 1 - whole.sum() / (self.batch_size * whole.max(axis=1).sum())
 
 
-def check_batching(batching: str) -> None:
+def check_batching(batching: str, stream: TokenStream) -> None:
     if batching not in ("windows", "by_length"):
         raise ValueError(f"batching must be 'windows' or 'by_length', got {batching!r}")
+    if batching == "windows" and stream.answers is not None:
+        raise ValueError(f"{stream.name} holds conversations: use --batching=by_length")
 
 
 def eval_spans(stream: TokenStream, block_size: int, batching: str = "windows", eot: int = -1,
                stride: int = 0) -> np.ndarray:
     """Return the spans of the rows that eval_batches() reads."""
-    check_batching(batching)
+    check_batching(batching, stream)
     if stride and batching != "windows":
         raise ValueError(f"a stride needs batching='windows', got {batching!r}, which reads "
                          "documents one by one")

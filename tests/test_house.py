@@ -24,6 +24,7 @@ FLOORS = [  # from top to bottom, as in CONTRIBUTING.md
     ["lib/distributed"],
     ["lib/machine"],
     ["lib/files"],
+    ["lib/chat"],
     ["lib/tokenizer"],
     ["lib/configurator"],
     ["lib/console"],

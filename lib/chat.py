@@ -1,0 +1,147 @@
+"""
+Conversations as token ids: chat templates, and what a chat template tells about answers.
+
+A conversation is a list of {"role": "system", "user" or "assistant", "content": text}. A template
+in Jinja, as in transformers, writes it as text with control tokens around the messages. Only the
+template's control tokens become special ids: the same letters inside a message remain text.
+"""
+import functools
+import re
+
+import numpy as np
+
+from lib.tokenizer import add_specials
+
+# for models whose tokenizer has no template; roles are tokens, so it works with any vocabulary
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
+PLAIN_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+MARK = "\ufdd0"  # no character: written into a control token that a message contains
+
+
+def check_messages(messages: object) -> None:
+    """Raise ValueError unless messages are a conversation."""
+    if not isinstance(messages, list) or not messages:
+        raise ValueError("a conversation must be a list of messages")
+    for message in messages:
+        if not (isinstance(message, dict) and isinstance(message.get("content"), str)
+                and message.get("role") in ("system", "user", "assistant")):
+            raise ValueError("a message must have a role, which is system, user or assistant, and "
+                             f"a text as its content; one is {str(message)[:60]}")
+
+
+@functools.lru_cache
+def compiled(template: str):
+    """Return a template of Jinja, in a sandbox and with the options that transformers uses."""
+    try:
+        from jinja2 import TemplateError
+        from jinja2.ext import loopcontrols
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError:
+        raise ValueError("conversations need a package: pip install jinja2") from None
+
+    def raise_exception(reason: str) -> None:
+        raise TemplateError(reason)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                extensions=[loopcontrols])
+    environment.globals["raise_exception"] = raise_exception
+    return environment.from_string(template)
+
+
+def render(template: str, messages: list[dict[str, str]], tokenizer,
+           add_generation_prompt: bool = False) -> str:
+    """
+    Return a conversation as text. Control tokens inside of a message contain a MARK.
+
+    add_generation_prompt: end with the control tokens that begin an answer. Raises ValueError for
+    bad messages and for a template with an error.
+    """
+    def marked(text: str) -> str:
+        text = text.replace(MARK, "")
+        for token in tokenizer.specials:
+            text = text.replace(token, token[0] + MARK + token[1:])
+        return text
+
+    check_messages(messages)
+    messages = [message | {"content": marked(message["content"])} for message in messages]
+    try:
+        return compiled(template).render(messages=messages, bos_token="", eos_token="", tools=None,
+                                         add_generation_prompt=add_generation_prompt)
+    except ValueError:  # Jinja is missing
+        raise
+    except Exception as error:  # a template is a program and can fail in any way
+        raise ValueError(f"the chat template cannot write this conversation: {error}") from None
+
+
+def encode(text: str, tokenizer) -> list[int]:
+    """Return the ids of a text from render()."""
+    names = sorted(tokenizer.specials, key=len, reverse=True)
+    ids = []
+    for part in re.split(f"({'|'.join(map(re.escape, names))})", text):
+        if part in tokenizer.specials:
+            ids.append(tokenizer.specials[part])
+        else:
+            ids += tokenizer.encode(part.replace(MARK, ""))
+    return ids
+
+
+def answer_marks(template: str, tokenizer) -> dict[str, list[int] | int]:
+    """
+    Return the ids between which an answer stands: `answer` begins it, `end` is its last token.
+
+    Training masks everything else. Raises ValueError if the template marks answers with ordinary
+    text, which a message could contain.
+    """
+    def ids(messages: list[dict], prompted: bool = False) -> list[int]:
+        return encode(render(template, messages, tokenizer, prompted), tokenizer)
+
+    user, assistant = ({"role": role, "content": ""} for role in ("user", "assistant"))
+    request, control = ids([user]), set(tokenizer.specials.values())
+    answer = ids([user], prompted=True)[len(request):]
+    ends = [i for i in ids([user, assistant])[len(request) + len(answer):] if i in control]
+    if not control & set(answer) or not ends:
+        raise ValueError("the chat template does not mark answers with control tokens")
+    return {"answer": answer, "end": ends[-1]}
+
+
+def page_frames(template: str, tokenizer) -> dict[str, str]:
+    """
+    Return the texts around the messages of a dialog, for programs without Jinja.
+
+    A conversation is first, a request, answer, an answer, next, a request, answer, ... Raises
+    ValueError if the template depends on more than the order of the messages.
+    """
+    def text(n: int) -> str:
+        """Return a dialog of n messages, which are [0], [1], ..., and the prompt for an answer."""
+        messages = [{"role": ("user", "assistant")[i % 2], "content": f"[{i}]"} for i in range(n)]
+        return render(template, messages, tokenizer, add_generation_prompt=True)
+
+    first, answer, next, _ = re.split(r"\[\d\]", text(3))
+    if text(5) != f"{first}[0]{answer}[1]{next}[2]{answer}[3]{next}[4]{answer}":
+        raise ValueError("the chat template is too complex for a web page")
+    return {"first": first, "answer": answer, "next": next}
+
+
+def with_template(tokenizer, template: str) -> tuple[object, str]:
+    """Return a tokenizer and its chat template; without one, PLAIN_TEMPLATE and its tokens."""
+    if template:
+        return tokenizer, template
+    return add_specials(tokenizer, PLAIN_TOKENS), PLAIN_TEMPLATE
+
+
+def meta_of_chat(template: str, tokenizer) -> dict[str, object]:
+    """Return the entries of meta.json that belong to a dataset of conversations."""
+    return {"chat_template": template, "chat": answer_marks(template, tokenizer)}
+
+
+class ChatTokenizer:
+    """A tokenizer of the texts that render() returns, in the interface of the prepare scripts."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.spec = tokenizer, tokenizer.spec
+        self.vocab_size, self.eot, self.unk = tokenizer.vocab_size, tokenizer.eot, tokenizer.unk
+
+    def encode_many(self, texts: list[str]) -> list[np.ndarray]:
+        return [np.array(encode(text, self.tokenizer), dtype=np.uint32) for text in texts]
