@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 
 import lib.tokenizer
+from lib.chat import answer_marks, page_frames
 from lib.checkpoint import build_model, load_checkpoint, save_checkpoint
 from lib.configurator import configure, one_line, one_of, read_settings, user_errors
 from lib.console import hide_hub_progress
@@ -122,7 +123,7 @@ class WordTokenizer(PreTrainedTokenizer):
 '''
 
 
-def write_hf_tokenizer(tokenizer, folder: Path, block_size: int) -> None:
+def write_hf_tokenizer(tokenizer, folder: Path, block_size: int, template: str = "") -> None:
     """
     Write the files of a transformers tokenizer that returns the same ids as ours.
 
@@ -132,7 +133,8 @@ def write_hf_tokenizer(tokenizer, folder: Path, block_size: int) -> None:
     """
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size,
               "model_input_names": ["input_ids", "attention_mask"],
-              "clean_up_tokenization_spaces": False, "split_special_tokens": True}
+              "clean_up_tokenization_spaces": False,
+              "split_special_tokens": not template}  # a template's tokens must not be split
     if tokenizer.eot >= 0:
         eot = tokenizer.spec.get("eot", EOT)
         config |= dict.fromkeys(("bos_token", "eos_token", "pad_token"), eot)
@@ -147,6 +149,8 @@ def write_hf_tokenizer(tokenizer, folder: Path, block_size: int) -> None:
         write_json(folder / "vocab.json", tokenizer.vocab)
     else:
         to_rust(tokenizer).save(str(folder / "tokenizer.json"))
+    if template:
+        config["chat_template"] = template
     write_json(folder / "tokenizer_config.json", config)
 
 
@@ -300,11 +304,14 @@ def export_hf(checkpoint: dict, folder: Path, dtype: str) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".export") as temporary:
         new = Path(temporary)
-        write_hf_tokenizer(tokenizer, new, model.config.block_size)
+        template = checkpoint["meta"].get("chat_template", "")
+        write_hf_tokenizer(tokenizer, new, model.config.block_size, template)
         weights = {name: w.to(getattr(torch, dtype)) for name, w in to_hf(model).items()
                    if not (name == "lm_head.weight" and model.config.tied)}
         save_file(weights, new / "model.safetensors", {"format": "pt"})
         ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eot)
+        if template:
+            ends["eos_token_id"] = [tokenizer.eot, answer_marks(template, tokenizer)["end"]]
         write_json(new / "generation_config.json", ends if tokenizer.eot >= 0 else {})
         config = checkpoint["config"]
         kept = {key: config[key] for key in ("dataset", "batching") if key in config}
@@ -342,6 +349,9 @@ def export_gguf(checkpoint: dict, path: Path, dtype: str) -> list[Path]:
     try:
         add_gguf_fields(writer, path.stem, model, dtype)
         add_gguf_tokenizer(writer, tokenizer, c.vocab_size)
+        if template := checkpoint["meta"].get("chat_template"):
+            writer.add_chat_template(template)
+            writer.add_eot_token_id(answer_marks(template, tokenizer)["end"])  # of an answer
         add_gguf_tensors(writer, model, dtype)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -416,14 +426,18 @@ def export_html(checkpoint: dict, path: Path, dtype: str) -> list[Path]:
     tensors, floats, data = pack_weights(quantize_int8(model.state_dict()), model.config.tied)
     spec, tokens = tokenizer_for_page(tokenizer)
     data += json.dumps(tokens, separators=(",", ":")).encode()
+    template = checkpoint["meta"].get("chat_template")
+    example = EXAMPLE if has_all_of(tokenizer, EXAMPLE) and not template else ""
     content = {"config": asdict(model.config), "tensors": tensors, "floats": floats,
-               "tokenizer": spec, "prompt": EXAMPLE if has_all_of(tokenizer, EXAMPLE) else "",
+               "tokenizer": spec, "prompt": example,
+               "chat": page_frames(template, tokenizer) if template else None,
                "card": page_card(checkpoint, model, tokenizer),
                "command": training_command(checkpoint["config"])}
     dataset = checkpoint["meta"].get("dataset")
     style = f" in the style of {dataset}" if dataset else ""
+    does = "answers messages" if template else f"continues a text{style}"
     about = (f"A language model of {model.num_params() / 1e6:.1f} million parameters in one file: "
-             f"it continues a text{style}.")
+             f"it {does}.")
     fields = {"title": html.escape(Path(out_dir).resolve().name), "about": html.escape(about),
               "model": json.dumps(content).replace("<", "\\u003c"),  # no tag can end the script
               "weights": base64.b64encode(zlib.compress(data, 9)).decode()}

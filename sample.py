@@ -6,6 +6,7 @@ Continue a text with a trained model.
     python sample.py --out_dir=out/step_001000.pt
     python sample.py --interactive=True
     python sample.py --start="Once upon a" --next_token=5
+    python sample.py --out_dir=out-chat --chat=True
 
 In a program:
 
@@ -27,6 +28,7 @@ from typing import NamedTuple
 
 import torch
 
+from lib.chat import answer_marks, encode, render
 from lib.checkpoint import load_model
 from lib.configurator import at_least, configure, did_you_mean, one_of, user_errors
 from lib.decoding import Sampling, beam_search, start_token
@@ -44,6 +46,7 @@ device = "auto"  # cuda, else mps, else cpu; or 'cpu', 'cuda:1', ...
 # prompt
 start = ""  # the prompt; FILE:path: read a text file; '-': standard input; '': a new document
 interactive = False  # read one prompt after another from the terminal
+chat = False  # hold a conversation with a model that was tuned for it; start: the system message
 next_token = 0  # only print this many of the most probable next tokens (0: generate)
 # length
 num_samples = 3  # in interactive mode the default is 1
@@ -184,23 +187,34 @@ def stream_text(model: GPT, tokenizer, prompts: list[str], max_new_tokens: int, 
 
     Their text only grows: an incomplete character or a possible start of a stop text is held back.
     """
-    stops = split_stop(stop)
-    sampler = replace(sampler, stop_token=tokenizer.eot)
-    starts_of_stops = {s[:i] for s in stops for i in range(1, len(s))}
     idx, pad = encode_prompts(prompts, tokenizer, model.device)
+    yield from stream_ids(model, tokenizer, idx, pad, max_new_tokens, sampler, stop, tokenizer.eot)
+
+
+def stream_ids(model: GPT, tokenizer, idx: torch.Tensor, pad: torch.Tensor, max_new_tokens: int,
+               sampler: Sampling, stop: str, end: int) -> Iterator[list[Continuation]]:
+    """
+    Yield the continuations of token ids (B, T), padded at the left by pad (B,), as stream_text().
+
+    end: a continuation ends with this token, or with the end of text.
+    """
+    stops = split_stop(stop)
+    sampler = replace(sampler, stop_token=end)
+    starts_of_stops = {s[:i] for s in stops for i in range(1, len(s))}
     rows = [Continuation("", False, row[p:]) for row, p in zip(idx.tolist(), pad.tolist())]
     prompt_lengths = [len(row.tokens) for row in rows]
-    columns = model.stream(idx, max_new_tokens, sampler, stop_token=tokenizer.eot, pad=pad)
+    columns = model.stream(idx, max_new_tokens, sampler, stop_token=end, pad=pad)
     for n, column in enumerate(columns, 1):
         for i, token in enumerate(column.tolist()):
             _, ended, tokens = rows[i]
             if ended:
                 continue
-            ended = token == tokenizer.eot or n == max_new_tokens
-            if token != tokenizer.eot:
+            is_end = token in (end, tokenizer.eot)
+            ended = is_end or n == max_new_tokens
+            if not is_end:
                 tokens.append(token)
-            end = prompt_lengths[i]  # a few tokens before it are enough to join the two
-            text = text_after(tokenizer, tokens[max(0, end - 8):end], tokens[end:])
+            start = prompt_lengths[i]  # a few tokens before it are enough to join the two
+            text = text_after(tokenizer, tokens[max(0, start - 8):start], tokens[start:])
             if (cut := cut_at_stop(text, stops)) != text:
                 text, ended = cut, True
             elif not ended:
@@ -329,15 +343,67 @@ def respond_to_all(model: GPT, tokenizer, sampler: Sampling) -> None:
             print()
 
 
+def print_answer(model: GPT, tokenizer, messages: list[dict[str, str]], template: str,
+                 sampler: Sampling) -> str:
+    """Print the answer to a conversation as it grows. Return it. The oldest messages may go."""
+    while True:
+        ids = encode(render(template, messages, tokenizer, add_generation_prompt=True), tokenizer)
+        room = model.config.block_size - len(ids)
+        if room >= min(max_new_tokens, model.config.block_size // 4):
+            break
+        if len(messages) < 3:
+            raise ValueError(f"the message has more tokens than the model reads ({len(ids):,} of "
+                             f"{model.config.block_size:,}): shorten it")
+        first = int(messages[0]["role"] == "system")
+        del messages[first:first + 2]
+    idx = torch.tensor([ids], device=model.device)
+    end, printed = answer_marks(template, tokenizer)["end"], ""
+    try:
+        for answer, in stream_ids(model, tokenizer, idx, torch.zeros_like(idx[:, 0]),
+                                  min(max_new_tokens, room), sampler, stop, end):
+            print(answer.text[len(printed):], end="", flush=True)
+            printed = answer.text
+    except KeyboardInterrupt:
+        pass
+    print()
+    return printed
+
+
+def hold_conversation(model: GPT, tokenizer, template: str, sampler: Sampling, system: str) -> None:
+    """Answer messages until standard input ends. Ctrl-C ends an answer, or at the prompt all."""
+    sys.stdin.reconfigure(errors="replace")
+    print("Type a message and press Enter. Ctrl-C stops an answer.\n"
+          "To leave, press Ctrl-C at the prompt, or Ctrl-D (on Windows Ctrl-Z and Enter).")
+    messages = [{"role": "system", "content": system}] if system else []
+    while True:
+        try:
+            message = input("you> ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        try:
+            asked = [*messages, {"role": "user", "content": message}]
+            answer = print_answer(model, tokenizer, asked, template, sampler)
+            messages = [*asked, {"role": "assistant", "content": answer}]
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+
+
 if __name__ == "__main__":
     explain_out_of_memory("use fewer --num_samples or --max_new_tokens, or --quantize=int8")
     with user_errors():
         sampler = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, no_repeat_ngram)
         prompt = read_prompt(start)
         model, tokenizer, checkpoint = load(out_dir, device, quantize)
+        template = checkpoint["meta"].get("chat_template", "")
+        if chat and not template:
+            raise ValueError(f"{out_dir} was not tuned for conversations: data/chat/prepare.py and "
+                             "config/finetune_chat.py do that")
     print(describe(out_dir, model, checkpoint), file=sys.stderr, flush=True)
     sampler.generator = torch.Generator(model.device).manual_seed(seed)
-    if interactive:
+    if chat:
+        hold_conversation(model, tokenizer, template, sampler, prompt)
+    elif interactive:
         respond_to_all(model, tokenizer, sampler)
     else:
         try:

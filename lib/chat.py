@@ -106,9 +106,9 @@ def answer_marks(template: str, tokenizer) -> dict[str, list[int] | int]:
     return {"answer": answer, "end": ends[-1]}
 
 
-def page_frames(template: str, tokenizer) -> dict[str, str]:
+def page_frames(template: str, tokenizer) -> dict[str, str | int]:
     """
-    Return the texts around the messages of a dialog, for programs without Jinja.
+    Return the texts around the messages of a dialog and the `end` of answers, for lib/page.html.
 
     A conversation is first, a request, answer, an answer, next, a request, answer, ... Raises
     ValueError if the template depends on more than the order of the messages.
@@ -118,10 +118,12 @@ def page_frames(template: str, tokenizer) -> dict[str, str]:
         messages = [{"role": ("user", "assistant")[i % 2], "content": f"[{i}]"} for i in range(n)]
         return render(template, messages, tokenizer, add_generation_prompt=True)
 
+    end = answer_marks(template, tokenizer)["end"]
     first, answer, next, _ = re.split(r"\[\d\]", text(3))
-    if text(5) != f"{first}[0]{answer}[1]{next}[2]{answer}[3]{next}[4]{answer}":
+    if (text(5) != f"{first}[0]{answer}[1]{next}[2]{answer}[3]{next}[4]{answer}"
+            or encode(next, tokenizer)[:1] != [end]):
         raise ValueError("the chat template is too complex for a web page")
-    return {"first": first, "answer": answer, "next": next}
+    return {"first": first, "answer": answer, "next": next, "end": end}
 
 
 def with_template(tokenizer, template: str) -> tuple[object, str]:

@@ -80,11 +80,11 @@ def save_run(folder: Path, spec: dict, vocab_size: int, eot: int, dataset: str =
             "splits": {}}})
 
 
-def run_in_node(page: Path, questions: dict) -> dict:
+def run_in_node(page: Path, questions: dict, drive: str = DRIVE):
     playwright = pytest.importorskip("playwright")
     driver = Path(playwright.__file__).with_name("driver")
     node = next(path for path in (driver / "node", driver / "node.exe") if path.exists())
-    done = subprocess.run([node, "-e", NODE.replace("DRIVE", DRIVE), page], text=True,
+    done = subprocess.run([node, "-e", NODE.replace("DRIVE", drive), page], text=True,
                           input=json.dumps(questions), capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
