@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from export import export_html
-from helpers import PROMPT, TEXT, make_run, one_line_error, run
+from helpers import PROMPT, TEXT, make_run, one_line_error, run, tokenizer_of
+from lib.chat import PLAIN_TEMPLATE, PLAIN_TOKENS
 from lib.checkpoint import build_model, load_checkpoint, load_model, save_checkpoint
 from lib.quantize import quantize_int8
-from lib.tokenizer import get_tokenizer
+from lib.tokenizer import add_specials, get_tokenizer
 from model import GPT, GPTConfig
 
 RUNS = ["gpt2-gpt2", "nanogpt-char", "qwen3-bpe", "untied-pieces"]
@@ -226,6 +227,31 @@ def test_the_status_says_why_a_text_ends(fables_page, open_page):
     fill(page, tokens=1)
     status, text = generate(page)
     assert "only the last 32 tokens" in status and text.startswith("... ") and len(text) < 700
+
+
+def test_a_conversation_goes_on_until_a_new_one(tmp_path, open_page):
+    tokenizer = add_specials(tokenizer_of("bpe"), PLAIN_TOKENS)
+    save_run(tmp_path, tokenizer.spec, tokenizer.vocab_size, tokenizer.eot,
+             **SMALL | dict(block_size=64))
+    checkpoint = load_checkpoint(tmp_path)
+    checkpoint["meta"]["chat_template"] = PLAIN_TEMPLATE
+    path, = export_html(checkpoint, tmp_path / "page.html", "int8")
+    page = open_page(path)
+    fill(page, tokens=3, seed=1)
+
+    def send(message: str) -> str:
+        page.locator("#prompt").fill(message)
+        page.get_by_role("button", name="Send").click()
+        page.locator("#go:enabled").wait_for()
+        assert page.locator("#prompt").input_value() == ""
+        return page.locator("#text").inner_text()
+
+    first = send("the dogs")
+    assert first.startswith("the dogs\n") and len(first) > len("the dogs\n")
+    assert send("12 cats").startswith(first)
+    page.get_by_role("button", name="New conversation").click()
+    page.locator("#text:empty").wait_for(state="attached")
+    assert send("the dogs") == first  # with the same seed, and without the earlier messages
 
 
 def test_stop_ends_generation(tmp_path, open_page):
