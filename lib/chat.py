@@ -34,12 +34,9 @@ def check_messages(messages: object) -> None:
 @functools.lru_cache
 def compiled(template: str):
     """Return a template of Jinja, in a sandbox and with the options that transformers uses."""
-    try:
-        from jinja2 import TemplateError
-        from jinja2.ext import loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-    except ImportError:
-        raise ValueError("conversations need a package: pip install jinja2") from None
+    from jinja2 import TemplateError  # torch needs it too, so it is installed
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     def raise_exception(reason: str) -> None:
         raise TemplateError(reason)
@@ -69,8 +66,6 @@ def render(template: str, messages: list[dict[str, str]], tokenizer,
     try:
         return compiled(template).render(messages=messages, bos_token="", eos_token="", tools=None,
                                          add_generation_prompt=add_generation_prompt)
-    except ValueError:  # Jinja is missing
-        raise
     except Exception as error:  # a template is a program and can fail in any way
         raise ValueError(f"the chat template cannot write this conversation: {error}") from None
 
