@@ -431,12 +431,16 @@ class GPT(nn.Module):
         Return the FLOPs of forward and backward pass per token at context length T (0: block_size).
 
         As in appendix B of PaLM (https://arxiv.org/abs/2204.02311): 6 per weight in a matrix
-        product, and 12 * n_layer * n_head * hs * T for attention, counting its masked half.
-        head_tokens: the tokens in the softmax (0: the whole vocabulary).
+        product, 4 if it is frozen, and 12 * n_layer * n_head * hs * T for attention, counting its
+        masked half. head_tokens: the tokens in the softmax (0: the whole vocabulary).
         """
         c = self.config
-        matmul = self.num_params(non_embedding=True) + (head_tokens or c.vocab_size) * c.n_embd
-        return 6 * matmul + 12 * c.n_layer * c.n_head * c.head_dim * (T or c.block_size)
+        head = (head_tokens or c.vocab_size) * c.n_embd
+        matmul = self.num_params(non_embedding=True) + head
+        frozen = sum(p.numel() for p in self.transformer.h.parameters() if not p.requires_grad)
+        frozen += 0 if self.lm_head.weight.requires_grad else head
+        attention = 12 * c.n_layer * c.n_head * c.head_dim * (T or c.block_size)
+        return 6 * matmul - 2 * frozen + attention
 
     def estimate_mfu(self, fwdbwd_per_iter: int, dt: float, peak_flops: float = 312e12) -> float:
         """

@@ -19,7 +19,7 @@ if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
 import torch
 
 from lib import checkpoint as ckpt
-from lib import machine, optim, runlog
+from lib import lora, machine, optim, runlog
 from lib.configurator import at_least, configure, one_of, user_errors
 from lib.console import duration, named_lines
 from lib.corpus import check_once, load_meta
@@ -65,6 +65,7 @@ dropout = 0.1  # 0 is good when no token is seen twice
 bias = True  # gpt2: biases in Linear and LayerNorm
 tied = True  # the head shares the weights of the token embedding; gpt2: always
 pad_vocab = False  # pad GPT-2's 50,257 tokens to 50,304, a multiple of 64, as nanoGPT does
+lora_rank = 0  # fine-tune only adapters of this rank, with less memory (0: all weights)
 # optimizer
 optimizer = "adamw"  # or 'muon': Muon for the matrices of the blocks, AdamW for the rest
 learning_rate = 1e-3  # highest learning rate
@@ -95,11 +96,12 @@ config, given = configure(
     eval_iters=at_least(0), patience=at_least(0), keep_every=at_least(0), max_bad_steps=at_least(1),
     seed=at_least(0), logger=one_of("", "wandb", "tensorboard", "trackio"),
     batching=one_of("windows", "by_length"), gradient_accumulation_steps=at_least(1),
-    batch_size=at_least(1), max_iters=at_least(0), max_epochs=at_least(0), max_minutes=at_least(0),
-    optimizer=one_of("adamw", "muon"), learning_rate=at_least(0), embedding_lr_scale=at_least(0),
-    min_lr=at_least(0), weight_decay=at_least(0), beta1=at_least(0, below=1),
-    beta2=at_least(0, below=1), grad_clip=at_least(0), schedule=one_of(*optim.SCHEDULES),
-    warmup_iters=at_least(0), lr_decay_iters=at_least(0), loss_chunk=at_least(-1))
+    batch_size=at_least(1), lora_rank=at_least(0), optimizer=one_of("adamw", "muon"),
+    max_iters=at_least(0), max_epochs=at_least(0), max_minutes=at_least(0),
+    learning_rate=at_least(0), embedding_lr_scale=at_least(0), min_lr=at_least(0),
+    weight_decay=at_least(0), beta1=at_least(0, below=1), beta2=at_least(0, below=1),
+    grad_clip=at_least(0), schedule=one_of(*optim.SCHEDULES), warmup_iters=at_least(0),
+    lr_decay_iters=at_least(0), loss_chunk=at_least(-1))
 
 
 # -----------------------------------------------------------------------------
@@ -147,7 +149,8 @@ def save(name: str, model: GPT, state: ckpt.RunState, meta: dict, optimizers: li
     if not all(p.isfinite().all() for p in model.parameters()):
         say(f"step {state.step}: the model is not finite and was not saved")
         return
-    checkpoint = {"model": model.state_dict(), "model_args": asdict(model.config),
+    weights = model.state_dict() if optimizers else lora.merge_adapters(model.state_dict())
+    checkpoint = {"model": weights, "model_args": asdict(model.config),
                   "config": config, "meta": meta, "step": state.step,
                   "best_val_loss": state.best_val_loss}
     if optimizers:
@@ -198,6 +201,8 @@ with ranks.user_errors():
         finetuned = ckpt.model_to_finetune(ckpt.load_checkpoint(init_from), init_from,
                                            meta["tokenizer"], **asked)
         saved_config = asdict(finetuned.config)
+    if lora_rank and not (finetuned or resuming):
+        raise ValueError(f"lora_rank={lora_rank} fine-tunes a model: name it, --init_from=MODEL")
     padded_vocab = 50304 if pad_vocab and meta["vocab_size"] == 50257 else meta["vocab_size"]
     model_config = finetuned.config if finetuned else GPTConfig(
         arch=arch, block_size=block_size, vocab_size=padded_vocab, n_layer=n_layer, n_head=n_head,
@@ -212,6 +217,7 @@ with ranks.user_errors():
         model_config = ckpt.config_to_resume(checkpoint, model_config, config, given, meta)
         batches = make_batches(streams["train"], model_config.block_size, meta["eot"])
         saved_config = checkpoint["config"]
+        lora_rank = config["lora_rank"] = lora.rank_of(checkpoint["model"])
     # an existing model keeps its own architecture
     kept = asdict(model_config).keys() & config.keys() & saved_config.keys()
     config.update({name: saved_config[name] for name in kept})
@@ -228,6 +234,8 @@ if max_epochs:
 torch.manual_seed(seed)
 with ranks.user_errors():
     raw_model = (finetuned or GPT(model_config)).to(device)
+    if lora_rank:
+        lora.add_adapters(raw_model, lora_rank)
     vocab_size = raw_model.config.vocab_size
     raw_model.remat = remat
     raw_model.loss_fn = make_loss(
@@ -256,8 +264,10 @@ if checkpoint:
     say(ckpt.describe_resume(checkpoint, config, current_lr(state, last_step)))
     checkpoint = None  # free its memory
 n_params, n_in_blocks = raw_model.num_params(), raw_model.num_params(non_embedding=True)
+n_trained = sum(p.numel() for p in raw_model.parameters() if p.requires_grad)
 say(named_lines(
     model=f"{n_params:,} parameters ({n_in_blocks:,} without embeddings)",
+    lora=f"{n_trained:,} of these, of rank {lora_rank}, are trained" if lora_rank else "",
     data=f"{dataset}: {len(streams['train']):,} training tokens, {len(streams['val']):,} "
          "validation tokens",
     batch=f"{gradient_accumulation_steps} x {batch_size} x {block_size} = "

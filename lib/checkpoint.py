@@ -9,7 +9,8 @@ Checkpoints in out_dir.
 A file holds tensors and plain types only and is loaded with weights_only=True. It is renamed
 into place once complete. Keys:
 
-    model, model_args   state dict of the uncompiled model, fields of its GPTConfig
+    model, model_args   state dict of the uncompiled model, fields of its GPTConfig; with lora_rank
+                        the files to resume also hold the adapters, which best.pt has merged
     config, meta        the settings; meta.json of the dataset, so that sampling needs no data
     step, best_val_loss, version
     optimizer, scaler   to resume; not in best.pt and step_001000.pt, like the rest of RunState
@@ -33,6 +34,7 @@ from lib.convert import (
     read_hugging_face,
 )
 from lib.files import open_synced, replace_file
+from lib.lora import merge_adapters, rank_of
 from lib.quantize import prepare_for_inference, quantize_int8, use_int8_layers
 from lib.tokenizer import KINDS, extends, get_tokenizer, meta_of, train_tokenizer
 from model import GPT, GPTConfig
@@ -208,7 +210,8 @@ def load_checkpoint(name: str | Path) -> dict:
         if path.exists():
             checkpoint = read_checkpoint(path)
             kept = (*REQUIRED, "best_val_loss")
-            return {key: checkpoint[key] for key in kept if key in checkpoint} | {"path": str(path)}
+            return {key: checkpoint[key] for key in kept if key in checkpoint} | {
+                "model": merge_adapters(checkpoint["model"]), "path": str(path)}
     if is_file:
         others = ", ".join(sorted(path.name for path in Path(name).parent.glob("*.pt")))
         raise ValueError(f"there is no file {name}: {Path(name).parent} has "
@@ -285,6 +288,8 @@ def config_to_resume(checkpoint: dict, new: GPTConfig, settings: dict, given: se
     old = config_of(checkpoint, f"the checkpoint in {out_dir}")
     wrong = [f"{name}={value}" for name, value in asdict(old).items()
              if name in given and name != "dropout" and value != getattr(new, name)]
+    if "lora_rank" in given and settings["lora_rank"] != rank_of(checkpoint["model"]):
+        wrong.append(f"lora_rank={rank_of(checkpoint['model'])}")
     if "pad_vocab" in given and old.vocab_size != new.vocab_size:
         wrong.append(f"vocab_size={old.vocab_size}")
     if wrong:

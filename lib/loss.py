@@ -72,7 +72,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
         w = head.to(dtype)
         grad_x = torch.empty_like(x) if with_grad else x
-        grad_head = torch.zeros_like(head) if with_grad else None
+        grad_head = torch.zeros_like(head) if with_grad and ctx.needs_input_grad[1] else None
         total = x.new_zeros((), dtype=torch.float32)
         count = (targets >= 0).sum().clamp(min=1)
         # one buffer for all chunks: fresh pages for each would cost a quarter of the time
@@ -93,6 +93,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             p.scatter_add_(0, ys, -torch.ones_like(log_sum)[None]).mul_(valid)
             p = p.to(dtype)
             grad_xs.copy_(p.t() @ w)
+            if grad_head is None:  # the head is frozen
+                continue
             if dtype == grad_head.dtype:
                 grad_head.addmm_(p, xs)
             else:
@@ -103,7 +105,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_x, grad_head, count = ctx.saved_tensors
-        return grad_x * (grad / count), grad_head * (grad / count), None, None, None
+        scale = grad / count
+        grad_head = None if grad_head is None else grad_head * scale
+        return grad_x * scale, grad_head, None, None, None
 
 
 def sampled_cross_entropy(x: torch.Tensor, head: torch.Tensor, targets: torch.Tensor,

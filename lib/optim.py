@@ -2,7 +2,7 @@
 Optimizers, learning rate schedules and the update at the end of a step.
 """
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn as nn
@@ -21,7 +21,7 @@ def make_optimizers(model: GPT, optimizer: str, weight_decay: float, learning_ra
                     betas: tuple[float, float], device_type: str,
                     embedding_lr_scale: float = 0.0) -> list[torch.optim.Optimizer]:
     """
-    Return the optimizers that together update all parameters of a model.
+    Return the optimizers that together update all parameters of a model that are not frozen.
 
     'adamw': one AdamW. 'muon': Muon for the matrices of the blocks, AdamW for the rest.
     embedding_lr_scale: factor on the learning rate of the token embedding. 0: 1 with 'adamw',
@@ -32,16 +32,16 @@ def make_optimizers(model: GPT, optimizer: str, weight_decay: float, learning_ra
     adamw = model.configure_optimizers(weight_decay, learning_rate, betas, device_type)
     if optimizer == "muon":
         embedding_lr_scale = embedding_lr_scale or EMBEDDING_LR_WIDTH / model.config.n_embd
-    if embedding_lr_scale:
+    if embedding_lr_scale and model.transformer.wte.weight.requires_grad:
         move_to_own_group(adamw, model.transformer.wte.weight, lr_scale=embedding_lr_scale)
     if optimizer == "adamw":
         return [adamw]
     blocks, n_inner = model.transformer.h, model.config.n_inner
     groups = [
-        {"params": [block.attn.c_attn.weight for block in blocks]},
-        {"params": [block.attn.c_proj.weight for block in blocks]},
-        {"params": [block.mlp.c_fc.weight for block in blocks]},
-        {"params": [block.mlp.c_proj.weight for block in blocks]},
+        {"params": matrices_of(block.attn.c_attn for block in blocks)},
+        {"params": matrices_of(block.attn.c_proj for block in blocks)},
+        {"params": matrices_of(block.mlp.c_fc for block in blocks)},
+        {"params": matrices_of(block.mlp.c_proj for block in blocks)},
     ]
     stacked = {block.attn.c_attn.weight: block.attn.qkv_sizes for block in blocks}
     if model.config.arch != "gpt2":  # SwiGLU stacks gate and up
@@ -50,6 +50,11 @@ def make_optimizers(model: GPT, optimizer: str, weight_decay: float, learning_ra
     for group in adamw.param_groups:
         group["params"] = [p for p in group["params"] if p not in matrices]
     return [adamw, Muon(groups, learning_rate, weight_decay, momentum=betas[0], stacked=stacked)]
+
+
+def matrices_of(layers: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """Return the matrices of layers that are trained: weights or, with LoRA, adapters."""
+    return [p for layer in layers for p in layer.parameters() if p.dim() == 2 and p.requires_grad]
 
 
 def move_to_own_group(optimizer: torch.optim.Optimizer, param: nn.Parameter, **options) -> None:

@@ -19,6 +19,7 @@ FLOORS = [  # from top to bottom, as in CONTRIBUTING.md
     ["lib/scaling"],
     ["lib/loss"],
     ["lib/optim"],
+    ["lib/lora"],
     ["lib/quantize"],
     ["model"],
     ["lib/distributed"],

@@ -1,0 +1,67 @@
+"""
+LoRA: train small adapters of the matrices in the blocks and freeze everything else.
+
+A layer with the weight W (N, C) gets two matrices, A (rank, C) and B (N, rank), and computes with
+W + ALPHA / rank * B A. model.py knows nothing of them: they replace its layers before training,
+and merge_adapters() returns plain weights. Source: https://arxiv.org/abs/2106.09685
+"""
+import math
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+from lib.quantize import replace_module
+from model import GPT
+
+ALPHA = 32  # divided by the rank, so that one learning rate suits all ranks
+
+
+class LoRALinear(nn.Module):
+    """A frozen Linear layer with an adapter, which starts at zero."""
+
+    def __init__(self, linear: nn.Linear, rank: int):
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        (N, C), like = linear.weight.shape, dict(device=linear.weight.device)
+        self.lora_a = nn.Parameter(torch.empty(rank, C, **like).uniform_(-1, 1) / math.sqrt(C))
+        self.lora_b = nn.Parameter(torch.zeros(N, rank, **like))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scaled = F.linear(x, self.lora_a) * (ALPHA / len(self.lora_a))  # (..., rank)
+        return F.linear(x, self.weight, self.bias) + F.linear(scaled, self.lora_b)
+
+
+def add_adapters(model: GPT, rank: int) -> GPT:
+    """Freeze a model, add adapters to the Linear layers of its blocks, and return it."""
+    model.requires_grad_(False)
+    blocks = model.transformer.h
+    for name, module in list(blocks.named_modules()):
+        if isinstance(module, nn.Linear):
+            replace_module(blocks, name, LoRALinear(module, rank))
+    return model
+
+
+def rank_of(weights: dict[str, torch.Tensor]) -> int:
+    """Return the rank of the adapters in a state dict, 0 if there are none."""
+    return next((len(w) for name, w in weights.items() if name.endswith(".lora_a")), 0)
+
+
+def merge_adapters(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """
+    Return the state dict of the plain model that computes the same, with the names of model.py.
+
+    Merged matrices are on the CPU, as a GPU may have no memory for a second copy. A state dict
+    without adapters is returned as it is.
+    """
+    if not rank_of(weights):
+        return weights
+    plain = {}
+    for name, w in weights.items():
+        layer, _, part = name.rpartition(".")
+        a, b = weights.get(f"{layer}.lora_a"), weights.get(f"{layer}.lora_b")
+        if part == "weight" and a is not None:
+            plain[name] = torch.addmm(w.cpu(), b.cpu(), a.cpu(), alpha=ALPHA / len(a))
+        elif part not in ("lora_a", "lora_b"):
+            plain[name] = w
+    return plain
