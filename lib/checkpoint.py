@@ -25,7 +25,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from lib.configurator import one_line
-from lib.convert import OPENAI, download_openai, from_nanogpt, read_hugging_face
+from lib.convert import OPENAI, download, from_nanogpt, is_hub_name, read_hugging_face
 from lib.files import open_synced, replace_file
 from lib.quantize import prepare_for_inference, quantize_int8, use_int8_layers
 from model import GPT, GPTConfig
@@ -191,10 +191,11 @@ def load_checkpoint(name: str | Path) -> dict:
     Return the best checkpoint of a model, without what only training needs, and its `path`.
 
     name: the folder of a run (best.pt, else last.pt, stop.pt or nanoGPT's ckpt.pt), one of its .pt
-    files, a Hugging Face folder, or one of OpenAI's models.
+    files, a Hugging Face folder, or a model of its hub. meta["base_model"] names the latter and its
+    commit.
     """
-    if name in OPENAI and not Path(name).exists():
-        name = download_openai(name)
+    if is_hub_name(name):
+        return read_folder(*download_or_hint(name))
     is_file = Path(name).suffix == ".pt" and not Path(name).is_dir()
     names = ("best.pt", "last.pt", "stop.pt", "ckpt.pt")
     for path in [Path(name)] if is_file else [Path(name) / file for file in names]:
@@ -207,14 +208,31 @@ def load_checkpoint(name: str | Path) -> dict:
         raise ValueError(f"there is no file {name}: {Path(name).parent} has "
                          f"{others or 'no checkpoints'}")
     if (Path(name) / "config.json").exists():
-        checkpoint = read_hugging_face(Path(name)) | {"version": VERSION, "path": str(name)}
-        check_checkpoint(checkpoint, Path(name) / "meta.json")
-        return checkpoint
+        return read_folder(Path(name))
     runs = sorted({str(path.parent) for folder in (Path(), Path(name).parent)
                    for path in folder.glob("*/*.pt")})
     raise ValueError(f"there is no checkpoint in {name}: " + (
         f"there are runs in {', '.join(runs)}" if runs else
         f"train a model with `python train.py --out_dir={name}`"))
+
+
+def download_or_hint(name: str) -> tuple[Path, str]:
+    """Download a model like convert.download(). An error also lists the runs that are beside it."""
+    try:
+        return download(name)
+    except ValueError as error:
+        runs = sorted({str(path.parent) for path in Path(name).parent.glob("*/*.pt")})
+        hint = f"; there are runs in {', '.join(runs)}" if "/" in name and runs else ""
+        raise ValueError(f"{error}{hint}") from None
+
+
+def read_folder(folder: Path, base_model: str = "") -> dict:
+    """Read a Hugging Face folder as a checkpoint with its `path`."""
+    checkpoint = read_hugging_face(folder) | {"version": VERSION, "path": str(folder)}
+    check_checkpoint(checkpoint, folder / "meta.json")
+    if base_model:
+        checkpoint["meta"]["base_model"] = base_model
+    return checkpoint
 
 
 # -----------------------------------------------------------------------------
@@ -226,10 +244,11 @@ def should_resume(out_dir: str, init_from: str, overwrite: bool) -> bool:
 
     Raises ValueError if 'resume' finds no checkpoint, or if an existing run would be overwritten.
     """
-    if (init_from not in ("scratch", "resume", "auto", *OPENAI) and not Path(init_from).is_dir()
-            and Path(init_from).suffix != ".pt"):
+    if (init_from not in ("scratch", "resume", "auto") and not Path(init_from).is_dir()
+            and Path(init_from).suffix != ".pt" and not is_hub_name(init_from)):
         raise ValueError(f"init_from must be scratch, resume, auto, the folder or .pt file of a "
-                         f"model, or {', '.join(OPENAI)}; got {init_from!r}")
+                         f"model, {', '.join(OPENAI)}, or USER/NAME of a model on the Hugging Face "
+                         f"hub; got {init_from!r}")
     exists = any(Path(out_dir).glob("*.pt"))
     resumable = any((Path(out_dir) / name).exists() for name in RESUMABLE)
     if init_from == "resume" and not exists:

@@ -14,7 +14,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 from lib.configurator import at_least, configure, one_of, user_errors
-from lib.corpus import hub_documents, local_documents, write_dataset
+from lib.corpus import hub_documents, hub_source, local_documents, write_dataset
 from lib.tokenizer import KINDS, train_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -25,13 +25,16 @@ out_dir = ""  # where to write (empty: this folder)
 configure(globals(), tokenizer=one_of(*KINDS), vocab_size=at_least(0, at_most=65536))
 # -----------------------------------------------------------------------------
 
+NAME = "roneneldan/TinyStories"
+
 
 def documents(split: str) -> Iterator[str]:
     if source:
         return local_documents(source, split)
-    return hub_documents("roneneldan/TinyStories", split)
+    return hub_documents(NAME, split)
 
 
 with user_errors():
     trained = train_tokenizer(tokenizer, documents("train"), vocab_size)
-    write_dataset(Path(out_dir) if out_dir else HERE, documents, trained)
+    write_dataset(Path(out_dir) if out_dir else HERE, documents, trained,
+                  "" if source else hub_source(NAME))
