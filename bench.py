@@ -55,7 +55,7 @@ seeds = 1  # runs of each program
 max_iters = 20000  # steps
 eval_interval = 250  # steps between evaluations, whose time is excluded
 # generation
-run = ""  # the model, a run or a Hugging Face folder (empty: a new one)
+run = ""  # the model: a run, a Hugging Face folder or USER/NAME of its hub (empty: a new one)
 max_new_tokens = 64  # after a prompt of a quarter of block_size, with top_k 40
 texts = "1,8,64"  # numbers of texts at a time
 # data

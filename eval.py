@@ -25,7 +25,7 @@ from lib import machine
 from lib.checkpoint import load_model
 from lib.configurator import at_least, configure, one_of, user_errors
 from lib.console import named_lines, print_table, progress
-from lib.convert import OPENAI
+from lib.convert import is_hub_name
 from lib.corpus import check_once, load_meta
 from lib.dataset import TokenStream, eval_batches, prefetch
 from lib.decoding import Sampling
@@ -35,7 +35,7 @@ from model import GPT, GPTConfig
 
 # -----------------------------------------------------------------------------
 # model and data
-out_dir = "out"  # a run (best.pt or last.pt), a .pt file, a Hugging Face folder, gpt2 ... gpt2-xl
+out_dir = "out"  # a run, a .pt file, a Hugging Face folder, or of its hub gpt2, USER/NAME@REVISION
 compare = ""  # measure several runs, out,out-int8,..., and print one table
 quantize = ""  # 'int8': quantize the weights first
 dataset = ""  # a folder in data/, or a path; '': the one that the model was trained on
@@ -456,7 +456,7 @@ if __name__ == "__main__":
     with user_errors():
         Sampling(temperature, top_k)  # checks them
         for path in paths:
-            if compare and not Path(path).exists() and path not in OPENAI:
+            if compare and not Path(path).exists() and not is_hub_name(path):
                 raise ValueError(f"there is no run {path} to compare")
         if continuations and not all(map(importlib.util.find_spec, ("rouge_score", "sacrebleu"))):
             raise ValueError("continuations need two more packages: pip install rouge-score "

@@ -31,7 +31,14 @@ from lib.chat import answer_marks, page_frames
 from lib.checkpoint import build_model, load_checkpoint, save_checkpoint
 from lib.configurator import configure, one_line, one_of, read_settings, user_errors
 from lib.console import hide_hub_progress
-from lib.convert import check_exportable, config_to_hf, interleave, is_transposed, to_hf
+from lib.convert import (
+    check_exportable,
+    config_to_hf,
+    interleave,
+    is_hub_name,
+    is_transposed,
+    to_hf,
+)
 from lib.decoding import start_token
 from lib.files import replace_file, results_file, sync_file, write_atomically
 from lib.quantize import quantize_int8
@@ -49,7 +56,7 @@ from lib.tokenizer import (
 from model import GPT
 
 # -----------------------------------------------------------------------------
-out_dir = "out"  # a run (best.pt or last.pt), a .pt file, a Hugging Face folder, gpt2 ... gpt2-xl
+out_dir = "out"  # a run, a .pt file, a Hugging Face folder, or of its hub gpt2, USER/NAME@REVISION
 format = "int8"  # or 'hf', 'gguf', 'html'
 dtype = "auto"  # hf: float32 (auto), float16, bfloat16; gguf: float16 (auto), float32, q8_0
 to = ""  # folder or file to write; '': named after out_dir
@@ -596,6 +603,7 @@ def resolve_weight_dtype() -> str:
 def resolve_path(dtype: str) -> Path:
     """Return the folder or file to write. Raise ValueError if that would destroy something."""
     name = str(Path(out_dir)).removesuffix(".pt")  # without a slash at the end
+    name = Path(name.partition("@")[0]).name if is_hub_name(out_dir) else name
     names = {"gguf": f"{name}-{dtype}.gguf", "html": f"{name}.html"}
     path = Path(to or names.get(format, f"{name}-{format}"))
     if path.exists() and path.is_file() != (format in names):

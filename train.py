@@ -43,7 +43,7 @@ patience = 0  # stop after this many evaluations without a lower validation loss
 sample_every_eval = True  # print a short sample of the model after each evaluation
 always_save_checkpoint = True  # save last.pt at every evaluation, not only at the best one
 keep_every = 0  # steps between checkpoints to keep, such as step_001000.pt, weights only (0: off)
-init_from = "scratch"  # or 'resume', 'auto' (resume if possible), a run, a .pt file, 'gpt2', ...
+init_from = "scratch"  # or resume, auto (resume if possible), a run, a .pt file, gpt2, USER/NAME
 overwrite = False  # let 'scratch' replace the run in out_dir
 max_bad_steps = 10  # return to the last evaluation after this many bad gradients in a row
 logger = ""  # also log to 'wandb', 'tensorboard' or 'trackio'
@@ -195,12 +195,13 @@ ranks.check_same({"the data": checksums})
 machine.set_up_torch(many_shapes=batching == "by_length", deterministic=deterministic)
 with ranks.user_errors():
     resuming = ckpt.should_resume(out_dir, init_from, overwrite or eval_only)
-    finetuned, checkpoint, saved_config = None, None, {}
+    finetuned, checkpoint, saved_config, base_model = None, None, {}, ""
     if init_from not in ("scratch", "resume", "auto"):
         asked = {name: config[name] for name in ("block_size", "dropout") if name in given}
-        finetuned = ckpt.model_to_finetune(ckpt.load_checkpoint(init_from), init_from,
-                                           meta["tokenizer"], **asked)
-        saved_config = asdict(finetuned.config)
+        start = ckpt.load_checkpoint(init_from)
+        finetuned = ckpt.model_to_finetune(start, init_from, meta["tokenizer"], **asked)
+        saved_config, base_model = asdict(finetuned.config), start["meta"].get("base_model", "")
+        start = None  # free its memory
     if lora_rank and not (finetuned or resuming):
         raise ValueError(f"lora_rank={lora_rank} fine-tunes a model: name it, --init_from=MODEL")
     padded_vocab = 50304 if pad_vocab and meta["vocab_size"] == 50257 else meta["vocab_size"]
@@ -216,8 +217,9 @@ with ranks.user_errors():
         checkpoint = ckpt.find_resumable(out_dir)
         model_config = ckpt.config_to_resume(checkpoint, model_config, config, given, meta)
         batches = make_batches(streams["train"], model_config.block_size, meta["eot"])
-        saved_config = checkpoint["config"]
+        saved_config, base_model = checkpoint["config"], checkpoint["meta"].get("base_model", "")
         lora_rank = config["lora_rank"] = lora.rank_of(checkpoint["model"])
+    meta |= {"base_model": base_model} if base_model else {}  # the model of the hub it started from
     # an existing model keeps its own architecture
     kept = asdict(model_config).keys() & config.keys() & saved_config.keys()
     config.update({name: saved_config[name] for name in kept})
@@ -227,7 +229,8 @@ with ranks.user_errors():
     max_batches = min(eval_iters or math.inf, math.ceil(val_rows / batch_size))
     if not val_rows:
         raise ValueError(f"{streams['val'].name} has only one token: there is nothing to predict")
-ranks.check_same({f"the checkpoint step in {out_dir}": checkpoint["step"] if checkpoint else 0})
+ranks.check_same({f"the checkpoint step in {out_dir}": checkpoint["step"] if checkpoint else 0,
+                  "the model to start from": base_model})
 last_step = max_iters if "max_iters" in given or not (max_epochs or max_minutes) else math.inf
 if max_epochs:
     last_step = min(last_step, batches.steps_in(max_epochs))

@@ -28,8 +28,9 @@ from torch.overrides import TorchFunctionMode
 from lib.configurator import one_line
 from lib.convert import (
     OPENAI,
-    download_openai,
+    download,
     from_nanogpt,
+    is_hub_name,
     read_hf_tokenizer,
     read_hugging_face,
 )
@@ -200,10 +201,11 @@ def load_checkpoint(name: str | Path) -> dict:
     Return the best checkpoint of a model, without what only training needs, and its `path`.
 
     name: the folder of a run (best.pt, else last.pt, stop.pt or nanoGPT's ckpt.pt), one of its .pt
-    files, a Hugging Face folder, or one of OpenAI's models.
+    files, a Hugging Face folder, or a model of its hub. meta["base_model"] names the latter and its
+    commit.
     """
-    if name in OPENAI and not Path(name).exists():
-        name = download_openai(name)
+    if is_hub_name(name):
+        return read_folder(*download_or_hint(name))
     is_file = Path(name).suffix == ".pt" and not Path(name).is_dir()
     names = ("best.pt", "last.pt", "stop.pt", "ckpt.pt")
     for path in [Path(name)] if is_file else [Path(name) / file for file in names]:
@@ -217,9 +219,7 @@ def load_checkpoint(name: str | Path) -> dict:
         raise ValueError(f"there is no file {name}: {Path(name).parent} has "
                          f"{others or 'no checkpoints'}")
     if (Path(name) / "config.json").exists():
-        checkpoint = read_hugging_face(Path(name)) | {"version": VERSION, "path": str(name)}
-        check_checkpoint(checkpoint, Path(name) / "meta.json")
-        return checkpoint
+        return read_folder(Path(name))
     runs = sorted({str(path.parent) for folder in (Path(), Path(name).parent)
                    for path in folder.glob("*/*.pt")})
     raise ValueError(f"there is no checkpoint in {name}: " + (
@@ -229,13 +229,14 @@ def load_checkpoint(name: str | Path) -> dict:
 
 def load_tokenizer(name: str) -> tuple[object, str]:
     """Return the tokenizer of a model and its chat template, or ''. name: see load_checkpoint()."""
-    if (Path(name) / "tokenizer.json").exists() and not (Path(name) / "meta.json").exists():
+    folder = download_or_hint(name)[0] if is_hub_name(name) else Path(name)
+    if (folder / "tokenizer.json").exists() and not (folder / "meta.json").exists():
         try:
-            meta = read_hf_tokenizer(Path(name))
+            meta = read_hf_tokenizer(folder)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"the tokenizer of {name} cannot be read: {error}") from None
     else:
-        meta = load_checkpoint(name)["meta"]
+        meta = load_checkpoint(folder)["meta"]
     return get_tokenizer(meta), meta.get("chat_template", "")
 
 
@@ -244,10 +245,30 @@ def make_tokenizer(name: str, texts: Iterable[str], vocab_size: int = 0,
     """Return a tokenizer of a kind, see train_tokenizer(), or the tokenizer of a model."""
     if name in KINDS:
         return train_tokenizer(name, texts, vocab_size, specials)
-    if not (Path(name).exists() or "/" in name or name in OPENAI):
+    if not Path(name).exists() and not is_hub_name(name):
         raise ValueError(f"tokenizer must be {', '.join(KINDS)}, or a model to take it from: a "
-                         f"run, a Hugging Face folder or a GGUF file; got {name!r}")
+                         f"run, a Hugging Face folder, a GGUF file or USER/NAME of the hub; got "
+                         f"{name!r}")
     return load_tokenizer(name)[0]
+
+
+def download_or_hint(name: str) -> tuple[Path, str]:
+    """Download a model like convert.download(). An error also lists the runs that are beside it."""
+    try:
+        return download(name)
+    except ValueError as error:
+        runs = sorted({str(path.parent) for path in Path(name).parent.glob("*/*.pt")})
+        hint = f"; there are runs in {', '.join(runs)}" if "/" in name and runs else ""
+        raise ValueError(f"{error}{hint}") from None
+
+
+def read_folder(folder: Path, base_model: str = "") -> dict:
+    """Read a Hugging Face folder as a checkpoint with its `path`."""
+    checkpoint = read_hugging_face(folder) | {"version": VERSION, "path": str(folder)}
+    check_checkpoint(checkpoint, folder / "meta.json")
+    if base_model:
+        checkpoint["meta"]["base_model"] = base_model
+    return checkpoint
 
 
 # -----------------------------------------------------------------------------
@@ -259,10 +280,11 @@ def should_resume(out_dir: str, init_from: str, overwrite: bool) -> bool:
 
     Raises ValueError if 'resume' finds no checkpoint, or if an existing run would be overwritten.
     """
-    if (init_from not in ("scratch", "resume", "auto", *OPENAI) and not Path(init_from).is_dir()
-            and Path(init_from).suffix != ".pt"):
+    if (init_from not in ("scratch", "resume", "auto") and not Path(init_from).is_dir()
+            and Path(init_from).suffix != ".pt" and not is_hub_name(init_from)):
         raise ValueError(f"init_from must be scratch, resume, auto, the folder or .pt file of a "
-                         f"model, or {', '.join(OPENAI)}; got {init_from!r}")
+                         f"model, {', '.join(OPENAI)}, or USER/NAME of a model on the Hugging Face "
+                         f"hub; got {init_from!r}")
     exists = any(Path(out_dir).glob("*.pt"))
     resumable = any((Path(out_dir) / name).exists() for name in RESUMABLE)
     if init_from == "resume" and not exists:

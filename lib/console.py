@@ -17,9 +17,14 @@ def progress(items: Iterable | None, task: str, **options) -> tqdm:
 
 
 def hide_hub_progress() -> None:
-    """Where stderr is not a terminal, switch off the progress bars of the Hugging Face hub."""
-    from huggingface_hub.utils import disable_progress_bars
+    """
+    Switch off what the library of the Hugging Face hub prints about each of its retries.
 
+    Where stderr is not a terminal, also its progress bars.
+    """
+    from huggingface_hub.utils import disable_progress_bars, logging
+
+    logging.set_verbosity_error()
     if not sys.stderr.isatty():
         disable_progress_bars()
 

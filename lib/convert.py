@@ -5,6 +5,8 @@ GPT2LMHeadModel has our names but keeps the matrices of its blocks transposed. L
 Qwen3ForCausalLM keep apart what we stack: queries, keys and values, and the halves of a SwiGLU.
 """
 import json
+import os
+import re
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -22,6 +24,9 @@ EXPORTED = {"arch", "block_size", "vocab_size", "n_layer", "n_head", "n_embd", "
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # their names on the Hugging Face hub
 CLASSES = {"gpt2": "GPT2LMHeadModel", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+# of a model of the hub, what is downloaded: nothing that could run; export.py writes meta.json
+HUB_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+             "chat_template.jinja", "meta.json", "*.safetensors"]
 
 LLAMA_BLOCK = {
     "ln_1.weight": ["input_layernorm.weight"],
@@ -184,19 +189,56 @@ def config_to_hf(c: GPTConfig, eot: int, dtype: str) -> dict:
 # -----------------------------------------------------------------------------
 # Files
 
-def download_openai(name: str) -> Path:
-    """Download one of OpenAI's models from the Hugging Face hub; return its folder."""
+def is_hub_name(name: str | Path) -> bool:
+    """
+    Return whether a name is that of a model on the Hugging Face hub, not of a local file or folder.
+
+    It is USER/NAME or in OPENAI, possibly with @REVISION at its end. A Path is always local, and so
+    is a name that exists here.
+    """
+    if not isinstance(name, str) or name.endswith((".pt", ".gguf")) or Path(name).exists():
+        return False
+    model, _, _ = name.partition("@")
+    return model in OPENAI or bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model, re.ASCII))
+
+
+def download(name: str) -> tuple[Path, str]:
+    """
+    Download a model of the Hugging Face hub; return its folder and USER/NAME@COMMIT.
+
+    name: see is_hub_name(). The revision is a branch, a tag or a commit. Raises ValueError if the
+    hub cannot be reached or does not have the model, its revision or weights in safetensors.
+    """
     from huggingface_hub import snapshot_download
 
+    model, _, revision = name.partition("@")
+    model = f"openai-community/{model}" if model in OPENAI else model
+    page, say = f"https://huggingface.co/{model}", os.environ.get("RANK", "0") == "0"
     hide_hub_progress()
-    print(f"downloading {name} from the Hugging Face hub ...", file=sys.stderr)
+    if say:
+        print(f"asking the Hugging Face hub for {name} ...", file=sys.stderr)
     try:
-        return Path(snapshot_download(f"openai-community/{name}",
-                                      allow_patterns=["config.json", "*.safetensors"]))
+        folder = Path(snapshot_download(model, revision=revision or None, allow_patterns=HUB_FILES,
+                                        ignore_patterns="*/*"))  # no files in subfolders
     except Exception as error:  # a download can fail in any way
-        raise ValueError(f"the Hugging Face hub cannot be reached ({type(error).__name__}): give a "
-                         f"folder with the config.json and model.safetensors of {name} instead of "
-                         "its name") from None
+        kind = type(error).__name__
+        reasons = {
+            "RepositoryNotFoundError": f"there is no folder {name}, and no model {model} on the "
+                                       "Hugging Face hub (a private one needs `hf auth login`)",
+            "RevisionNotFoundError": f"the model {model} has no revision {revision} on the Hugging "
+                                     f"Face hub: choose a branch, tag or commit of {page}",
+            "GatedRepoError": f"the model {model} is gated: accept its terms at {page}, then log "
+                              "in with `hf auth login`"}
+        raise ValueError(reasons.get(
+            kind, f"there is no folder {name}, and the Hugging Face hub cannot be reached or the "
+                  f"download failed ({kind}: {one_line(error, 150)}): give a folder with the "
+                  "config.json and the *.safetensors of the model")) from None
+    for pattern, what in ("*.safetensors", "safetensors weights"), ("config.json", "config.json"):
+        if not any(folder.glob(pattern)):
+            raise ValueError(f"the model {model} on the Hugging Face hub has no {what}")
+    if say:
+        print(f"using {model}@{folder.name}", file=sys.stderr)  # the folder is named by the commit
+    return folder, f"{model}@{folder.name}"
 
 
 def read_hf_tokenizer(folder: Path) -> dict:

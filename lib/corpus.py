@@ -22,7 +22,7 @@ from typing import IO
 import numpy as np
 
 from lib.configurator import one_line
-from lib.console import progress
+from lib.console import hide_hub_progress, progress
 from lib.dataset import TokenStream, split_files, token_dtype
 from lib.files import open_synced, replace_file, write_atomically
 from lib.tokenizer import EOT, KINDS, leading, meta_of, read_nanogpt_characters
@@ -241,15 +241,31 @@ def import_datasets():
     return datasets
 
 
-def ask_hub(name: str, subset: str = "", **options):
-    """Load a dataset of the hub, or a local folder with the same layout."""
-    from huggingface_hub.utils import logging
+def ask_hub(name: str, subset: str = "", stream: bool = False):
+    """
+    Load a dataset of the hub, or a local folder with the same layout.
+
+    Return its splits, or if `stream` the rows of the train split, and NAME@COMMIT, '' for a folder.
+    name: can end in @REVISION, a branch, tag or commit.
+    """
+    from huggingface_hub import HfApi
 
     datasets = import_datasets()
-    logging.set_verbosity_error()  # no messages about each of its five retries
+    hide_hub_progress()
     print(f"asking the Hugging Face hub for {name} ...", file=sys.stderr)
+    repo, _, revision = name.partition("@")
     try:
-        return datasets.load_dataset(name, subset or None, **options)
+        builder = datasets.load_dataset_builder(repo, subset or None, revision=revision or None)
+        commit = builder.hash
+        # where the hub does not answer, the library takes any revision from its cache
+        if (revision not in ("", commit)
+                and HfApi().dataset_info(repo, revision=revision).sha != commit):
+            raise ValueError(f"only the revision {commit} is in the cache")
+        version = "" if Path(repo).is_dir() else f"{repo}@{commit}"
+        if stream:
+            return builder.as_streaming_dataset("train"), version
+        builder.download_and_prepare()
+        return builder.as_dataset(), version
     except Exception as error:  # a download can fail in any way
         reason = f"{type(error).__name__}: {one_line(error, 150)}"
         raise ValueError(f"{name} is not a local file, and the Hugging Face hub cannot be reached "
@@ -262,7 +278,7 @@ hub_dataset = functools.lru_cache(maxsize=1)(ask_hub)  # all splits with one req
 
 def hub_rows(name: str, split: str, column: str = "text", subset: str = "") -> Iterator[object]:
     """Return a column of one split of a hub dataset, empty if it has no such split."""
-    data = hub_dataset(name, subset)
+    data, _ = hub_dataset(name, subset)
     if "train" not in data:
         raise ValueError(f"{name} has no train split, only {', '.join(data)}")
     columns = data["train"].column_names
@@ -280,10 +296,15 @@ def hub_documents(name: str, split: str, column: str = "text", subset: str = "",
 
     read_table: see local_documents().
     """
-    has_val = any(key.startswith("val") for key in hub_dataset(name, subset))
+    has_val = any(key.startswith("val") for key in hub_dataset(name, subset)[0])
     rows = hub_rows(name, split if has_val else "train", column, subset)
     texts = (read_table or stripped)(rows, name, column)
     return texts if has_val else held_out(texts, split, divisible=read_table is None)
+
+
+def hub_source(name: str, subset: str = "") -> str:
+    """Return NAME@COMMIT of a hub dataset, which is `source` in meta.json."""
+    return hub_dataset(name, subset)[1]
 
 
 # -----------------------------------------------------------------------------
@@ -362,7 +383,7 @@ def write_dataset(folder: Path, documents: Callable[[str], Iterable[str]], token
     """
     Write a dataset. documents: a function of the split, 'train' or 'val'.
 
-    more: other entries for meta.json.
+    more: other entries for meta.json, such as `source`, NAME@COMMIT of a hub dataset.
     """
     with remove_temporary_files(folder):
         splits = {split: write_split(folder, split, documents(split), tokenizer)
@@ -374,8 +395,10 @@ def finish_dataset(folder: Path, tokenizer, splits: dict[str, dict], **more) -> 
     """
     Rename the files of the splits, and meta.json last: without it a dataset is not prepared.
 
-    splits: their entries for meta.json. One with `shards` has that many files. more: other entries.
+    splits: their entries for meta.json. One with `shards` has that many files. more: other entries,
+    left out if empty.
     """
+    more = {name: value for name, value in more.items() if value}
     meta = {"format_version": FORMAT_VERSION, "dataset": folder.name, "tokenizer": tokenizer.spec,
             "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot,
             "dtype": token_dtype(tokenizer.vocab_size).name, "splits": splits, **more}

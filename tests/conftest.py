@@ -71,18 +71,23 @@ def openai_folder(tmp_path_factory) -> Path:
 
 # -----------------------------------------------------------------------------
 
-COMMIT = "5" * 40  # the only one that every dataset has
+COMMITS = {"main": "5" * 40, "v1": "1" * 40}  # the revisions that every repository has
 
 
 @pytest.fixture
 def hub(tmp_path) -> Iterator[ThreadingHTTPServer]:
     """
-    Serve tmp_path/hub/<owner>/<name>/ as datasets of the Hugging Face hub.
+    Serve tmp_path/hub/<owner>/<name>/ as datasets and models of the Hugging Face hub.
 
-    Scripts that run with its `env` use it. `sent` holds the paths that were requested. Of uploaded
-    models, `created` holds the names and `uploaded` the files.
+    The revision v1 is <name>@v1/, where that exists. Scripts that run with its `env` use it. `sent`
+    holds the paths that were requested, `gated` the names of repositories whose files nobody gets,
+    `commits` those of the revisions. Of uploaded models, `created` holds the names and `uploaded`
+    the files.
     """
     folder = tmp_path / "hub"
+
+    def oid(path: Path) -> str:
+        return hashlib.sha1(path.read_bytes()).hexdigest() if path.is_file() else "0"
 
     class Handler(BaseHTTPRequestHandler):
         def answer(self, status: int, body: bytes = b"", **headers: object) -> None:
@@ -95,18 +100,24 @@ def hub(tmp_path) -> Iterator[ThreadingHTTPServer]:
                 self.wfile.write(body)
 
         def do_GET(self) -> None:
-            parts = (
-                unquote(urlsplit(self.path).path).removeprefix("/api").split("/")[1:]
-            )  # datasets/owner/name/what/commit/...
-            repo, what, path = (
-                folder / "/".join(parts[1:3]),
-                "/".join(parts[3:4]),
-                "/".join(parts[5:]),
-            )
-            if parts[0] != "datasets" or len(parts) < 3 or not repo.is_dir():
+            parts = unquote(urlsplit(self.path).path).removeprefix("/api").split("/")[1:]
+            if parts[0] not in ("datasets", "models"):  # a file of a model
+                parts.insert(0, "models")
+            # datasets/owner/name/what/revision/...
+            name, what, path = "/".join(parts[1:3]), "/".join(parts[3:4]), "/".join(parts[5:])
+            revision = parts[4] if parts[4:] else "main"
+            commit = COMMITS.get(revision, revision)
+            repo = folder / f"{name}@v1"
+            if commit != COMMITS["v1"] or not repo.is_dir():
+                repo = folder / name
+            if len(parts) < 3 or not repo.is_dir():
                 self.answer(401, X_Error_Code="RepoNotFound")
+            elif commit not in COMMITS.values():
+                self.answer(404, X_Error_Code="RevisionNotFound")
+            elif what == "resolve" and name in server.gated:
+                self.answer(401, X_Error_Code="GatedRepo")
             elif what in ("", "revision"):
-                self.answer(200, json.dumps({"id": "/".join(parts[1:3]), "sha": COMMIT}).encode())
+                self.answer(200, json.dumps({"id": name, "sha": commit}).encode())
             elif what == "tree" and (repo / path).is_dir():
                 found = sorted(
                     (repo / path).rglob("*")
@@ -121,7 +132,7 @@ def hub(tmp_path) -> Iterator[ThreadingHTTPServer]:
                                 "type": "directory" if item.is_dir() else "file",
                                 "size": item.stat().st_size,
                                 "path": str(item.relative_to(repo)),
-                                "oid": "0",
+                                "oid": oid(item),
                             }
                             for item in found
                         ]
@@ -129,7 +140,7 @@ def hub(tmp_path) -> Iterator[ThreadingHTTPServer]:
                 )
             elif what == "resolve" and (repo / path).is_file():
                 body = (repo / path).read_bytes()
-                headers = {"ETag": f'"{hashlib.sha1(body).hexdigest()}"', "X-Repo-Commit": COMMIT}
+                headers = {"ETag": f'"{oid(repo / path)}"', "X-Repo-Commit": commit}
                 if "Range" not in self.headers:
                     return self.answer(200, body, **headers)
                 first, last = self.headers["Range"].removeprefix("bytes=").split("-")
@@ -176,9 +187,9 @@ def hub(tmp_path) -> Iterator[ThreadingHTTPServer]:
                     json.dumps(
                         {
                             "commitUrl": "/".join(
-                                [server.env["HF_ENDPOINT"], server.created[-1], "commit", COMMIT]
+                                [server.env["HF_ENDPOINT"], server.created[-1], "commit", "5" * 40]
                             ),
-                            "commitOid": COMMIT,
+                            "commitOid": "5" * 40,
                         }
                     ).encode(),
                 )
@@ -189,7 +200,8 @@ def hub(tmp_path) -> Iterator[ThreadingHTTPServer]:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.sent, server.created, server.uploaded = [], [], {}
+    server.sent, server.gated, server.created, server.uploaded = [], [], [], {}
+    server.commits = COMMITS
     server.env = {
         "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
         "HF_HUB_OFFLINE": "0",

@@ -9,11 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+import export as exporting
 from export import write_hf_tokenizer
 from helpers import PROMPT, TEXT, export, run, tiny, train, transformers_of
-from lib.checkpoint import load_checkpoint, load_model
-from lib.convert import EXPORTED, config_to_hf, from_hf, to_hf
+from lib import checkpoint
+from lib.checkpoint import load_checkpoint, load_model, read_checkpoint
+from lib.convert import EXPORTED, config_to_hf, from_hf, is_hub_name, to_hf
 from lib.tokenizer import EOT, get_tokenizer, gpt2_tokenizer, read_tokenizer_json
 from model import GPT, GPTConfig
 from sample import generate_text
@@ -203,3 +206,152 @@ def test_nanogpt_characters(tmp_path):
     (tmp_path / "meta.pkl").unlink()
     with pytest.raises(ValueError, match="put the meta.pkl of its dataset beside it"):
         load_checkpoint(tmp_path)
+
+
+# -----------------------------------------------------------------------------
+# The Hugging Face hub
+
+@pytest.mark.parametrize("name, is_one", [
+    ("gpt2", True), ("gpt2-xl@main", True), ("some/one", True), ("some/one.1-x@refs/pr/1", True),
+    ("gpt3", False), ("out", False), ("out/best.pt", False), ("some/one.gguf", False),
+    ("./some/one", False), ("../one", False), ("~/one", False), ("/some/one", False),
+    ("some/one/", False), ("some/other/one", False), ("some\\one", False), ("C:/one", False),
+    (Path("some/one"), False), ("tests/data", False)])
+def test_names_of_the_hub(name, is_one):
+    assert is_hub_name(name) == is_one
+
+
+def test_a_local_folder_comes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some/one").mkdir(parents=True)
+    assert not is_hub_name("some/one") and is_hub_name("some/two")
+
+
+@pytest.fixture
+def some_one(tmp_path, openai_folder) -> Path:
+    """A model of the hub stand-in, with code that must not run; its v1 has other weights."""
+    repo = tmp_path / "hub/some/one"
+    shutil.copytree(openai_folder, repo)
+    shutil.copytree(openai_folder, tmp_path / "hub/some/one@v1")
+    weights = load_file(repo / "model.safetensors")
+    save_file({name: -w for name, w in weights.items()},
+              tmp_path / "hub/some/one@v1/model.safetensors", {"format": "pt"})
+    config = json.loads((repo / "config.json").read_text())
+    names = dict.fromkeys(("AutoConfig", "AutoModelForCausalLM"), "trap.Model")
+    (repo / "config.json").write_text(json.dumps(config | {"auto_map": names}))
+    (repo / "trap.py").write_text(f"open({str(tmp_path / 'trapped')!r}, 'w')")
+    (repo / "onnx").mkdir()
+    for name in ("pytorch_model.bin", "best.pt", "onnx/model.safetensors"):
+        (repo / name).write_bytes(b"not a model")
+    return repo
+
+
+def test_a_model_of_the_hub(some_one, openai_folder, tmp_path, hub):
+    """It samples like its folder; only weights and JSON are downloaded, and no code runs."""
+    args = ["--start=Once", "--max_new_tokens=8", "--num_samples=1", "--device=cpu"]
+    expected = run("sample.py", f"--out_dir={openai_folder}", *args).stdout
+    done = run("sample.py", "--out_dir=some/one", *args, **hub.env)
+    assert done.returncode == 0 and done.stdout == expected, done.stderr
+    assert done.stderr.splitlines()[:2] == ["asking the Hugging Face hub for some/one ...",
+                                            f"using some/one@{hub.commits['main']}"]
+    assert done.stderr.count(hub.commits["main"]) == 1 and "model: some/one, " in done.stderr
+    got = {path.name for path in (tmp_path / "hf").glob("hub/*/snapshots/*/*")}
+    assert got == {"config.json", "generation_config.json", "model.safetensors"}
+    assert not any(path.endswith((".bin", ".py", ".pt")) or "onnx" in path for path in hub.sent)
+    other = run("sample.py", "--out_dir=some/one@v1", *args, **hub.env)
+    assert other.returncode == 0 and other.stdout != expected, other.stderr
+    for revision in "", f"@{hub.commits['v1']}":  # both are in the cache
+        done = run("sample.py", f"--out_dir=some/one{revision}", *args,
+                   **hub.env | {"HF_HUB_OFFLINE": "1"})
+        assert done.stdout == (other.stdout if revision else expected), done.stderr
+    (some_one / "best.pt").unlink()
+    load_model(some_one, "cpu")
+    assert not (tmp_path / "trapped").exists()
+    exec((some_one / "trap.py").read_text())
+    assert (tmp_path / "trapped").exists()  # so it would have been seen
+
+
+def test_checkpoints_name_the_model_of_the_hub(some_one, openai_folder, gpt2_data, tmp_path, hub):
+    """Also after a resume, in a run that starts from the run, and in exports."""
+    first, second, name = tmp_path / "first", tmp_path / "second", f"some/one@{hub.commits['v1']}"
+    done = train(gpt2_data, first, "--init_from=some/one@v1", "--max_iters=0", **hub.env)
+    assert done.stderr.count(f"using {name}\n") == 1
+    start = read_checkpoint(first / "last.pt")
+    assert start["meta"]["base_model"] == name
+    assert start["config"]["init_from"] == "some/one@v1"
+    weights = load_model(openai_folder, "cpu")[0].state_dict()
+    assert start["model"]["transformer.wte.weight"].equal(-weights["transformer.wte.weight"])
+    train(gpt2_data, first, "--init_from=resume", "--max_iters=2", "--lr_decay_iters=2")
+    train(gpt2_data, second, f"--init_from={first}", "--max_iters=1", "--lr_decay_iters=1")
+    export(second, tmp_path / "hf-folder")
+    for where in first, second, tmp_path / "hf-folder":
+        assert load_checkpoint(where)["meta"]["base_model"] == name
+    done = run("eval.py", "--out_dir=some/one", f"--dataset={gpt2_data}", "--eval_iters=1",
+               "--valid_samples=0", "--device=cpu", **hub.env)
+    assert done.returncode == 0 and f"snapshots/{hub.commits['main']}, step 0" in done.stdout
+    done = run("export.py", "--out_dir=some/one", f"--to={tmp_path}/int8", "--format=int8",
+               **hub.env)
+    assert done.returncode == 0, done.stderr
+    main = f"some/one@{hub.commits['main']}"
+    assert load_checkpoint(tmp_path / "int8")["meta"]["base_model"] == main
+
+
+def test_an_export_of_a_hub_model_is_named_after_it(monkeypatch):
+    for name, path in ("some/one@v1", "one-hf"), ("gpt2", "gpt2-hf"), ("out/x.pt", "out/x-hf"):
+        monkeypatch.setattr(exporting, "out_dir", name)
+        monkeypatch.setattr(exporting, "format", "hf")
+        assert exporting.resolve_path("float32") == Path(path)
+
+
+def test_a_pushed_model_comes_back(trained, tmp_path, hub):
+    """What export.py wrote for the hub loads from there, with a tokenizer of ours."""
+    export(trained, tmp_path / "hub/me/story")
+    done = run("sample.py", "--out_dir=me/story", "--max_new_tokens=5", "--num_samples=1",
+               "--device=cpu", **hub.env)
+    local = run("sample.py", f"--out_dir={trained}", "--max_new_tokens=5", "--num_samples=1",
+                "--device=cpu")
+    assert done.returncode == 0 and done.stdout == local.stdout, done.stderr
+
+
+@pytest.mark.parametrize("name, says", [
+    ("no/body", "there is no folder no/body, and no model no/body on the Hugging Face hub"),
+    ("some/one@v9", "model some/one has no revision v9 on the Hugging Face hub"),
+    ("closed/one", "is gated: accept its terms at https://huggingface.co/closed/one"),
+    ("old/one", "model old/one on the Hugging Face hub has no safetensors weights"),
+    ("odd/one", "model odd/one on the Hugging Face hub has no config.json"),
+    ("a--b/one", "there is no folder a--b/one, and the Hugging Face hub"),
+    ("tests/out", "no folder tests/out, and no model tests/out on the Hugging Face hub"),
+    ("gpt2", "there is no folder gpt2, and no model openai-community/gpt2 on the Hugging Face"),
+])
+def test_what_the_hub_does_not_have_is_one_line(some_one, tmp_path, hub, name, says):
+    for other, left_out in ("closed", "-"), ("old", "model.safetensors"), ("odd", "config.json"):
+        shutil.copytree(some_one, tmp_path / f"hub/{other}/one",
+                        ignore=shutil.ignore_patterns(left_out, "onnx"))
+    hub.gated.append("closed/one")
+    done = run("sample.py", f"--out_dir={name}", "--device=cpu", **hub.env)
+    asked, error = done.stderr.splitlines()
+    assert done.returncode == 2 and says in error and error.startswith("error: "), done.stderr
+    assert asked == f"asking the Hugging Face hub for {name} ..."
+
+
+def test_without_a_network_a_model_is_one_line():
+    for env in {"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:1"}:
+        done = run("sample.py", "--out_dir=runs/out1", "--device=cpu", **env)
+        _, error = done.stderr.splitlines()
+        assert done.returncode == 2, done.stderr
+        assert "error: there is no folder runs/out1, and the Hugging Face hub cannot be" in error
+        assert "LocalEntryNotFoundError" in error, error
+
+
+def test_a_mistyped_path_lists_the_runs_beside_it(tmp_path, monkeypatch):
+    def download(name: str):
+        raise ValueError("no model")
+
+    monkeypatch.setattr(checkpoint, "download", download)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/out2").mkdir(parents=True)
+    (tmp_path / "runs/out2/best.pt").touch()
+    with pytest.raises(ValueError, match="^no model; there are runs in runs/out2$"):
+        load_checkpoint("runs/out1")
+    with pytest.raises(ValueError, match="^no model$"):
+        load_checkpoint("gpt2")

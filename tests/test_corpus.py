@@ -451,6 +451,34 @@ def test_download_from_the_hub(tmp_path, hub):
         assert tokenizer.decode(ids) == "".join(text + EOT for text in texts)
     assert sum(path.endswith(".parquet") for path in hub.sent) == 4  # each file once
     assert meta["vocab_size"] == 300
+    assert meta["source"] == f"roneneldan/TinyStories@{hub.commits['main']}"
+
+
+def test_a_revision_of_a_dataset(tmp_path, hub):
+    """NAME@REVISION is its text, meta.json has the commit; without a network no other is taken."""
+    for repo, text in ("an/other", "new"), ("an/other@v1", "old"):
+        serve(tmp_path / "hub" / repo, default={"train": [text] * 40, "validation": [text] * 3})
+    main, v1 = hub.commits["main"], hub.commits["v1"]
+    for revision, text, commit in (("", "new", main), ("@v1", "old", v1), (f"@{v1}", "old", v1)):
+        done = prepare("text", f"--source=an/other{revision}", f"--out_dir={tmp_path}/out",
+                       "--tokenizer=char", **hub.env)
+        assert done.returncode == 0, done.stderr
+        meta = load_meta(tmp_path / "out")
+        assert get_tokenizer(meta).decode(ids_of(tmp_path / "out", "val")) == (text + EOT) * 3
+        assert meta["source"] == f"an/other@{commit}"
+    done = prepare("text", "--source=an/other@v9", f"--out_dir={tmp_path}/out", **hub.env)
+    assert done.returncode == 2 and "an/other@v9 is not a local file" in done.stderr
+    assert "Revision 'v9' doesn't exist" in done.stderr and "Traceback" not in done.stderr
+    shutil.rmtree(tmp_path / "hf/hub")
+    for path in (tmp_path / "hf/datasets").glob(f"*/*/*/{v1}"):
+        shutil.rmtree(path)
+    offline = hub.env | {"HF_HUB_OFFLINE": "1"}  # only the newest is in the cache
+    for revision, status in ("", 0), (f"@{main}", 0), ("@v1", 2):
+        done = prepare("text", f"--source=an/other{revision}", f"--out_dir={tmp_path}/out",
+                       "--tokenizer=char", **offline)
+        assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
+        assert load_meta(tmp_path / "out")["source"] == f"an/other@{main}"
+    assert "cannot be reached" in done.stderr
 
 
 def test_stream_from_the_hub(tmp_path, hub):
@@ -464,6 +492,7 @@ def test_stream_from_the_hub(tmp_path, hub):
     splits = load_meta(tmp_path / "out")["splits"]
     assert (splits["val"]["documents"], splits["train"]["documents"]) == (5000, 50)
     assert splits["train"]["shards"] == 1
+    assert load_meta(tmp_path / "out")["source"] == f"HuggingFaceFW/fineweb@{hub.commits['main']}"
 
 
 @pytest.mark.parametrize("source, says", [("no/body", "DatasetNotFoundError"),
@@ -506,6 +535,7 @@ def test_wikitext_keeps_the_words_of_the_original(tmp_path, hub):
             assert all(article.endswith("\n 3 @.@ 5 = 7 / 2 . ") for article in articles)
             words = sum(len(line.split()) + 1 for line in rows[split])
             assert meta["splits"][split]["words"] == words
+        assert ("source" in meta) == (not source)
         assert "papers' word count" in meta["note"] and "<unk>" in meta["note"]
 
 

@@ -47,17 +47,22 @@ VALIDATION = 5000  # documents
 
 
 def open_stream(name: str, subset: str, source: str):
-    """Return the rows of the hub or of local files as a stream whose position can be saved."""
+    """
+    Return the rows of the hub or of local files as a stream whose position can be saved.
+
+    Also return NAME@COMMIT of the hub's, '' for local files.
+    """
     if not source:
-        return ask_hub(name, subset, split="train", streaming=True)
+        return ask_hub(name, subset, stream=True)
     datasets = import_datasets()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # our error names the bad file
     paths = [path for path in Path(source).rglob("*") if path.suffix in (".parquet", ".jsonl")]
     kinds = {path.suffix for path in paths}
     if len(kinds) != 1:
         raise ValueError(f"{source} must have either .parquet or .jsonl files")
-    return datasets.load_dataset("parquet" if kinds == {".parquet"} else "json", split="train",
+    rows = datasets.load_dataset("parquet" if kinds == {".parquet"} else "json", split="train",
                                  data_files=sorted(map(str, paths)), streaming=True)
+    return rows, ""
 
 
 def documents_of(rows, where: str) -> Iterator[str]:
@@ -70,18 +75,22 @@ def prepare(folder: Path, name: str, subset: str, source: str, kind: str, vocab_
     Write the first documents of a stream to val.bin and the others to shards.
 
     After each shard, progress.json.tmp records the arguments, what is written and the position in
-    the stream. A later call with the same arguments and files resumes there.
+    the stream. A later call with the same arguments and files resumes there, in the same revision
+    of the hub's dataset.
     """
     progress_file = folder / "progress.json.tmp"
     saved = {}
     if progress_file.exists():
         saved = json.loads(progress_file.read_text(encoding="utf-8"))
-    rows, where = open_stream(name, subset, source), source or name
+    where = source or name
     paths = sorted(Path(source).rglob("*")) if source else []
     files = [[path.name, path.stat().st_size] for path in paths]
     asked = [name, subset, source, files, kind, vocab_size, shard_tokens, validation]
     digest, written = hashlib.sha256(), []
-    if saved.get("asked") == asked:
+    resuming = saved.get("asked") == asked
+    begun = saved.get("version") if resuming else ""  # '' or missing: of local files, an old file
+    rows, version = open_stream(begun or name, subset, source)
+    if resuming:
         trained, train, val = get_tokenizer(saved), Counter(saved["train"]), saved["val"]
         written = [folder / f"train_{i:03}.bin.tmp" for i in range(saved["shards"])]
         for path in written:
@@ -104,13 +113,13 @@ def prepare(folder: Path, name: str, subset: str, source: str, kind: str, vocab_
         train.update(counts)
         written.append(path)
         saved = dict(asked=asked, tokenizer=trained.spec, train=train, val=val,
-                     shards=len(written), stream=rows.state_dict())
+                     shards=len(written), stream=rows.state_dict(), version=version)
         write_atomically(progress_file, json.dumps(saved))
     if not written:
         raise ValueError(f"{where} has no more than the {val['documents']:,} documents for "
                          "validation")
     train = {**train, "sha256": digest.hexdigest(), "shards": len(written)}
-    finish_dataset(folder, trained, {"train": train, "val": val})
+    finish_dataset(folder, trained, {"train": train, "val": val}, source=version)
     progress_file.unlink()
     del documents, parts, rows
     gc.collect()  # a reader that is still running when Python exits would abort it

@@ -5,6 +5,7 @@ Prepare your own text, or a dataset of the Hugging Face hub.
     python data/text/prepare.py --source=FOLDER --tokenizer=char
     python data/text/prepare.py --source=chat.jsonl --column=message.content
     python data/text/prepare.py --source=roneneldan/TinyStories --tokenizer=bpe --vocab_size=4096
+    python data/text/prepare.py --source=roneneldan/TinyStories@main
 
 Reads text files (.txt, .md or no suffix), with <|endoftext|> between documents, and one column of
 .jsonl, .json, .csv and .parquet files. Writes train.bin and val.bin to this folder, or with
@@ -23,10 +24,10 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 from lib.checkpoint import make_tokenizer
 from lib.configurator import at_least, configure, user_errors
-from lib.corpus import SUFFIXES, hub_documents, local_documents, write_dataset
+from lib.corpus import SUFFIXES, hub_documents, hub_source, local_documents, write_dataset
 
 # -----------------------------------------------------------------------------
-source = ""  # a file, a folder or the name of a dataset on the hub
+source = ""  # a file, a folder or a dataset on the hub: NAME or NAME@REVISION
 column = "text"  # the column to read; in local files also a nested field: message.content
 encoding = "utf-8"  # of text, JSON and CSV files, such as windows-1252 or utf-16
 subset = ""  # of a hub dataset with several subsets
@@ -37,10 +38,13 @@ configure(globals(), vocab_size=at_least(0, at_most=65536))
 # -----------------------------------------------------------------------------
 
 
+def is_local() -> bool:
+    return (source.startswith((".", "/", "~")) or "\\" in source
+            or source.lower().endswith(SUFFIXES) or os.path.exists(source))
+
+
 def documents(split: str) -> Iterator[str]:
-    is_path = (source.startswith((".", "/", "~")) or "\\" in source
-               or source.lower().endswith(SUFFIXES))
-    if is_path or os.path.exists(source):
+    if is_local():
         return local_documents(source, split, column, encoding)
     return hub_documents(source, split, column, subset)
 
@@ -65,5 +69,6 @@ with user_errors():
         raise ValueError(f"--encoding={encoding}: {error}") from None
     trained = make_tokenizer(tokenizer, documents("train"), vocab_size)
     folder = Path(out_dir) if out_dir else HERE
-    write_dataset(folder, documents, trained)
+    write_dataset(folder, documents, trained,
+                  source="" if is_local() else hub_source(source, subset))
     print(f"next: {next_command(folder.resolve())}")

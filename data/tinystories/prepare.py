@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 from lib.checkpoint import make_tokenizer
 from lib.configurator import at_least, configure, user_errors
-from lib.corpus import hub_documents, local_documents, write_dataset
+from lib.corpus import hub_documents, hub_source, local_documents, write_dataset
 
 # -----------------------------------------------------------------------------
 source = ""  # a local copy: a file or a folder of .txt, .jsonl, .csv or .parquet (empty: the hub)
@@ -25,13 +25,16 @@ out_dir = ""  # where to write (empty: this folder)
 configure(globals(), vocab_size=at_least(0, at_most=65536))
 # -----------------------------------------------------------------------------
 
+NAME = "roneneldan/TinyStories"
+
 
 def documents(split: str) -> Iterator[str]:
     if source:
         return local_documents(source, split)
-    return hub_documents("roneneldan/TinyStories", split)
+    return hub_documents(NAME, split)
 
 
 with user_errors():
     trained = make_tokenizer(tokenizer, documents("train"), vocab_size)
-    write_dataset(Path(out_dir) if out_dir else HERE, documents, trained)
+    write_dataset(Path(out_dir) if out_dir else HERE, documents, trained,
+                  source="" if source else hub_source(NAME))

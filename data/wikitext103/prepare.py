@@ -25,6 +25,7 @@ from lib.configurator import at_least, configure, user_errors
 from lib.corpus import (
     finish_dataset,
     hub_rows,
+    hub_source,
     read_rows,
     remove_temporary_files,
     split_of,
@@ -39,6 +40,7 @@ vocab_size = 0  # at most this many tokens (0: 4,096 of bpe, 10,000 words, all c
 out_dir = ""  # where to write (empty: this folder)
 # -----------------------------------------------------------------------------
 
+NAME = "Salesforce/wikitext"
 TITLE = re.compile(r" = [^=].* = ")
 SUFFIXES = (".raw", ".tokens", ".txt", ".parquet")
 NOTE = ("The perplexity per word uses the papers' word count, but the raw text spells out the rare "
@@ -56,7 +58,7 @@ def read_file(path: Path) -> Iterator[object]:
 def lines_of(split: str, source: str, subset: str) -> Iterator[str]:
     """Yield the lines of one split without their line ends."""
     if not source:
-        rows = hub_rows("Salesforce/wikitext", split, subset=subset)
+        rows = hub_rows(NAME, split, subset=subset)
     else:
         folder = Path(source)
         if (folder / subset).is_dir():  # a copy of all variants
@@ -69,8 +71,7 @@ def lines_of(split: str, source: str, subset: str) -> Iterator[str]:
         rows = (row for path in paths for row in read_file(path))
     for row in rows:
         if not isinstance(row, str):
-            raise ValueError(f"{source or 'Salesforce/wikitext'} has a row without a text column "
-                             "'text'")
+            raise ValueError(f"{source or NAME} has a row without a text column 'text'")
         yield row.removesuffix("\n") if row.strip() else ""  # empty lines are " " in the files
 
 
@@ -100,7 +101,8 @@ def prepare(folder: Path, subset: str, source: str, kind: str, vocab_size: int) 
             counts = write_split(folder, split, articles(lines_of(split, source, subset)), trained)
             words = sum(len(line.split()) + 1 for line in lines_of(split, source, subset))
             splits[split] = counts | {"words": words}
-        finish_dataset(folder, trained, splits, note=NOTE)
+        finish_dataset(folder, trained, splits, note=NOTE,
+                       source="" if source else hub_source(NAME, subset))
 
 
 if __name__ == "__main__":
