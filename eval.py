@@ -5,6 +5,7 @@ Measure a trained model over a whole split and write out_dir/metrics_summary.jso
     python eval.py --out_dir=out-fables
     python eval.py --out_dir=out/step_001000.pt     # writes step_001000_metrics_summary.json
     python eval.py --stride=64                      # sliding window, for a model trained on windows
+    python eval.py --last_words=1000                # how often it predicts the last word of a text
     python eval.py --continuations=100              # ROUGE, BLEU and diversity of generated texts
     python eval.py --compare=out,out-int8           # side by side; reuses up-to-date results
 """
@@ -27,7 +28,7 @@ from lib.configurator import at_least, configure, one_of, user_errors
 from lib.console import named_lines, print_table, progress
 from lib.convert import is_hub_name
 from lib.corpus import check_once, load_meta
-from lib.dataset import TokenStream, eval_batches, prefetch
+from lib.dataset import TokenStream, collate, eval_batches, prefetch
 from lib.decoding import Sampling
 from lib.files import results_file, write_atomically
 from lib.tokenizer import get_tokenizer
@@ -45,6 +46,8 @@ batching = ""  # 'windows', or 'by_length': one document per row; '': as in trai
 stride = 0  # tokens from one window to the next; each token counts once (0: no overlap)
 eval_iters = 0  # leading batches to measure (0: the whole split)
 batch_size = 32  # rows of a batch
+# last words
+last_words = 0  # documents whose last word is predicted, as in LAMBADA (0: none)
 # samples
 valid_samples = 200  # fables only: stories to sample at temperature 1 and to parse
 continuations = 0  # texts of the split to continue and to compare with the originals (0: none)
@@ -59,9 +62,9 @@ dtype = "auto"  # fastest safe type on the device; or 'float32', 'bfloat16', 'fl
 if __name__ == "__main__":
     configure(globals(), skip_settings_of="train.py", announce=True, stride=at_least(0),
               batching=one_of("windows", "by_length", ""), eval_iters=at_least(0),
-              batch_size=at_least(1), valid_samples=at_least(0), continuations=at_least(0),
-              prompt_tokens=at_least(1), max_new_tokens=at_least(1), seed=at_least(0),
-              quantize=one_of("int8", ""))
+              batch_size=at_least(1), last_words=at_least(0), valid_samples=at_least(0),
+              continuations=at_least(0), prompt_tokens=at_least(1), max_new_tokens=at_least(1),
+              seed=at_least(0), quantize=one_of("int8", ""))
 
 
 # name, format and unit of each metric, by group
@@ -76,6 +79,8 @@ METRICS = {
         "accuracy": ("accuracy", "{:.1%}", ""),
         "accuracy_top5": ("top-5 accuracy", "{:.1%}", ""),
         "unknown_share": ("unknown tokens", "{:.2%}", ""),
+        "last_words": ("last words", "{:,}", ""),
+        "last_word_accuracy": ("last-word accuracy", "{:.1%}", ""),
         "valid_share": ("valid fables", "{:.1%}", "of the samples"),
     },
     "continuations": {
@@ -108,10 +113,14 @@ METRICS = {
 @torch.no_grad()
 def score(model: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
           autocast: contextlib.AbstractContextManager) -> dict[str, float]:
-    """Return sums over all targets: nats, tokens, and how many are the top 1 and in the top 5."""
-    sums = dict(nats=0.0, tokens=0, top1=0, top5=0)
+    """
+    Return sums over all targets: nats, tokens, and how many are the top 1 and in the top 5.
+
+    rows: the rows whose targets are all the top 1.
+    """
+    sums = dict(nats=0.0, tokens=0, top1=0, top5=0, rows=0)
     for idx, targets in batches:
-        counts = targets >= 0  # (B, T)
+        counts, top1 = targets >= 0, []  # (B, T)
         with autocast:
             states = model.hidden(idx)[counts]  # (N, C) of the N tokens that have a target
         # in parts: the logits of a whole batch can take 7 GB
@@ -122,8 +131,12 @@ def score(model: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
             sums["nats"] += torch.nn.functional.cross_entropy(logits, y, reduction="sum").item()
             sums["tokens"] += len(y)
             hits = logits.topk(min(5, logits.size(-1)), dim=-1).indices == y[:, None]  # (n, 5)
-            sums["top1"] += int(hits[:, 0].sum())
+            top1.append(hits[:, 0])
             sums["top5"] += int(hits.sum())
+        right = ~counts  # (B, T), True where there is no target
+        right[counts] = torch.cat(top1)
+        sums["top1"] += int(right[counts].sum())
+        sums["rows"] += int(right.all(dim=1).sum())
     return sums
 
 
@@ -153,6 +166,40 @@ def token_metrics(sums: dict[str, float], counts: dict[str, int], kind: str) -> 
         "word_perplexity": exp(total / counts["words"]) if known else None,
         "unknown_share": counts["unknown"] / counts["tokens"] if "unknown" in counts else None,
     }
+
+
+def spread(items: np.ndarray, n: int) -> np.ndarray:
+    """Return up to n items, spread evenly over all, always the same."""
+    n = min(n, len(items))
+    return items[np.arange(n) * len(items) // max(n, 1)]
+
+
+def last_word_metrics(model: GPT, stream: TokenStream, tokenizer, n: int,
+                      autocast: contextlib.AbstractContextManager) -> dict[str, object]:
+    """
+    Return how many of up to n documents have a last word that greedy decoding would produce.
+
+    The model reads a document up to its last white space and predicts the rest, as in LAMBADA
+    (https://arxiv.org/abs/1606.06031). Skips documents of one word, longer than block_size, or with
+    other tokens than encode() gives. Raises ValueError if there are no documents or none is left.
+    """
+    documents, spans = stream.document_spans(tokenizer.eot, len(stream)), []
+    T = model.config.block_size
+    for start, stop in spread(documents[documents[:, 1] - documents[:, 0] <= T], n):
+        *ids, end = stream.read(start, stop).tolist()
+        text = tokenizer.decode(ids).rstrip()
+        before, *word = text.rsplit(maxsplit=1) or [""]
+        before, whole = tokenizer.encode(before), tokenizer.encode(text)
+        same = ids[:len(whole)] == whole and ids[:len(before)] == before
+        if same and word and end == tokenizer.eot:
+            spans.append((start, start + len(whole), start + len(before)))  # targets: the word
+    if not spans:
+        raise ValueError(f"no document of {stream.name} has two words and at most {T} tokens")
+    parts = np.split(np.array(spans), range(batch_size, len(spans), batch_size))
+    rows = (collate(stream, part, tokenizer.eot)
+            for part in progress(parts, "predicting last words", unit=" batches"))
+    right = score(model, prefetch(rows, device), autocast)["rows"]
+    return {"last_words": len(spans), "last_word_accuracy": right / len(spans)}
 
 
 def share_of_valid_fables(model: GPT, tokenizer, n: int) -> float:
@@ -213,9 +260,7 @@ def leading_texts(stream: TokenStream, eot: int, length: int, n: int) -> np.ndar
     if not len(starts):
         raise ValueError(f"no text of {stream.name} has prompt_tokens + max_new_tokens = {length} "
                          "tokens")
-    n = min(n, len(starts))
-    starts = starts[np.arange(n) * len(starts) // n]
-    texts = np.stack([stream.read(start, start + length) for start in starts])
+    texts = np.stack([stream.read(start, start + length) for start in spread(starts, n)])
     return np.insert(texts, 0, eot, axis=1) if len(documents) > 1 else texts
 
 
@@ -346,12 +391,15 @@ def measure(path: str) -> dict[str, object]:
     where = Path(checkpoint["path"])  # a checkpoint file or a Hugging Face folder
     file = results_file(path, where, "metrics_summary.json")
     sources = ([*where.glob("*.safetensors")] or [where]) + [*folder.glob("meta.*")]
-    if compare and not continuations:  # the summary does not say how texts were continued
+    # a summary does not say how texts were continued, or of how many the last word was asked for
+    if compare and not continuations and not last_words:
         old = reusable(file, sources, conditions)
         if old and not (is_fables and old.get("valid_share") is None):
             print(f"using {file} of step {old['step']}")
             return old
     autocast = machine.autocast(device, machine.resolve_dtype_for(model, dtype, device))
+    # first, as it can fail
+    words = last_word_metrics(model, stream, tokenizer, last_words, autocast) if last_words else {}
 
     start = time.perf_counter()
     batches = progress(prefetch(batches, device), f"measuring {path}", unit=" batches")
@@ -368,6 +416,7 @@ def measure(path: str) -> dict[str, object]:
         "checkpoint": checkpoint["path"],
         **conditions,
         **metrics,
+        **(dict.fromkeys(("last_words", "last_word_accuracy")) | words),
         "floor": floor,
         "above_floor": above_floor(metrics["loss"], floor),
         "valid_share": (share_of_valid_fables(model, tokenizer, valid_samples) if is_fables

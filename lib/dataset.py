@@ -101,8 +101,8 @@ class TokenStream:
         The first token of a document is predicted from the end-of-text before it.
         """
         if eot < 0:
-            raise ValueError(f"{self.name} has no end-of-text tokens, so batching='by_length' "
-                             "finds no documents in it")
+            raise ValueError(f"{self.name} has no end-of-text tokens, so batching='by_length' and "
+                             "last_words find no documents in it")
         ends = np.concatenate([start + 1 + np.flatnonzero(shard == eot)
                                for start, shard in zip(self.starts, self.shards)])
         if not len(ends) or ends[-1] != len(self):

@@ -546,6 +546,7 @@ NUMBERS = {
     "val_stories",
     "max_epochs",
     "stride",
+    "last_words",
     "continuations",
     "prompt_tokens",
     "vocab_size",

@@ -32,11 +32,12 @@ PAGES = sorted(path.relative_to(HERE).as_posix() for folder in (HERE, HERE / "do
 CONFIGURED = [*SCRIPTS, *(path.relative_to(HERE).as_posix() for path in HERE.glob("docs/*.py"))]
 FOLDERS = ("assets", "config", "data", "docs", "lib", "models", "tests")
 FILES = {path.name for pattern in ("*", "*/*", "data/*/*") for path in HERE.glob(pattern)}
-# of pip, uv, torchrun, sbatch, git and jupyter; --key=value stands for any setting
+# of pip, uv, torchrun, sbatch, git, jupyter, lm_eval and mlx_lm; --key=value: any setting
 OTHER_OPTIONS = set("""
     key help upgrade editable constraint requirement quiet index-url extra-index-url extra with
     nproc_per_node nnodes max-restarts standalone rdzv_id rdzv_backend rdzv_endpoint
-    nodes ntasks-per-node gpus-per-node signal depth output""".split())
+    nodes ntasks-per-node gpus-per-node signal depth output
+    model model_args tasks prompt max-tokens""".split())
 LAUNCHER = r"(?<![\w.-])(?:\S*[/\\])?(?:python[\d.]*(?:\.exe)?|torchrun|uv run)\s"
 BEFORE = r"\s*(?:\$ )?(?:\w+=\S* )*(?:srun )?"  # of a command at the start of its line
 PLACEHOLDER = re.compile(

@@ -8,20 +8,30 @@ import os
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import eval as evaluation
-from eval import compare_texts, distinct, leading_texts, repetition, score, sizes, token_metrics
+from eval import (
+    compare_texts,
+    distinct,
+    last_word_metrics,
+    leading_texts,
+    repetition,
+    score,
+    sizes,
+    token_metrics,
+)
 from helpers import export, one_line_error, run, train
 from lib.checkpoint import load_model, model_from_weights
 from lib.convert import from_hf
 from lib.corpus import load_meta
 from lib.dataset import TokenStream, eval_batches
 from lib.quantize import quantize_int8
-from lib.tokenizer import get_tokenizer
+from lib.tokenizer import EOT, UNK, get_tokenizer
 from model import GPT, GPTConfig
 
 
@@ -287,6 +297,73 @@ def test_diversity_of_texts():
     assert distinct(["", "a"], 2) is repetition(["a b c"]) is None
 
 
+@pytest.mark.parametrize("tokenizer", ["bpe", "char"])
+def test_last_words_are_those_of_greedy_decoding(tmp_path, tokenizer):
+    if tokenizer == "bpe":
+        pytest.importorskip("rustbpe")
+    lines = [f"{name} had {n} pets.\n\n{name} liked the {animal}!\n"
+             for name in ("Ann", "Bob", "Cy") for n in range(1, 9)
+             for animal in ("cat", "dog")]  # at most half can be predicted
+    (tmp_path / "train.txt").write_text(EOT.join(lines * 5))
+    (tmp_path / "val.txt").write_text(EOT.join([*lines, "word", "Ann had 1 pets.\n\n" * 20]))
+    done = run("data/text/prepare.py", f"--source={tmp_path}", f"--tokenizer={tokenizer}",
+               f"--out_dir={tmp_path}/data", "--vocab_size=300")
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "out"
+    train(tmp_path / "data", out, "--batching=by_length", "--block_size=64", "--max_iters=80",
+          "--eval_interval=80", "--learning_rate=0.02", "--min_lr=0.02")
+    args = ["--batch_size=5", "--dtype=float32"]
+    done = run("eval.py", f"--out_dir={out}", "--last_words=99", *args)
+    assert done.returncode == 0, done.stderr
+    summary, printed = read_summary(out), printed_metrics(done.stdout)
+
+    model, tokenizer = load_model(out, "cpu")[0], get_tokenizer(load_meta(tmp_path / "data"))
+    right = 0
+    for line in lines:  # one at a time
+        before, word = line.strip().rsplit(" ", 1)
+        idx = torch.tensor([[tokenizer.eot, *tokenizer.encode(before)]])
+        n = len(tokenizer.encode(f"{before} {word}")) - idx.size(1) + 1
+        new = model.generate(idx, n, temperature=0)[0, idx.size(1):].tolist()
+        right += tokenizer.decode(new) == f" {word}"
+    assert 0 < right <= len(lines) / 2
+    assert summary["last_words"] == len(lines)
+    assert summary["last_word_accuracy"] == pytest.approx(right / len(lines))
+    assert printed["last words"] == f"{len(lines)}"
+    assert printed["last-word accuracy"] == f"{right / len(lines):.1%}"
+    done = run("eval.py", f"--compare={out}", "--last_words=10", *args)  # measured again
+    assert printed_metrics(done.stdout)["last words"] == "10", done.stderr
+
+
+def test_last_words_of_a_model_with_known_answers(tmp_path, monkeypatch):
+    """The model writes "ab ab ab ...", whatever came before."""
+    tokenizer = get_tokenizer({"tokenizer": {"kind": "char", "vocab": [EOT, "a", "b", " ", UNK]}})
+    following = torch.tensor([0, 2, 3, 1, 0])
+    model = SimpleNamespace(config=SimpleNamespace(block_size=8), lm_head=torch.nn.Identity(),
+                            hidden=lambda idx: torch.eye(5)[following[idx]])
+    monkeypatch.setattr(evaluation, "device", "cpu")
+
+    def measured(*texts: str, end: str = EOT) -> tuple[int, float]:
+        ids = [i for text in texts for i in (*tokenizer.encode(text), 0)]
+        np.array(ids if end else ids[:-1], dtype="<u2").tofile(tmp_path / "val.bin")
+        stream = TokenStream(tmp_path, "val", {"splits": {}})
+        metrics = last_word_metrics(model, stream, tokenizer, 9, contextlib.nullcontext())
+        return metrics["last_words"], metrics["last_word_accuracy"]
+
+    right, wrong = ("ab ab", "b ab", "bb a", " ab ab "), ("ba ab", "ab b", "ab abab", "b  ab")
+    for text in right + wrong:
+        assert measured(text) == (1, text in right), text
+    assert measured(*right, *wrong) == (8, 0.5)
+    # no two words, 9 tokens with its end, or an unknown letter
+    skipped = "", " ", "ab", " ab ", "ab ab ab", "x ab"
+    assert measured(*skipped, "b ab", "ba ab") == (2, 0.5)
+    assert measured("b ab", "ba ab", end="") == (1, 1)  # the last document may be cut off
+    with pytest.raises(ValueError, match="no document of .*val has two words and at most 8 tokens"):
+        measured(*skipped)
+    monkeypatch.setattr(tokenizer, "eot", -1)
+    with pytest.raises(ValueError, match="has no end-of-text tokens"):
+        measured("b ab")
+
+
 def test_continuations(trained, fables_data, tmp_path):
     rouge_scorer = pytest.importorskip("rouge_score.rouge_scorer")
     sacrebleu = pytest.importorskip("sacrebleu")
@@ -462,6 +539,8 @@ def test_a_checkpoint_file_has_its_own_results(trained, tmp_path):
     (["--stride=-1"], "stride must be at least 0"),
     (["--stride=32"], "stride must be at least 1 and below block_size (32), got 32"),
     (["--stride=8", "--batching=by_length"], "stride needs batching='windows'"),
+    (["--last_words=-1"], "last_words must be at least 0"),
+    (["--last_words=5"], "/val has two words and at most 32 tokens"),
     (["--continuations=-1"], "continuations must be at least 0"),
     (["--prompt_tokens=0"], "prompt_tokens must be at least 1"),
     (["--max_new_tokens=0"], "max_new_tokens must be at least 1"),
