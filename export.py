@@ -313,7 +313,9 @@ def export_hf(checkpoint: dict, folder: Path, dtype: str) -> list[Path]:
         new = Path(temporary)
         template = checkpoint["meta"].get("chat_template", "")
         write_hf_tokenizer(tokenizer, new, model.config.block_size, template)
-        weights = {name: w.to(getattr(torch, dtype)) for name, w in to_hf(model).items()
+        # GPT-2's names without a prefix, as in OpenAI's files: some programs know only these
+        weights = {name.removeprefix("transformer."): w.to(getattr(torch, dtype))
+                   for name, w in to_hf(model).items()
                    if not (name == "lm_head.weight" and model.config.tied)}
         save_file(weights, new / "model.safetensors", {"format": "pt"})
         ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eot)

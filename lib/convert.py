@@ -170,8 +170,8 @@ def config_to_hf(c: GPTConfig, eot: int, dtype: str) -> dict:
         common |= {"bos_token_id": eot, "eos_token_id": eot}
     if c.arch == "gpt2":
         return common | {
-            "n_positions": c.block_size, "n_layer": c.n_layer, "n_head": c.n_head,
-            "n_embd": c.n_embd,
+            "n_positions": c.block_size, "n_ctx": c.block_size, "n_layer": c.n_layer,
+            "n_head": c.n_head, "n_embd": c.n_embd,
             "activation_function": "gelu_new" if c.gelu == "tanh" else "gelu",
             "layer_norm_epsilon": 1e-5, "resid_pdrop": c.dropout, "embd_pdrop": c.dropout,
             "attn_pdrop": c.dropout}
