@@ -22,11 +22,11 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from lib.configurator import one_line
 from lib.convert import (
     OPENAI,
+    SkipNormal,
     download_openai,
     from_nanogpt,
     read_hf_tokenizer,
@@ -34,6 +34,7 @@ from lib.convert import (
 )
 from lib.files import open_synced, replace_file
 from lib.quantize import prepare_for_inference, quantize_int8, use_int8_layers
+from lib.read_gguf import read_gguf, read_gguf_tokenizer
 from lib.tokenizer import KINDS, extends, get_tokenizer, meta_of, train_tokenizer
 from model import GPT, GPTConfig
 
@@ -198,7 +199,7 @@ def load_checkpoint(name: str | Path) -> dict:
     Return the best checkpoint of a model, without what only training needs, and its `path`.
 
     name: the folder of a run (best.pt, else last.pt, stop.pt or nanoGPT's ckpt.pt), one of its .pt
-    files, a Hugging Face folder, or one of OpenAI's models.
+    files, a Hugging Face folder, a .gguf file, or one of OpenAI's models.
     """
     if name in OPENAI and not Path(name).exists():
         name = download_openai(name)
@@ -213,8 +214,10 @@ def load_checkpoint(name: str | Path) -> dict:
         others = ", ".join(sorted(path.name for path in Path(name).parent.glob("*.pt")))
         raise ValueError(f"there is no file {name}: {Path(name).parent} has "
                          f"{others or 'no checkpoints'}")
-    if (Path(name) / "config.json").exists():
-        checkpoint = read_hugging_face(Path(name)) | {"version": VERSION, "path": str(name)}
+    is_gguf = is_gguf_file(name)
+    if is_gguf or (Path(name) / "config.json").exists():
+        read = read_gguf if is_gguf else read_hugging_face
+        checkpoint = read(Path(name)) | {"version": VERSION, "path": str(name)}
         check_checkpoint(checkpoint, Path(name) / "meta.json")
         return checkpoint
     runs = sorted({str(path.parent) for folder in (Path(), Path(name).parent)
@@ -224,6 +227,11 @@ def load_checkpoint(name: str | Path) -> dict:
         f"train a model with `python train.py --out_dir={name}`"))
 
 
+def is_gguf_file(name: str | Path) -> bool:
+    """Return whether a model is named by the path of a GGUF file, which may be missing."""
+    return Path(name).suffix == ".gguf" and not Path(name).is_dir()
+
+
 def load_tokenizer(name: str) -> tuple[object, str]:
     """Return the tokenizer of a model and its chat template, or ''. name: see load_checkpoint()."""
     if (Path(name) / "tokenizer.json").exists() and not (Path(name) / "meta.json").exists():
@@ -231,6 +239,8 @@ def load_tokenizer(name: str) -> tuple[object, str]:
             meta = read_hf_tokenizer(Path(name))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"the tokenizer of {name} cannot be read: {error}") from None
+    elif is_gguf_file(name):
+        meta = read_gguf_tokenizer(Path(name))
     else:
         meta = load_checkpoint(name)["meta"]
     return get_tokenizer(meta), meta.get("chat_template", "")
@@ -257,9 +267,9 @@ def should_resume(out_dir: str, init_from: str, overwrite: bool) -> bool:
     Raises ValueError if 'resume' finds no checkpoint, or if an existing run would be overwritten.
     """
     if (init_from not in ("scratch", "resume", "auto", *OPENAI) and not Path(init_from).is_dir()
-            and Path(init_from).suffix != ".pt"):
-        raise ValueError(f"init_from must be scratch, resume, auto, the folder or .pt file of a "
-                         f"model, or {', '.join(OPENAI)}; got {init_from!r}")
+            and Path(init_from).suffix not in (".pt", ".gguf")):
+        raise ValueError(f"init_from must be scratch, resume, auto, the folder, .pt or .gguf file "
+                         f"of a model, or {', '.join(OPENAI)}; got {init_from!r}")
     exists = any(Path(out_dir).glob("*.pt"))
     resumable = any((Path(out_dir) / name).exists() for name in RESUMABLE)
     if init_from == "resume" and not exists:
@@ -386,17 +396,6 @@ def build_model(checkpoint: dict, where: object, device: str = "cpu", **changes)
     except (TypeError, RuntimeError) as error:
         reason = one_line(error, 300)
         raise ValueError(f"{where} does not fit the model: {reason}") from None
-
-
-class SkipNormal(TorchFunctionMode):
-    """
-    Skip normal_() while a model is built on the meta device.
-
-    It would change nothing there, but makes torch import its compiler, which takes a second.
-    """
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        return None if func.__name__ == "normal_" else func(*args, **(kwargs or {}))
 
 
 def model_from_weights(config: GPTConfig, weights: dict[str, torch.Tensor],
