@@ -173,7 +173,8 @@ def to_rust(tokenizer):
 
     if isinstance(tokenizer, BytePairTokenizer):
         vocab, merges = byte_level(tokenizer)
-        rust = Tokenizer(models.BPE({token: i for i, token in enumerate(vocab)}, merges))
+        rust = Tokenizer(models.BPE({token: i for i, token in enumerate(vocab)}, merges,
+                                    ignore_merges=True))  # as tiktoken
         rust.pre_tokenizer = pre_tokenizers.Sequence([
             pre_tokenizers.Split(Regex(tokenizer.encoding._pat_str), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])

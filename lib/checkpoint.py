@@ -23,11 +23,11 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from lib.configurator import one_line
 from lib.convert import (
     OPENAI,
+    SkipNormal,
     download,
     from_nanogpt,
     is_hub_name,
@@ -37,6 +37,7 @@ from lib.convert import (
 from lib.files import open_synced, replace_file
 from lib.lora import merge_adapters, rank_of
 from lib.quantize import prepare_for_inference, quantize_int8, use_int8_layers
+from lib.read_gguf import read_gguf, read_gguf_tokenizer
 from lib.tokenizer import KINDS, extends, get_tokenizer, meta_of, train_tokenizer
 from model import GPT, GPTConfig
 
@@ -201,11 +202,11 @@ def load_checkpoint(name: str | Path) -> dict:
     Return the best checkpoint of a model, without what only training needs, and its `path`.
 
     name: the folder of a run (best.pt, else last.pt, stop.pt or nanoGPT's ckpt.pt), one of its .pt
-    files, a Hugging Face folder, or a model of its hub. meta["base_model"] names the latter and its
-    commit.
+    files, a Hugging Face folder, a .gguf file, or a model of the Hugging Face hub, whose name and
+    commit are in meta["base_model"].
     """
     if is_hub_name(name):
-        return read_folder(*download_or_hint(name))
+        return read_published(*download_or_hint(name))
     is_file = Path(name).suffix == ".pt" and not Path(name).is_dir()
     names = ("best.pt", "last.pt", "stop.pt", "ckpt.pt")
     for path in [Path(name)] if is_file else [Path(name) / file for file in names]:
@@ -218,13 +219,18 @@ def load_checkpoint(name: str | Path) -> dict:
         others = ", ".join(sorted(path.name for path in Path(name).parent.glob("*.pt")))
         raise ValueError(f"there is no file {name}: {Path(name).parent} has "
                          f"{others or 'no checkpoints'}")
-    if (Path(name) / "config.json").exists():
-        return read_folder(Path(name))
+    if is_gguf_file(name) or (Path(name) / "config.json").exists():
+        return read_published(Path(name))
     runs = sorted({str(path.parent) for folder in (Path(), Path(name).parent)
                    for path in folder.glob("*/*.pt")})
     raise ValueError(f"there is no checkpoint in {name}: " + (
         f"there are runs in {', '.join(runs)}" if runs else
         f"train a model with `python train.py --out_dir={name}`"))
+
+
+def is_gguf_file(name: str | Path) -> bool:
+    """Return whether a model is named by the path of a GGUF file, which may be missing."""
+    return Path(name).suffix == ".gguf" and not Path(name).is_dir()
 
 
 def load_tokenizer(name: str) -> tuple[object, str]:
@@ -235,6 +241,8 @@ def load_tokenizer(name: str) -> tuple[object, str]:
             meta = read_hf_tokenizer(folder)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"the tokenizer of {name} cannot be read: {error}") from None
+    elif is_gguf_file(name):
+        meta = read_gguf_tokenizer(Path(name))
     else:
         meta = load_checkpoint(folder)["meta"]
     return get_tokenizer(meta), meta.get("chat_template", "")
@@ -262,10 +270,11 @@ def download_or_hint(name: str) -> tuple[Path, str]:
         raise ValueError(f"{error}{hint}") from None
 
 
-def read_folder(folder: Path, base_model: str = "") -> dict:
-    """Read a Hugging Face folder as a checkpoint with its `path`."""
-    checkpoint = read_hugging_face(folder) | {"version": VERSION, "path": str(folder)}
-    check_checkpoint(checkpoint, folder / "meta.json")
+def read_published(path: Path, base_model: str = "") -> dict:
+    """Read a GGUF file or a Hugging Face folder as a checkpoint with its `path`."""
+    read = read_gguf if is_gguf_file(path) else read_hugging_face
+    checkpoint = read(path) | {"version": VERSION, "path": str(path)}
+    check_checkpoint(checkpoint, path / "meta.json")
     if base_model:
         checkpoint["meta"]["base_model"] = base_model
     return checkpoint
@@ -281,10 +290,10 @@ def should_resume(out_dir: str, init_from: str, overwrite: bool) -> bool:
     Raises ValueError if 'resume' finds no checkpoint, or if an existing run would be overwritten.
     """
     if (init_from not in ("scratch", "resume", "auto") and not Path(init_from).is_dir()
-            and Path(init_from).suffix != ".pt" and not is_hub_name(init_from)):
-        raise ValueError(f"init_from must be scratch, resume, auto, the folder or .pt file of a "
-                         f"model, {', '.join(OPENAI)}, or USER/NAME of a model on the Hugging Face "
-                         f"hub; got {init_from!r}")
+            and Path(init_from).suffix not in (".pt", ".gguf") and not is_hub_name(init_from)):
+        raise ValueError(f"init_from must be scratch, resume, auto, the folder, .pt or .gguf file "
+                         f"of a model, {', '.join(OPENAI)}, or USER/NAME of a model on the Hugging "
+                         f"Face hub; got {init_from!r}")
     exists = any(Path(out_dir).glob("*.pt"))
     resumable = any((Path(out_dir) / name).exists() for name in RESUMABLE)
     if init_from == "resume" and not exists:
@@ -413,17 +422,6 @@ def build_model(checkpoint: dict, where: object, device: str = "cpu", **changes)
     except (TypeError, RuntimeError) as error:
         reason = one_line(error, 300)
         raise ValueError(f"{where} does not fit the model: {reason}") from None
-
-
-class SkipNormal(TorchFunctionMode):
-    """
-    Skip normal_() while a model is built on the meta device.
-
-    It would change nothing there, but makes torch import its compiler, which takes a second.
-    """
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        return None if func.__name__ == "normal_" else func(*args, **(kwargs or {}))
 
 
 def model_from_weights(config: GPTConfig, weights: dict[str, torch.Tensor],

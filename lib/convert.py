@@ -12,6 +12,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from lib.configurator import one_line
 from lib.console import hide_hub_progress
@@ -46,10 +47,21 @@ QWEN3_BLOCK = LLAMA_BLOCK | {
 # -----------------------------------------------------------------------------
 # Weights
 
+class SkipNormal(TorchFunctionMode):
+    """
+    Skip normal_() while a model is built on the meta device.
+
+    It would change nothing there, but makes torch import its compiler, which takes a second.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return None if func.__name__ == "normal_" else func(*args, **(kwargs or {}))
+
+
 def hf_names(config: GPTConfig) -> dict[str, list[str]]:
     """Map each of our names to the Hugging Face names whose tensors are stacked in it."""
     if config.arch == "gpt2":
-        with torch.device("meta"):
+        with torch.device("meta"), SkipNormal():
             return {name: [name] for name in GPT(config).state_dict()}
     names = {"transformer.wte.weight": ["model.embed_tokens.weight"],
              "transformer.ln_f.weight": ["model.norm.weight"],
@@ -91,10 +103,15 @@ def interleave(w: torch.Tensor, head_dim: int) -> torch.Tensor:
     return w.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
+def deinterleave(w: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Undo interleave()."""
+    return w.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+
+
 def from_hf(weights: dict[str, torch.Tensor], config: GPTConfig) -> dict[str, torch.Tensor]:
     """Return our state dict. Raise ValueError that names missing, misshapen and unused weights."""
     names = hf_names(config)
-    with torch.device("meta"):
+    with torch.device("meta"), SkipNormal():
         expected = {name: w.shape for name, w in to_hf(GPT(config)).items()}
     if config.tied:
         embedding = names["transformer.wte.weight"][0]

@@ -322,7 +322,7 @@ def byte_level(tokenizer: BytePairTokenizer) -> tuple[list[str], list[tuple[str,
     Return the tokens of a byte-level BPE by id, as GPT-2's files write them, and its merges.
 
     tiktoken knows only ranks. A token was merged from the two parts that remain of it after all
-    earlier merges.
+    earlier merges. If more remain, it has no merge and only encodes a whole part of a text.
     """
     ranks = tokenizer.encoding._mergeable_ranks
     vocab, merges = [""] * tokenizer.vocab_size, []
@@ -333,7 +333,9 @@ def byte_level(tokenizer: BytePairTokenizer) -> tuple[list[str], list[tuple[str,
         parts = [token[i:i + 1] for i in range(len(token))]
         while len(parts) > 2:
             pairs = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
-            i = pairs.index(min(pairs))
+            if (least := min(pairs)) >= rank:
+                break  # no merges make this token
+            i = pairs.index(least)
             parts[i:i + 2] = [parts[i] + parts[i + 1]]
         if len(parts) == 2:
             merges.append((spell(parts[0]), spell(parts[1])))
@@ -477,13 +479,14 @@ def meta_of(spec: dict, dataset: str = "") -> dict:
 # Tokenizers of other models
 
 def bpe_of_model(tokens: list[str], merges: list[list[str]], pattern: str, control: set[int],
-                 eos: str) -> dict:
+                 eos: str, ignore_merges: bool = False) -> dict:
     """
     Return the spec of another model's byte-level BPE.
 
     tokens: by id, as GPT-2's files write them. merges: pairs of tokens. control: the ids of tokens
-    that are never merged. eos: ends a document if there is no <|endoftext|>. Raises ValueError for
-    a vocabulary that tiktoken, which merges by the order of the ids, would encode differently.
+    that are never merged. eos: ends a document if there is no <|endoftext|>. ignore_merges: a part
+    of a text that is a token is never divided, as in tiktoken. Raises ValueError for a vocabulary
+    that tiktoken, which merges by the order of the ids, would encode differently.
     """
     byte_of = {letter: chr(byte) for byte, letter in LETTER_OF_BYTE.items()}
     try:
@@ -500,7 +503,12 @@ def bpe_of_model(tokens: list[str], merges: list[list[str]], pattern: str, contr
         spec["eot"] = eos
     if hashlib.sha256("\n".join(vocab).encode()).hexdigest() == GPT2_VOCAB_HASH:
         return {"kind": "gpt2"}
-    if byte_level(bpe_tokenizer(spec))[1] != [tuple(pair) for pair in merges]:
+    ours, ids = byte_level(bpe_tokenizer(spec))[1], {token: i for i, token in enumerate(tokens)}
+    made = [ids.get(a + b, -1) for a, b in merges]
+    used = set(ours)  # Llama 3 lists all pairs that make a token, also those that never meet
+    longer = sum(len(token) > 1 for i, token in enumerate(vocab) if i not in control)
+    if (made != sorted(made) or -1 in made or [x for x in map(tuple, merges) if x in used] != ours
+            or len(ours) < longer and not ignore_merges):
         raise ValueError("its tokenizer has tokens in another order than merges")
     if list(specials.items()) == [(EOT, len(vocab) - 1)]:
         del spec["specials"]  # the default
@@ -522,7 +530,8 @@ def read_tokenizer_json(text: str, eos: str = "") -> dict:
         raise ValueError("its tokenizer.json has ids without a token")
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
     return bpe_of_model([tokens[i] for i in range(len(tokens))], merges,
-                        pattern_of(theirs["pre_tokenizer"]), set(added.values()), eos)
+                        pattern_of(theirs["pre_tokenizer"]), set(added.values()), eos,
+                        bool(model.get("ignore_merges")))
 
 
 def pattern_of(pre_tokenizer: dict) -> str:

@@ -11,6 +11,7 @@ FLOORS = [  # from top to bottom, as in CONTRIBUTING.md
     ["train", "sample", "eval", "bench", "plan", "export", "app", "data/*/prepare"],
     ["lib/checkpoint"],
     ["lib/peers"],
+    ["lib/read_gguf"],
     ["lib/convert"],
     ["lib/runlog"],
     ["lib/corpus"],

@@ -1,0 +1,247 @@
+"""
+Read the GGUF files of llama.cpp: their header, tokenizer and quantized weights.
+
+A header has fields and, for each tensor, its name, shape, type and place in the data that follows.
+Every length is checked against the size of the file before anything is allocated.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+import contextlib
+import math
+import os
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+import torch
+
+from lib.configurator import one_line
+from lib.convert import CLASSES, deinterleave, from_hf, hf_names, is_transposed
+from lib.tokenizer import EOT, PATTERNS, PIECE, UNK, bpe_of_model, gpt2_pattern, meta_of
+from model import GPTConfig
+
+SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}  # codes of struct and numpy
+STRING, ARRAY, NORMAL_TOKEN = 8, 9, 1
+REQUIRED = {"block_size": "context_length", "n_layer": "block_count", "n_embd": "embedding_length",
+          "n_inner": "feed_forward_length", "n_head": "attention.head_count"}
+OPTIONAL = {"n_kv_head": "attention.head_count_kv", "head_dim": "attention.key_length",
+            "rope_theta": "rope.freq_base"}
+
+
+class Tensor(NamedTuple):
+    shape: tuple[int, ...]
+    kind: int  # a GGMLQuantizationType
+    offset: int  # in the file
+    size: int  # bytes
+
+
+def read_gguf(path: Path) -> dict:
+    """Read a GGUF file as a checkpoint, with weights in float32. Raise ValueError if it cannot."""
+    with open_gguf(path) as file:
+        fields, tensors = read_header(file)
+        config, meta = config_of(fields, tensors, file), meta_of_fields(fields)
+        if meta["vocab_size"] > config.vocab_size:
+            raise ValueError(f"its tokenizer has {meta['vocab_size']:,} tokens, and its vocabulary "
+                             f"{config.vocab_size:,}")
+        weights = read_weights(file, tensors, config)
+    return {"step": 0, "config": {"dataset": ""}, "meta": meta, "model": weights,
+            "model_args": asdict(config)}
+
+
+def read_gguf_tokenizer(path: Path) -> dict:
+    """Return the meta of the tokenizer of a GGUF file, from its header alone."""
+    with open_gguf(path) as file:
+        return meta_of_fields(read_header(file)[0])
+
+
+@contextlib.contextmanager
+def open_gguf(path: Path) -> Iterator[BinaryIO]:
+    """Open a GGUF file. An error while it is read becomes a ValueError that names the file."""
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        raise ValueError(f"to read {path} a package is needed: pip install gguf") from None
+    with open(path, "rb") as file:
+        try:
+            yield file
+        except OSError:
+            raise
+        except Exception as error:  # a damaged file can make the reader fail in any way
+            raise ValueError(f"{path} is not a GGUF file that can be read here "
+                             f"({one_line(error, 150)})") from None
+
+
+def read_header(file: BinaryIO) -> tuple[dict, dict[str, Tensor]]:
+    """Return the fields and tensors of a file. An array of numbers is one of numpy."""
+    import gguf
+
+    left = size = os.fstat(file.fileno()).st_size
+
+    def take(n: int) -> bytes:
+        nonlocal left
+        if n > left:
+            raise ValueError("it is truncated or damaged")
+        left -= n
+        return file.read(n)
+
+    def number(code: str) -> int | float:
+        return struct.unpack("<" + code, take(struct.calcsize("<" + code)))[0]
+
+    def text() -> str:
+        return take(number("Q")).decode("utf-8")
+
+    def value(kind: int) -> object:
+        if kind == STRING:
+            return text()
+        if kind == ARRAY:
+            kind, n = number("I"), number("Q")
+            if kind == STRING:
+                return [text() for _ in range(n)]
+            dtype = np.dtype("<" + SCALARS[kind])
+            return np.frombuffer(take(n * dtype.itemsize), dtype)
+        x = number(SCALARS[kind])
+        return float(str(np.float32(x))) if SCALARS[kind] == "f" else x  # 1e-5, not 9.99999e-06
+
+    if take(4) != b"GGUF" or number("I") not in (2, 3):
+        raise ValueError("it does not start as a little-endian GGUF file of version 2 or 3")
+    fields, tensors, (n_tensors, n_fields) = {}, {}, struct.unpack("<2Q", take(16))
+    for _ in range(n_fields):
+        name = text()
+        if name in fields:
+            raise ValueError(f"the field {name} occurs twice")
+        fields[name] = value(number("I"))
+    for _ in range(n_tensors):
+        name, n_dims = text(), number("I")
+        if name in tensors or not 1 <= n_dims <= 4:
+            raise ValueError(f"the tensor {name} occurs twice or has {n_dims} dimensions")
+        shape = struct.unpack(f"<{n_dims}Q", take(8 * n_dims))[::-1]
+        kind, offset = gguf.GGMLQuantizationType(number("I")), number("Q")
+        block, block_size = gguf.GGML_QUANT_SIZES[kind]
+        if 0 in shape or shape[-1] % block:
+            raise ValueError(f"the tensor {name} of type {kind.name} has the shape {shape}")
+        tensors[name] = Tensor(shape, kind, offset, math.prod(shape) // block * block_size)
+    alignment = fields.get("general.alignment", 32)
+    if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
+        raise ValueError(f"its general.alignment is {alignment!r}")
+    end = start = -(-(size - left) // alignment) * alignment  # the data begins at a multiple
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].offset):
+        tensors[name] = tensor = tensor._replace(offset=start + tensor.offset)
+        if tensor.offset % alignment or not end <= tensor.offset <= size - tensor.size:
+            raise ValueError(f"the data of {name} is outside of the file or overlaps with others")
+        end = tensor.offset + tensor.size
+    return fields, tensors
+
+
+def config_of(fields: dict, tensors: dict[str, Tensor], file: BinaryIO) -> GPTConfig:
+    """Return the config of a model. Raise ValueError for settings that we do not have."""
+    arch = fields.get("general.architecture")
+    if arch not in CLASSES:
+        raise ValueError(f"its architecture is {arch!r}, not {' or '.join(map(repr, CLASSES))}")
+    theirs = {name.removeprefix(f"{arch}."): value for name, value in fields.items()
+              if name.startswith(f"{arch}.")}
+    eps = "attention.layer_norm_epsilon" if arch == "gpt2" else "attention.layer_norm_rms_epsilon"
+    required = REQUIRED | {"norm_eps": eps}
+    if missing := [name for name in required.values() if name not in theirs]:
+        raise ValueError(f"it has no {arch}.{missing[0]}")
+    if "token_embd.weight" not in tensors:
+        raise ValueError("it has no token_embd.weight")
+    args = {ours: theirs.pop(name) for ours, name in (required | OPTIONAL).items()
+            if name in theirs}
+    config = GPTConfig(arch, **args, vocab_size=tensors["token_embd.weight"].shape[0],
+                       tied="output.weight" not in tensors)
+    known = {"vocab_size": config.vocab_size, "attention.value_length": config.head_dim,
+             "rope.dimension_count": config.head_dim, "rope.scaling.type": "none"}
+    for name, value in theirs.items():
+        if str(value) != str(known.get(name, 0)):
+            raise ValueError(f"its {arch}.{name} is {value!r}; only {known.get(name, 0)!r} is "
+                             "supported")
+    # with fewer tensors it has fewer layers, and positions never take more memory than weights
+    positions, size = 4 * config.block_size * config.head_dim, os.fstat(file.fileno()).st_size
+    if (config.n_layer > len(tensors) / 8 or positions > max(size, 1 << 25)
+            or not config.rope_theta < 1e12 or not config.norm_eps < 1):
+        raise ValueError(f"its {arch}.* fields are not those of a model of its size")
+    return config
+
+
+def read_weights(file: BinaryIO, tensors: dict[str, Tensor],
+                 config: GPTConfig) -> dict[str, torch.Tensor]:
+    """Return our state dict in float32. Only one tensor at a time is in memory twice."""
+    import gguf
+
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH[config.arch.upper()], config.n_layer)
+    stacked = hf_names(config)
+    if config.tied:
+        del stacked["lm_head.weight"]
+    names = {name: table.get_name(name, try_suffixes=(".weight", ".bias"))
+             for theirs in stacked.values() for name in theirs}
+    if unknown := sorted(set(tensors) - set(names.values())):
+        scaled = "rope_freqs.weight" in unknown
+        raise ValueError("it has rope_freqs.weight, the rope scaling of Llama 3.1, which is not "
+                         "supported" if scaled else
+                         f"it has {unknown[0]}, which the model does not have")
+    shapes = {theirs: torch.empty(tensors[name].shape, device="meta")
+              for theirs, name in names.items() if name in tensors}
+    from_hf({name: w.t() if is_transposed(name) else w for name, w in shapes.items()}, config)
+
+    def read(theirs: str) -> torch.Tensor:
+        name, tensor = names[theirs], tensors[names[theirs]]
+        file.seek(tensor.offset)
+        data = np.fromfile(file, np.uint8, tensor.size).reshape(*tensor.shape[:-1], -1)
+        with np.errstate(all="ignore"):
+            w = gguf.quants.dequantize(data, tensor.kind)
+        if not math.isfinite(w.max() - w.min()):
+            raise ValueError(f"{name} has values that are not finite")
+        is_rotated = theirs.endswith(("q_proj.weight", "k_proj.weight")) and config.arch == "llama"
+        w = torch.from_numpy(w)
+        return deinterleave(w, config.head_dim) if is_rotated else w
+
+    weights = {}
+    for ours, theirs in stacked.items():
+        weights[ours] = torch.cat([read(name) for name in theirs])
+    return weights | ({"lm_head.weight": weights["transformer.wte.weight"]} if config.tied else {})
+
+
+def meta_of_fields(fields: dict) -> dict:
+    """
+    Return the meta of a file's tokenizer; a chat template is its entry chat_template.
+
+    All but normal tokens become control tokens, and tokens that pad the vocabulary are left out.
+    """
+    about = {name.removeprefix("tokenizer.ggml."): value for name, value in fields.items()}
+    for name in ("model", "tokens", "token_type", "eos_token_id"):
+        if name not in about:
+            raise ValueError(f"it has no tokenizer.ggml.{name}")
+    tokens, types = list(about["tokens"]), about["token_type"].tolist()
+    while types[len(tokens) - 1] != NORMAL_TOKEN and re.fullmatch(r"\[PAD\d+\]", tokens[-1]):
+        tokens.pop()
+    control = {i for i in range(len(tokens)) if types[i] != NORMAL_TOKEN}
+    eos, kind, pre = tokens[about["eos_token_id"]], about["model"], about.get("pre")
+    if kind == "gpt2":
+        patterns = PATTERNS | {"gpt-2": gpt2_pattern(), "llama3": PATTERNS["llama-bpe"]}
+        if pre not in patterns:
+            raise ValueError(f"its tokenizer has the pattern {pre!r}; only "
+                             f"{', '.join(sorted(patterns))} can be read")
+        merges = [pair.split(" ") for pair in about["merges"]]
+        spec = bpe_of_model(tokens, merges, patterns[pre], control, eos, pre.startswith("llama"))
+    elif kind == "t5" and set(about["scores"].tolist()) == {-1.0} and eos == EOT:
+        spec = list_tokenizer_spec([token.replace("\u2581", " ") for token in tokens], control)
+    else:
+        raise ValueError(f"its tokenizer is of the kind {kind!r}; only byte-level BPE, called "
+                         "'gpt2', can be read")
+    template = fields.get("tokenizer.chat_template")
+    return meta_of(spec) | ({"chat_template": template} if template else {})
+
+
+def list_tokenizer_spec(vocab: list[str], control: set[int]) -> dict:
+    """Return the spec of the characters or pieces that export.py wrote as a unigram model."""
+    plain = [token for i, token in enumerate(vocab) if i not in control]
+    if not all(PIECE.findall(token) == [token] for token in plain):
+        raise ValueError("its tokenizer is a unigram model; only those of export.py can be read")
+    spec = {"kind": "pieces" if any(len(token) > 1 for token in plain) else "char", "vocab": vocab}
+    specials = {vocab[i]: i for i in sorted(control) if vocab[i] != UNK}
+    return spec | ({} if list(specials) == [EOT] else {"specials": specials})
