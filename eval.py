@@ -46,7 +46,7 @@ stride = 0  # tokens from one window to the next; each token counts once (0: no 
 eval_iters = 0  # leading batches to measure (0: the whole split)
 batch_size = 32  # rows of a batch
 # samples
-valid_samples = 200  # fables only: stories to sample at temperature 1 and to parse
+valid_samples = 200  # fables only: stories, or answers, to sample at temperature 1 and to parse
 continuations = 0  # texts of the split to continue and to compare with the originals (0: none)
 prompt_tokens = 32  # continuations: tokens of a text that the model is given
 max_new_tokens = 64  # continuations: tokens after these that are compared
@@ -77,6 +77,7 @@ METRICS = {
         "accuracy_top5": ("top-5 accuracy", "{:.1%}", ""),
         "unknown_share": ("unknown tokens", "{:.2%}", ""),
         "valid_share": ("valid fables", "{:.1%}", "of the samples"),
+        "obeyed_share": ("obeyed requests", "{:.1%}", "of the samples"),
     },
     "continuations": {
         "continuations": ("texts", "{:,}", ""),
@@ -155,20 +156,38 @@ def token_metrics(sums: dict[str, float], counts: dict[str, int], kind: str) -> 
     }
 
 
-def share_of_valid_fables(model: GPT, tokenizer, n: int) -> float:
-    """Return the share of n stories, sampled at temperature 1, that the grammar can produce."""
-    from data.fables.prepare import NotAFable, parse
+def fable_prompts(stream: TokenStream, meta: dict, n: int) -> list[list[int]]:
+    """Return the ids that n sampled fables follow: end of text, and up to n requests, if any."""
+    eot = meta["eot"]
+    if stream.answers is None:
+        return [[eot]] * n
+    documents = stream.document_spans(eot, len(stream))  # each has one answer
+    return [[eot, *stream.read(start, answer).tolist()]
+            for (start, _), (answer, _) in zip(documents[:n], stream.answers[:n])]
+
+
+def fable_shares(model: GPT, tokenizer, prompts: list[list[int]], stop: int) -> dict[str, float]:
+    """
+    Return the shares of stories, sampled at temperature 1, that the grammar can produce, and that
+    also have every fact that the prompt names.
+    """
+    from data.fables.prepare import NotAFable, facts_of, named_facts
 
     torch.manual_seed(seed)
-    valid, eot, T = 0, tokenizer.eot, model.config.block_size
-    for i in progress(range(0, n, 50), f"sampling {n} fables"):
-        idx = torch.full((min(50, n - i), 1), eot, device=model.device)  # (B, 1)
-        for row in model.generate(idx, T - 1, sampler=Sampling(), stop_token=eot).tolist():
-            end = row.index(eot, 1) if eot in row[1:] else len(row)
+    valid = obeyed = 0
+    for i in progress(range(0, len(prompts), 50), f"sampling {len(prompts)} fables"):
+        batch = prompts[i:i + 50]
+        T = max(map(len, batch))
+        pad = [T - len(prompt) for prompt in batch]
+        idx = torch.tensor([[stop] * n + prompt for n, prompt in zip(pad, batch)])  # (B, T)
+        rows = model.generate(idx.to(model.device), model.config.block_size - T, sampler=Sampling(),
+                              stop_token=stop, pad=torch.tensor(pad, device=model.device))
+        for prompt, row in zip(batch, rows[:, T:].tolist()):
             with contextlib.suppress(NotAFable):
-                parse(tokenizer.decode(row[1:end]))
+                facts = facts_of(tokenizer.decode(row[:row.index(stop)] if stop in row else row))
                 valid += 1
-    return valid / n
+                obeyed += named_facts(tokenizer.decode(prompt)).items() <= facts.items()
+    return {"valid_share": valid / len(prompts), "obeyed_share": obeyed / len(prompts)}
 
 
 # -----------------------------------------------------------------------------
@@ -361,7 +380,9 @@ def measure(path: str) -> dict[str, object]:
     if not sums["tokens"]:
         raise ValueError(f"{stream.name} has only one token: there is nothing to predict")
 
-    metrics = token_metrics(sums, meta["splits"].get(split, {}), tokenizer.spec["kind"])
+    # the counts of conversations are not those of their answers, which the loss is about
+    counts = {} if "chat" in meta else meta["splits"].get(split, {})
+    metrics = token_metrics(sums, counts, tokenizer.spec["kind"])
     comparable = split == "val" and how == "by_length" and not eval_iters  # with the floor
     floor = meta.get("floor") if comparable else None
     summary = {
@@ -370,8 +391,8 @@ def measure(path: str) -> dict[str, object]:
         **metrics,
         "floor": floor,
         "above_floor": above_floor(metrics["loss"], floor),
-        "valid_share": (share_of_valid_fables(model, tokenizer, valid_samples) if is_fables
-                        else None),
+        "valid_share": None,
+        "obeyed_share": None,
         "parameters": model.num_params(),
         "parameters_non_embedding": model.num_params(non_embedding=True),
         **sizes(model.config),
@@ -382,6 +403,11 @@ def measure(path: str) -> dict[str, object]:
         **dict.fromkeys(METRICS["continuations"]),
         "note": meta.get("note"),
     }
+    if is_fables:
+        prompts = fable_prompts(stream, meta, valid_samples)
+        stop = meta["chat"]["end"] if "chat" in meta else meta["eot"]
+        shares = fable_shares(model, tokenizer, prompts, stop)
+        summary |= shares if "chat" in meta else {"valid_share": shares["valid_share"]}
     pairs = continue_texts(model, tokenizer, texts) if continuations else []
     summary |= compare_texts(pairs) if pairs else {}
     summary = {key: None if isinstance(value, float) and not math.isfinite(value) else value
