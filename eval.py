@@ -178,9 +178,10 @@ def fable_shares(model: GPT, tokenizer, prompts: list[list[int]], stop: int) -> 
     for i in progress(range(0, len(prompts), 50), f"sampling {len(prompts)} fables"):
         batch = prompts[i:i + 50]
         T = max(map(len, batch))
+        room = max(0, model.config.block_size - T)
         pad = [T - len(prompt) for prompt in batch]
         idx = torch.tensor([[stop] * n + prompt for n, prompt in zip(pad, batch)])  # (B, T)
-        rows = model.generate(idx.to(model.device), model.config.block_size - T, sampler=Sampling(),
+        rows = model.generate(idx.to(model.device), room, sampler=Sampling(),
                               stop_token=stop, pad=torch.tensor(pad, device=model.device))
         for prompt, row in zip(batch, rows[:, T:].tolist()):
             with contextlib.suppress(NotAFable):
