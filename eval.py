@@ -49,7 +49,7 @@ batch_size = 32  # rows of a batch
 # last words
 last_words = 0  # documents whose last word is predicted, as in LAMBADA (0: none)
 # samples
-valid_samples = 200  # fables only: stories to sample at temperature 1 and to parse
+valid_samples = 200  # fables only: stories, or answers, to sample at temperature 1 and to parse
 continuations = 0  # texts of the split to continue and to compare with the originals (0: none)
 prompt_tokens = 32  # continuations: tokens of a text that the model is given
 max_new_tokens = 64  # continuations: tokens after these that are compared
@@ -82,6 +82,7 @@ METRICS = {
         "last_words": ("last words", "{:,}", ""),
         "last_word_accuracy": ("last-word accuracy", "{:.1%}", ""),
         "valid_share": ("valid fables", "{:.1%}", "of the samples"),
+        "obeyed_share": ("obeyed requests", "{:.1%}", "of the samples"),
     },
     "continuations": {
         "continuations": ("texts", "{:,}", ""),
@@ -202,20 +203,39 @@ def last_word_metrics(model: GPT, stream: TokenStream, tokenizer, n: int,
     return {"last_words": len(spans), "last_word_accuracy": right / len(spans)}
 
 
-def share_of_valid_fables(model: GPT, tokenizer, n: int) -> float:
-    """Return the share of n stories, sampled at temperature 1, that the grammar can produce."""
-    from data.fables.prepare import NotAFable, parse
+def fable_prompts(stream: TokenStream, meta: dict, n: int) -> list[list[int]]:
+    """Return the ids that n sampled fables follow: end of text, or one of the first n requests."""
+    if stream.answers is None:
+        return [[meta["eot"]]] * n
+    documents = stream.document_spans(meta["eot"], len(stream))  # each has one answer
+    return [stream.read(start - 1, answer).tolist()
+            for (start, _), (answer, _) in zip(documents[:n], stream.answers[:n])]
+
+
+def fable_shares(model: GPT, tokenizer, prompts: list[list[int]], stop: int) -> dict[str, float]:
+    """
+    Return the shares of stories, sampled at temperature 1, that the grammar can produce, and that
+    also have every fact that the prompt names.
+    """
+    from data.fables.prepare import NotAFable, facts_of, named_facts
 
     torch.manual_seed(seed)
-    valid, eot, T = 0, tokenizer.eot, model.config.block_size
-    for i in progress(range(0, n, 50), f"sampling {n} fables"):
-        idx = torch.full((min(50, n - i), 1), eot, device=model.device)  # (B, 1)
-        for row in model.generate(idx, T - 1, sampler=Sampling(), stop_token=eot).tolist():
-            end = row.index(eot, 1) if eot in row[1:] else len(row)
+    valid = obeyed = 0
+    for i in progress(range(0, len(prompts), 50), f"sampling {len(prompts)} fables"):
+        batch = prompts[i:i + 50]
+        T = max(map(len, batch))
+        room = max(0, model.config.block_size - T)
+        pad = [T - len(prompt) for prompt in batch]
+        idx = torch.tensor([[stop] * n + prompt for n, prompt in zip(pad, batch)])  # (B, T)
+        rows = model.generate(idx.to(model.device), room, sampler=Sampling(),
+                              stop_token=stop, pad=torch.tensor(pad, device=model.device))
+        for prompt, row in zip(batch, rows[:, T:].tolist()):
             with contextlib.suppress(NotAFable):
-                parse(tokenizer.decode(row[1:end]))
+                facts = facts_of(tokenizer.decode(row[:row.index(stop)] if stop in row else row))
                 valid += 1
-    return valid / n
+                named = named_facts(tokenizer.decode(prompt))
+                obeyed += bool(named) and named.items() <= facts.items()
+    return {"valid_share": valid / len(prompts), "obeyed_share": obeyed / len(prompts)}
 
 
 # -----------------------------------------------------------------------------
@@ -409,7 +429,9 @@ def measure(path: str) -> dict[str, object]:
     if not sums["tokens"]:
         raise ValueError(f"{stream.name} has only one token: there is nothing to predict")
 
-    metrics = token_metrics(sums, meta["splits"].get(split, {}), tokenizer.spec["kind"])
+    # the counts of conversations are not those of their answers, which the loss is about
+    counts = {} if "chat" in meta else meta["splits"].get(split, {})
+    metrics = token_metrics(sums, counts, tokenizer.spec["kind"])
     comparable = split == "val" and how == "by_length" and not eval_iters  # with the floor
     floor = meta.get("floor") if comparable else None
     summary = {
@@ -419,8 +441,8 @@ def measure(path: str) -> dict[str, object]:
         **(dict.fromkeys(("last_words", "last_word_accuracy")) | words),
         "floor": floor,
         "above_floor": above_floor(metrics["loss"], floor),
-        "valid_share": (share_of_valid_fables(model, tokenizer, valid_samples) if is_fables
-                        else None),
+        "valid_share": None,
+        "obeyed_share": None,
         "parameters": model.num_params(),
         "parameters_non_embedding": model.num_params(non_embedding=True),
         **sizes(model.config),
@@ -431,6 +453,11 @@ def measure(path: str) -> dict[str, object]:
         **dict.fromkeys(METRICS["continuations"]),
         "note": meta.get("note"),
     }
+    if is_fables:
+        prompts = fable_prompts(stream, meta, valid_samples)
+        stop = meta["chat"]["end"] if "chat" in meta else meta["eot"]
+        shares = fable_shares(model, tokenizer, prompts, stop)
+        summary |= shares if "chat" in meta else {"valid_share": shares["valid_share"]}
     pairs = continue_texts(model, tokenizer, texts) if continuations else []
     summary |= compare_texts(pairs) if pairs else {}
     summary = {key: None if isinstance(value, float) and not math.isfinite(value) else value

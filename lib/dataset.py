@@ -98,7 +98,8 @@ class TokenStream:
         """
         Return the spans of the documents, divided where they are longer than block_size.
 
-        The first token of a document is predicted from the end-of-text before it.
+        The first token of a document is predicted from the end-of-text before it. A conversation
+        begins with its own first token instead, as in other programs.
         """
         if eot < 0:
             raise ValueError(f"{self.name} has no end-of-text tokens, so batching='by_length' and "
@@ -107,7 +108,7 @@ class TokenStream:
                                for start, shard in zip(self.starts, self.shards)])
         if not len(ends) or ends[-1] != len(self):
             ends = np.append(ends, len(self))
-        begins = np.append(0, ends[:-1])
+        begins = np.append(0, ends[:-1]) + (self.answers is not None)
         n_parts = -(-(ends - begins) // block_size)
         part = np.arange(n_parts.sum()) - np.repeat(n_parts.cumsum() - n_parts, n_parts)
         starts = np.repeat(begins, n_parts) + block_size * part

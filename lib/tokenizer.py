@@ -453,6 +453,15 @@ def add_specials(tokenizer, names: Iterable[str]):
     return get_tokenizer({"tokenizer": spec})
 
 
+def add_tokens(tokenizer, texts: Iterable[str]):
+    """Return a tokenizer that has all of these texts; new tokens of a list follow the others."""
+    if isinstance(tokenizer, BytePairTokenizer):
+        return tokenizer
+    tokens = {token for text in texts for token in tokenizer.split(text)} - tokenizer.ids.keys()
+    vocab = [*tokenizer.vocab, *sorted(tokens)]
+    return get_tokenizer({"tokenizer": tokenizer.spec | {"vocab": vocab}})
+
+
 def extends(spec: dict, other: dict) -> bool:
     """Return whether a tokenizer encodes as another one, and at most has more tokens at the end."""
     size = len(other.get("vocab", []))

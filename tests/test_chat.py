@@ -2,7 +2,6 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -166,7 +165,7 @@ def test_a_conversation_in_the_terminal(tuned):
     messages, end = [], meta["chat"]["end"]
     for message, answer in zip((PROMPT, "Don't!"), answers):
         messages.append({"role": "user", "content": message})
-        ids = encode(render(PLAIN_TEMPLATE, messages, tokenizer, True), tokenizer)
+        ids = encode(render(PLAIN_TEMPLATE, list(messages), tokenizer, True), tokenizer)
         new = model.generate(torch.tensor([ids]), 5, temperature=0, stop_token=end)[0, len(ids):]
         text = tokenizer.decode([i for i in new.tolist() if i not in (end, tokenizer.eot)])
         assert answer.rstrip("\ufffd\n") == text.rstrip("\ufffd\n")
@@ -210,14 +209,17 @@ def test_the_page_encodes_a_conversation_as_python(tuned, tmp_path):
       return ids;
     }"""
     found = run_in_node(page, {"messages": [PROMPT, TRICK["content"], TEXT]}, drive)
-    messages = []
-    for message in (PROMPT, TRICK["content"], TEXT):
-        messages.append({"role": "user", "content": message})
-        ids = encode(render(PLAIN_TEMPLATE, messages, tokenizer, True), tokenizer)
-        assert found[:len(ids)] == ids
-        if found[len(ids)] == checkpoint["meta"]["chat"]["end"]:
-            answer = ""
-        else:
-            answer = tokenizer.decode([found[len(ids)]])
-        messages.append({"role": "assistant", "content": answer})
-    assert len(found) == len(ids) + 1 and np.array(found).max() < tokenizer.vocab_size
+
+    def ids_of(*messages: dict) -> list[int]:
+        return encode(render(PLAIN_TEMPLATE, list(messages), tokenizer, True), tokenizer)
+
+    first, end = ids_of(ASK), checkpoint["meta"]["chat"]["end"]
+    assert found[:len(first)] == first
+    at = len(first)
+    for message in (TRICK, ASK | {"content": TEXT}):
+        turn = ids_of(ASK, REPLY | {"content": ""}, message)[len(first):]
+        assert turn[0] == end
+        turn = turn if found[at] != end else turn[1:]  # the answer has ended itself
+        assert found[at + 1:at + 1 + len(turn)] == turn
+        at += 1 + len(turn)
+    assert len(found) == at + 1

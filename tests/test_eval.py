@@ -131,6 +131,61 @@ def test_a_model_that_knows_its_fable_is_valid(tmp_path):
     assert done.stdout.startswith(story + "\n---")
 
 
+def test_obeyed_are_the_fables_that_have_all_that_a_request_names(tmp_path, monkeypatch):
+    """A stand-in answers with its own texts: of 6, 5 are fables and 3 have what was named."""
+    from data.fables import prepare as fables
+
+    args = ["--train_stories=20", "--val_stories=6", "--instruct=True"]
+    done = run("data/fables/prepare.py", f"--out_dir={tmp_path}/chat", *args, "--tokenizer=char")
+    assert done.returncode == 0, done.stderr
+    meta = load_meta(tmp_path / "chat")
+    stream, tokenizer = TokenStream(tmp_path / "chat", "val", meta), get_tokenizer(meta)
+    prompts = evaluation.fable_prompts(stream, meta, 100)
+    user = tokenizer.specials["<|user|>"]
+    assert len(prompts) == 6 and {prompt[0] for prompt in prompts} == {user}
+    named = [fables.named_facts(tokenizer.decode(prompt)) for prompt in prompts]
+    answers = [tokenizer.decode(stream.read(*span).tolist()).removesuffix("<|end|>")
+               for span in stream.answers]
+    assert len(tokenizer.decode(prompts[0])) < len(max(map(tokenizer.decode, prompts), key=len))
+    answers[3] = answers[4]  # a fable, for another request
+    assert not named[3].items() <= fables.facts_of(answers[3]).items()
+    slot, value = next(item for item in named[4].items() if item[0] in ("friend", "hero", "hobby"))
+    answers[4] = next(text for text, _ in fables.write_stories("other", 9)
+                      if fables.facts_of(text)[slot] != value)
+    answers[5] += " The end."  # no fable
+
+    def generate(idx, n, sampler, stop_token, pad):
+        assert stop_token == meta["chat"]["end"] and sampler.temperature == 1
+        assert [row[skip:] for row, skip in zip(idx.tolist(), pad.tolist())] == prompts
+        rows = [[*tokenizer.encode(answer), stop_token] for answer in answers]
+        length = max(map(len, rows))  # rows that have ended repeat the stop token
+        rows = [row + [stop_token] * (length - len(row)) for row in rows]
+        return torch.cat([idx, torch.tensor(rows)], dim=1)
+
+    model = GPT(GPTConfig(block_size=2000, vocab_size=meta["vocab_size"], n_layer=1, n_head=1,
+                          n_embd=8))
+    monkeypatch.setattr(model, "generate", generate)
+    shares = evaluation.fable_shares(model, tokenizer, prompts, meta["chat"]["end"])
+    assert shares == {"valid_share": 5 / 6, "obeyed_share": 3 / 6}
+
+
+def test_a_tuned_model_is_measured_on_answers(trained, tmp_path):
+    done = run("data/fables/prepare.py", f"--out_dir={tmp_path}/chat", "--instruct=True",
+               "--train_stories=60", "--val_stories=8", f"--tokenizer={trained}")
+    assert done.returncode == 0, done.stderr
+    train(tmp_path / "chat", tmp_path / "out", f"--init_from={trained}", "--batching=by_length",
+          "--max_iters=2")
+    done = run("eval.py", f"--out_dir={tmp_path}/out", "--valid_samples=3", "--dtype=float32")
+    assert done.returncode == 0, done.stderr
+    summary, meta = read_summary(tmp_path / "out"), load_meta(tmp_path / "chat")
+    stream = TokenStream(tmp_path / "chat", "val", meta)
+    assert summary["tokens"] <= sum(end - start for start, end in stream.answers)
+    assert summary["floor"] == meta["floor"] < summary["loss"]
+    assert summary["valid_share"] == summary["obeyed_share"] == 0
+    assert summary["bits_per_byte"] is None  # the loss is not that of the whole text
+    assert printed_metrics(done.stdout)["obeyed requests"] == "0.0% of the samples"
+
+
 def test_another_tokenizer_is_an_error(trained, tmp_path):
     (tmp_path / "input.txt").write_text("abc " * 100)
     done = run("data/shakespeare_char/prepare.py", f"--source={tmp_path}/input.txt",

@@ -7,11 +7,14 @@ import pytest
 
 from data.fables import prepare as fables
 from helpers import prepare
+from lib.checkpoint import load_tokenizer
 from lib.corpus import load_meta
 from lib.dataset import TokenStream
-from lib.tokenizer import EOT, get_tokenizer
+from lib.tokenizer import EOT, extends, get_tokenizer
 
 STORIES = fables.write_stories("test", 2000)
+CONVERSATIONS = {split: fables.write_conversations(f"test {split}", 300, split == "val")
+                 for split in ("train", "val")}
 
 
 def random_fable(seed: int) -> tuple[str, list[int], float]:
@@ -24,7 +27,7 @@ def random_fable(seed: int) -> tuple[str, list[int], float]:
         nats -= math.log(1 / len(options))
         return choices[-1]
 
-    return fables.tell(choose), choices, nats
+    return fables.tell(choose)[0], choices, nats
 
 
 def test_parse_finds_the_choices_and_probability_of_every_fable():
@@ -54,7 +57,7 @@ def every_fable():
 
     while True:
         sizes.clear()
-        yield fables.tell(choose), list(path)
+        yield fables.tell(choose)[0], list(path)
         while path and path[-1] == sizes[len(path) - 1] - 1:
             path.pop()
         if not path:
@@ -62,7 +65,9 @@ def every_fable():
         path[-1] += 1
 
 
-def test_probabilities_of_a_small_grammar_sum_to_one(monkeypatch):
+@pytest.fixture
+def small_grammar(monkeypatch):
+    """A grammar with few options, of which every fable can be written."""
     small = {name: table[:1] for name, table in fables.TABLES.items()}
     small |= {"hero": ("Fern", "Gus"), "treasure": ("kite", "vase"), "tree": ("oak", "elm"),
               "tool": ("saw", "file", "drill")}
@@ -71,6 +76,9 @@ def test_probabilities_of_a_small_grammar_sum_to_one(monkeypatch):
     monkeypatch.setattr(fables, "BEGINNING", [first[:2], second[:1], third[:2]])
     monkeypatch.setattr(fables, "MEETING", [templates[:1] for templates in fables.MEETING])
     monkeypatch.setattr(fables, "ENDING", [templates[:1] for templates in fables.ENDING])
+
+
+def test_probabilities_of_a_small_grammar_sum_to_one(small_grammar):
     found, total = set(), 0.0
     for text, choices in every_fable():
         parsed, nats = fables.parse(text)
@@ -150,3 +158,102 @@ def test_meta_has_the_entropy_of_the_validation_split(tmp_path):
     again = prepare("fables", f"--out_dir={tmp_path}/g", *args)
     assert again.returncode == 0
     assert (tmp_path / "f/val.bin").read_bytes() == (tmp_path / "g/val.bin").read_bytes()
+
+
+# -----------------------------------------------------------------------------
+# Requests
+
+def test_every_fable_has_what_its_request_names():
+    slots = set()
+    for request, fable, _ in sum(CONVERSATIONS.values(), []):
+        named, facts = fables.named_facts(request), fables.facts_of(fable)
+        assert len(named) >= 3 and named.items() <= facts.items()
+        assert all(value in request and value in fable for value in named.values())
+        # what remains without the values is one of the templates, with an article that agrees
+        for slot, value in sorted(named.items(), key=lambda item: -len(item[1])):
+            request = re.sub(rf"\b{re.escape(value)}(?!\w)", f"[{slot}]", request)
+        assert re.sub(r"\b([Aa])n (?=\[)", r"\1 ", request) in fables.REQUESTS
+        slots |= named.keys()
+    assert slots == {"hero", "animal", "trait", "place", "hobby", "thing", "friend", "helper",
+                     "drink", "food", "moral"}
+    requests = " ".join(request for request, _, _ in sum(CONVERSATIONS.values(), []))
+    assert not re.findall(r"\ba [aeiou]\w+|\ban [^aeiou]\w+", requests)
+
+
+def test_facts_are_those_of_the_slots():
+    text = next(text for text, _ in STORIES if "the wind has my kite" in text)
+    facts = fables.facts_of(text)
+    assert facts["thing"] == facts["treasure"] == "kite"
+    assert facts["moral"] == text.split("\n\n")[-1] and facts["helper"] in fables.TABLES["flyer"]
+    assert f"named {facts['friend']}" in text or f"pass but {facts['friend']}" in text
+    # a hobby that is mentioned again, at another place, is another choice
+    text = next(text for text, _ in STORIES if "But while" in text and "loved" in text)
+    assert f"loved {fables.facts_of(text)['hobby']}." in text
+
+
+def test_requests_for_validation_do_not_occur_in_training():
+    named = {split: {tuple(sorted(fables.named_facts(request).items())) for request, _, _ in rows}
+             for split, rows in CONVERSATIONS.items()}
+    assert not named["train"] & named["val"]
+    assert all(fables.is_held_out(dict(facts)) for facts in named["val"])
+    assert not any(fables.is_held_out(dict(facts)) for facts in named["train"])
+
+
+def test_chance_is_the_total_probability_of_the_fables_that_fit(small_grammar):
+    all_fables = [(fables.facts_of(text), fables.parse(text)[1]) for text, _ in every_fable()]
+    some = {"hero": "Gus", "thing": "vase", "animal": "rabbit", "trait": "a shy"}
+    some |= {"helper": all_fables[0][0]["helper"], "moral": "Jam is for bread.",
+             "friend": "Abner", "place": "beside the old windmill", "hobby": "counting clouds"}
+    tried = 0
+    for request in fables.REQUESTS:
+        slots = fables.SLOT.findall(request)
+        if {"food", "drink"} & {*slots}:
+            continue  # the small grammar serves none
+        for moral in ("Jam is for bread.", "A friend is taller than any tree."):
+            named = {slot: (some | {"moral": moral})[slot] for slot in slots}
+            slow = math.fsum(math.exp(-nats) for facts, nats in all_fables
+                             if named.items() <= facts.items())
+            assert fables.chance(named) == pytest.approx(slow, rel=1e-9)
+            tried += 0 < slow < 1
+    assert tried > 20
+
+
+def test_chance_agrees_with_counts():
+    facts = [fables.facts_of(text) for text, _ in STORIES]
+    for named in ({"thing": "kite"}, {"helper": "owl"}, {"moral": "Jam is for bread."},
+                  {"drink": "lemonade"}, {"hero": "Fern"}):
+        p = fables.chance(named)
+        count = sum(named.items() <= these.items() for these in facts)
+        assert abs(count - p * len(facts)) < 5 * math.sqrt(p * len(facts)) + 1
+
+
+def test_conversations_extend_the_tokenizer_and_know_their_floor(tmp_path):
+    args = ["--train_stories=60", "--val_stories=40", f"--out_dir={tmp_path}/plain"]
+    assert prepare("fables", *args).returncode == 0
+    done = prepare("fables", *args[:2], f"--out_dir={tmp_path}/chat", "--instruct=True")
+    assert done.returncode == 0, done.stderr
+    plain, meta = load_meta(tmp_path / "plain"), load_meta(tmp_path / "chat")
+    assert extends(meta["tokenizer"], plain["tokenizer"])
+    assert meta["vocab_size"] > plain["vocab_size"]
+    tokenizer = get_tokenizer(meta)
+    stream = TokenStream(tmp_path / "chat", "val", meta)
+    nats = 0.0
+    spans = stream.document_spans(meta["eot"], len(stream))
+    assert len(spans) == len(stream.answers) == 40
+    for (start, _), (answer, end) in zip(spans, stream.answers):
+        request = tokenizer.decode(stream.read(start - 1, answer).tolist())
+        fable = tokenizer.decode(stream.read(answer, end).tolist()).removesuffix("<|end|>")
+        assert re.fullmatch(r"<\|user\|>.*<\|end\|><\|assistant\|>", request)
+        named = fables.named_facts(request)
+        assert len(named) >= 3 and named.items() <= fables.facts_of(fable).items()
+        nats += fables.parse(fable)[1] + math.log(fables.chance(named))
+    n_targets = sum(end - answer for answer, end in stream.answers)
+    assert meta["floor"] == pytest.approx(nats / n_targets)
+    assert meta["floor"] < plain["floor"]
+
+
+def test_the_vocabulary_of_the_conversations_extends_that_of_the_model():
+    texts = {text for options in fables.TABLES.values() for text in options}
+    base = load_tokenizer("models/fables")[0]
+    assert all(f" {word}" in base.ids or word in base.ids for text in texts
+               for word in re.findall(r"[\w'-]+", text))

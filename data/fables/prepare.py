@@ -3,6 +3,7 @@ Write short fables from a grammar whose entropy, the lowest possible loss, is kn
 
     python data/fables/prepare.py
     python data/fables/prepare.py --train_stories=2000 --out_dir=data/few_fables
+    python data/fables/prepare.py --instruct=True       # writes data/fables_instruct
 
 A fable is a sequence of random choices: each sentence is one of a few templates, and each [slot] of
 a template is filled with an option from a table. All options of a choice are equally likely, so a
@@ -13,21 +14,29 @@ reader knows every choice from left to right; this is how parse() works. The mea
 a split is its entropy: no model can have a lower loss on average. A text that parse() rejects
 cannot come from the grammar, for example because of a wrong name, a found thing that was never
 lost, or the moral of another fable.
+
+With --instruct, each document is a conversation: a request that names at least three facts, such as
+the hero, the helper and the moral, and a fable that has them. The entropy is that of the fables,
+given the requests. Tokens that only conversations need follow the vocabulary of the plain fables,
+so that a model of these can be tuned.
 """
 import math
 import os
 import random
 import re
 import sys
+import zlib
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
+from lib.chat import ChatTokenizer, meta_of_chat, render, with_template
 from lib.checkpoint import make_tokenizer
 from lib.configurator import at_least, configure, user_errors
 from lib.corpus import finish_dataset, remove_temporary_files, write_split
-from lib.tokenizer import EOT
+from lib.tokenizer import EOT, add_tokens
 
 # -----------------------------------------------------------------------------
 train_stories = 50000  # about 130 tokens each
@@ -35,7 +44,8 @@ val_stories = 2000  # held out for validation
 seed = 1337  # of the random choices
 tokenizer = "pieces"  # words with the space before them, the fastest to learn; or any other
 vocab_size = 0  # at most this many tokens (0: 4,096 of bpe, 10,000 words, all others)
-out_dir = ""  # where to write (empty: this folder)
+instruct = False  # write requests and fables that answer them
+out_dir = ""  # where to write (empty: this folder, or fables_instruct beside it)
 # -----------------------------------------------------------------------------
 
 
@@ -382,9 +392,9 @@ class NotAFable(ValueError):
     """The text cannot come from the grammar. The message says where it departs from it."""
 
 
-def tell(choose: Callable[[str, tuple[str, ...]], int]) -> str:
+def tell(choose: Callable[[str, tuple[str, ...]], int]) -> tuple[str, dict[str, str]]:
     """
-    Return one fable.
+    Return one fable and its facts: what fills each slot the first time, the thing and the moral.
 
     choose: a function of the text so far and the options for what comes next, which returns the
     index of an option. With random numbers this writes a fable, with a finished text it parses it.
@@ -398,8 +408,9 @@ def tell(choose: Callable[[str, tuple[str, ...]], int]) -> str:
     def add_choice(slot: str) -> None:
         nonlocal text
         table = TABLES[HELPERS[PLOT_OF[facts["thing"]]] if slot == "helper" else slot]
-        facts[slot] = table[choose(text, table)]
-        text += facts[slot]
+        option = table[choose(text, table)]
+        facts.setdefault(slot, option)
+        text += option
         if slot == "hero":
             she, her, him = ("She", "her", "her") if facts["hero"] in SHE else ("He", "his", "him")
             facts.update(She=she, her=her, him=him, she=she.lower(), Her=her.capitalize())
@@ -425,11 +436,12 @@ def tell(choose: Callable[[str, tuple[str, ...]], int]) -> str:
     add_paragraph(trouble + MEETING)
     add_paragraph(rescue + ENDING)
     add_paragraph([morals])
-    return text
+    facts["moral"] = text.rsplit("\n", 1)[-1]
+    return text, facts
 
 
-def write_story(rng: random.Random) -> tuple[str, float]:
-    """Return a random fable and its -log p in nats."""
+def write_story(rng: random.Random) -> tuple[str, dict[str, str], float]:
+    """Return a random fable, its facts and its -log p in nats."""
     nats = 0.0
 
     def choose(text: str, options: tuple[str, ...]) -> int:
@@ -437,13 +449,13 @@ def write_story(rng: random.Random) -> tuple[str, float]:
         nats += math.log(len(options))
         return rng.randrange(len(options))
 
-    return tell(choose), nats
+    return *tell(choose), nats
 
 
 def write_stories(seed: str, n: int) -> list[tuple[str, float]]:
     """Return n random fables and their -log p in nats, always the same for a seed."""
     rng = random.Random(seed)
-    return [write_story(rng) for _ in range(n)]
+    return [(text, nats) for text, _, nats in (write_story(rng) for _ in range(n))]
 
 
 def begins_with(text: str, option: str) -> bool:
@@ -474,32 +486,124 @@ def parse(text: str) -> tuple[list[int], float]:
         nats += math.log(len(options))
         return fits[0]
 
-    if tell(choose) != text:
+    if tell(choose)[0] != text:
         raise NotAFable("the text continues after the end of the fable")
     return choices, nats
+
+
+def facts_of(text: str) -> dict[str, str]:
+    """Return the facts of a fable, see tell(). Raises NotAFable if it is none."""
+    choices = iter(parse(text)[0])
+    return tell(lambda *_: next(choices))[1]
+
+
+# -----------------------------------------------------------------------------
+# Requests: one of the first sentences, and one of the second that names other slots.
+
+FIRST = ["Tell me about [hero] the [animal] and the [thing].",
+         "Tell me a fable about a [animal] named [hero] and the [thing].",
+         "Write a fable about [trait] [animal] named [hero].",
+         "Tell me a fable in which [trait] [animal] meets [friend].",
+         "Who was [hero], the [animal] who loved [hobby]?",
+         "Tell me a story of [hero], who lived [place].",
+         "I want to hear about [hero] and [friend] the [helper].",
+         "How did the [animal] who loved [hobby] meet [friend]?"]
+SECOND = ['The moral is "[moral]"',
+          'It must end with "[moral]"',
+          "Let [friend] the [helper] come by.",
+          "A [helper] should help.",
+          "At the end there is [drink] and [food].",
+          "It happens [place].",
+          "The hero loves [hobby].",
+          "It is about the [thing]."]
+SLOT = re.compile(r"\[(\w+)\]")
+REQUESTS = [f"{first} {second}" for first in FIRST for second in SECOND
+            if not {*SLOT.findall(first)} & {*SLOT.findall(second)}]
+
+
+def named_facts(text: str) -> dict[str, str]:
+    """Return the facts that a request names, or {}. There may be control tokens around it."""
+    for request in REQUESTS:
+        pattern = SLOT.sub(r"(?P<\1>.+)", request.replace("?", "[?]").replace(".", "[.]"))
+        if match := re.search(re.sub(r"\b([Aa]) (?=\()", r"\1n? ", pattern), text):
+            return match.groupdict()
+    return {}
+
+
+def chance(named: dict[str, str]) -> float:
+    """Return the probability that a fable has these facts."""
+    total = 0.0
+    for template in BEGINNING[-1]:
+        things = TABLES[re.search(r"\[(treasure|treat|plant|wonder)\]", template)[1]]
+        plots = Counter(PLOT_OF[thing] for thing in things if thing == named.get("thing", thing))
+        for plot, n in plots.items():
+            tables = {"helper": TABLES[HELPERS[plot]], "moral": PLOTS[plot][2]}
+            total += n / len(things) * math.prod((named[slot] in table) / len(table)
+                                                 for slot, table in tables.items() if slot in named)
+    others = [slot for slot in named if slot not in ("thing", "helper", "moral")]
+    sentences = len(BEGINNING[-1]) * (len(ENDING[-1]) if {"drink", "food"} & named.keys() else 1)
+    return total / sentences / math.prod(len(TABLES[slot]) for slot in others)
+
+
+def is_held_out(named: dict[str, str]) -> bool:
+    """Return whether requests for these facts are for validation only: a fifth of all sets."""
+    return zlib.crc32(repr(sorted(named.items())).encode()) % 5 == 0
+
+
+def write_conversations(seed: str, n: int, held_out: bool) -> list[tuple[str, str, float]]:
+    """
+    Return n requests, fables that answer them, and -log p in nats of a fable given its request.
+
+    Every request is as probable for all fables that it fits. Given the request, the probability of
+    a fable is therefore its own divided by that of the named facts.
+    """
+    rng, conversations = random.Random(seed), []
+    while len(conversations) < n:
+        fable, facts, nats = write_story(rng)
+        request = rng.choice(REQUESTS)
+        named = {slot: facts[slot] for slot in SLOT.findall(request) if slot in facts}
+        if len(named) == len(SLOT.findall(request)) and is_held_out(named) == held_out:
+            for slot, value in named.items():
+                request = request.replace(f"[{slot}]", value)
+            request = re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", request)
+            conversations.append((request, fable, nats + math.log(chance(named))))
+    return conversations
 
 
 # -----------------------------------------------------------------------------
 
 def prepare(folder: Path, train_stories: int, val_stories: int, seed: int, kind: str,
-            vocab_size: int) -> None:
+            vocab_size: int, instruct: bool = False) -> None:
     sizes = {"train": train_stories, "val": val_stories}
     print(f"writing {train_stories + val_stories:,} fables ...", flush=True)
     stories = {split: write_stories(f"{seed} {split}", n) for split, n in sizes.items()}
     texts = {split: [text for text, _ in stories[split]] for split in sizes}
     specials = None if kind == "word" else (EOT,)
     trained = make_tokenizer(kind, texts["train"] + texts["val"], vocab_size, specials)
+    more = {}
+    if instruct:  # the fables above only gave the vocabulary
+        conversations = {split: write_conversations(f"{seed} {split} instruct", n, split == "val")
+                         for split, n in sizes.items()}
+        stories = {split: [row[1:] for row in conversations[split]] for split in sizes}
+        parts = [part for split in sizes for row in conversations[split] for part in row[:2]]
+        tokenizer, template = with_template(add_tokens(trained, parts), "")
+        texts = {split: [render(template, [{"role": "user", "content": request},
+                                           {"role": "assistant", "content": fable}], tokenizer)
+                         for request, fable, _ in conversations[split]] for split in sizes}
+        trained, more = ChatTokenizer(tokenizer), meta_of_chat(template, tokenizer)
     with remove_temporary_files(folder):
         splits = {split: write_split(folder, split, texts[split], trained, n)
                   for split, n in sizes.items()}
         if trained.unk >= 0:  # without capitals and rare words the entropy is another
-            finish_dataset(folder, trained, splits)
+            finish_dataset(folder, trained, splits, **more)
             return
+        fables = [fable for fable, _ in stories["val"]]
         nats = math.fsum(nats for _, nats in stories["val"])
-        floor = nats / splits["val"]["tokens"]
-        floor_bits_per_byte = nats / math.log(2) / splits["val"]["bytes"]
+        # each fable is followed by one more token, which ends it
+        floor = nats / (sum(map(len, trained.encode_many(fables))) + len(fables))
+        floor_bits_per_byte = nats / math.log(2) / sum(len(fable.encode()) for fable in fables)
         finish_dataset(folder, trained, splits, floor=floor,
-                       floor_bits_per_byte=floor_bits_per_byte)
+                       floor_bits_per_byte=floor_bits_per_byte, **more)
     print(f"entropy of the validation split, the lowest possible loss: {floor:.4f} nats per token")
 
 
@@ -507,5 +611,6 @@ if __name__ == "__main__":
     configure(globals(), train_stories=at_least(1), val_stories=at_least(1), seed=at_least(0),
               vocab_size=at_least(0, at_most=65536))
     with user_errors():
-        folder = Path(out_dir) if out_dir else HERE
-        prepare(folder, train_stories, val_stories, seed, tokenizer, vocab_size)
+        folder = HERE.with_name("fables_instruct") if instruct else HERE
+        folder = Path(out_dir) if out_dir else folder
+        prepare(folder, train_stories, val_stories, seed, tokenizer, vocab_size, instruct)
