@@ -582,7 +582,7 @@ def resolve_weight_dtype() -> str:
 
 def resolve_path(dtype: str) -> Path:
     """Return the folder or file to write. Raise ValueError if that would destroy something."""
-    name = str(Path(out_dir)).removesuffix(".pt")  # without a slash at the end
+    name = re.sub(r"\.(pt|gguf)$", "", str(Path(out_dir)))  # without a slash at the end
     names = {"gguf": f"{name}-{dtype}.gguf", "html": f"{name}.html"}
     path = Path(to or names.get(format, f"{name}-{format}"))
     if path.exists() and path.is_file() != (format in names):
