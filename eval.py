@@ -35,7 +35,7 @@ from model import GPT, GPTConfig
 
 # -----------------------------------------------------------------------------
 # model and data
-out_dir = "out"  # a run (best.pt or last.pt), a .pt file, a Hugging Face folder, gpt2 ... gpt2-xl
+out_dir = "out"  # a run (best.pt or last.pt), a .pt or .gguf file, a Hugging Face folder, gpt2 ...
 compare = ""  # measure several runs, out,out-int8,..., and print one table
 quantize = ""  # 'int8': quantize the weights first
 dataset = ""  # a folder in data/, or a path; '': the one that the model was trained on

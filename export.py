@@ -48,7 +48,7 @@ from lib.tokenizer import (
 from model import GPT
 
 # -----------------------------------------------------------------------------
-out_dir = "out"  # a run (best.pt or last.pt), a .pt file, a Hugging Face folder, gpt2 ... gpt2-xl
+out_dir = "out"  # a run (best.pt or last.pt), a .pt or .gguf file, a Hugging Face folder, gpt2 ...
 format = "int8"  # or 'hf', 'gguf', 'html'
 dtype = "auto"  # hf: float32 (auto), float16, bfloat16; gguf: float16 (auto), float32, q8_0
 to = ""  # folder or file to write; '': named after out_dir

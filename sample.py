@@ -38,7 +38,7 @@ SHIPPED = "models/tinystories"  # the trained model in this repository
 
 # -----------------------------------------------------------------------------
 # model
-out_dir = "out"  # a run (best.pt or last.pt), a .pt file, a Hugging Face folder, gpt2 ... gpt2-xl
+out_dir = "out"  # a run (best.pt or last.pt), a .pt or .gguf file, a Hugging Face folder, gpt2 ...
 quantize = ""  # 'int8': a quarter of the size, about twice as fast on a CPU
 device = "auto"  # cuda, else mps, else cpu; or 'cpu', 'cuda:1', ...
 # prompt
