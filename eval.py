@@ -36,7 +36,7 @@ from model import GPT, GPTConfig
 
 # -----------------------------------------------------------------------------
 # model and data
-out_dir = "out"  # a run, a .pt file, a Hugging Face folder, or of its hub gpt2, USER/NAME@REVISION
+out_dir = "out"  # a run, a .pt or .gguf file, a Hugging Face folder, gpt2, USER/NAME@REVISION
 compare = ""  # measure several runs, out,out-int8,..., and print one table
 quantize = ""  # 'int8': quantize the weights first
 dataset = ""  # a folder in data/, or a path; '': the one that the model was trained on

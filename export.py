@@ -56,7 +56,7 @@ from lib.tokenizer import (
 from model import GPT
 
 # -----------------------------------------------------------------------------
-out_dir = "out"  # a run, a .pt file, a Hugging Face folder, or of its hub gpt2, USER/NAME@REVISION
+out_dir = "out"  # a run, a .pt or .gguf file, a Hugging Face folder, gpt2, USER/NAME@REVISION
 format = "int8"  # or 'hf', 'gguf', 'html'
 dtype = "auto"  # hf: float32 (auto), float16, bfloat16; gguf: float16 (auto), float32, q8_0
 to = ""  # folder or file to write; '': named after out_dir
@@ -605,7 +605,7 @@ def resolve_weight_dtype() -> str:
 
 def resolve_path(dtype: str) -> Path:
     """Return the folder or file to write. Raise ValueError if that would destroy something."""
-    name = str(Path(out_dir)).removesuffix(".pt")  # without a slash at the end
+    name = re.sub(r"\.(pt|gguf)$", "", str(Path(out_dir)))  # without a slash at the end
     name = Path(name.partition("@")[0]).name if is_hub_name(out_dir) else name
     names = {"gguf": f"{name}-{dtype}.gguf", "html": f"{name}.html"}
     path = Path(to or names.get(format, f"{name}-{format}"))

@@ -40,7 +40,7 @@ SHIPPED = "models/tinystories"  # the trained model in this repository
 
 # -----------------------------------------------------------------------------
 # model
-out_dir = "out"  # a run, a .pt file, a Hugging Face folder, or of its hub gpt2, USER/NAME@REVISION
+out_dir = "out"  # a run, a .pt or .gguf file, a Hugging Face folder, gpt2, USER/NAME@REVISION
 quantize = ""  # 'int8': a quarter of the size, about twice as fast on a CPU
 device = "auto"  # cuda, else mps, else cpu; or 'cpu', 'cuda:1', ...
 # prompt

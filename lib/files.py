@@ -54,7 +54,7 @@ def write_atomically(path: Path, text: str) -> None:
         file.write(text)
 
 
-def results_file(model: str, checkpoint: Path, name: str) -> Path:
+def results_file(model: str | Path, checkpoint: Path, name: str) -> Path:
     """
     Return where eval.py writes `name` for a model: in the folder of its run.
 

@@ -153,7 +153,7 @@ def config_of(fields: dict, tensors: dict[str, Tensor], file: BinaryIO) -> GPTCo
     args = {ours: theirs.pop(name) for ours, name in (required | OPTIONAL).items()
             if name in theirs}
     config = GPTConfig(arch, **args, vocab_size=tensors["token_embd.weight"].shape[0],
-                       tied="output.weight" not in tensors)
+                       tied=arch == "gpt2" or "output.weight" not in tensors)
     known = {"vocab_size": config.vocab_size, "attention.value_length": config.head_dim,
              "rope.dimension_count": config.head_dim, "rope.scaling.type": "none"}
     for name, value in theirs.items():
@@ -175,7 +175,7 @@ def read_weights(file: BinaryIO, tensors: dict[str, Tensor],
 
     table = gguf.get_tensor_name_map(gguf.MODEL_ARCH[config.arch.upper()], config.n_layer)
     stacked = hf_names(config)
-    if config.tied:
+    if "output.weight" not in tensors:
         del stacked["lm_head.weight"]
     names = {name: table.get_name(name, try_suffixes=(".weight", ".bias"))
              for theirs in stacked.values() for name in theirs}
@@ -203,7 +203,11 @@ def read_weights(file: BinaryIO, tensors: dict[str, Tensor],
     weights = {}
     for ours, theirs in stacked.items():
         weights[ours] = torch.cat([read(name) for name in theirs])
-    return weights | ({"lm_head.weight": weights["transformer.wte.weight"]} if config.tied else {})
+    embedding = weights["transformer.wte.weight"]
+    head = weights.setdefault("lm_head.weight", embedding)
+    if config.tied and not head.equal(embedding):  # older files of GPT-2 repeat it
+        raise ValueError("its output.weight is not its token_embd.weight")
+    return weights
 
 
 def meta_of_fields(fields: dict) -> dict:
@@ -220,15 +224,18 @@ def meta_of_fields(fields: dict) -> dict:
     while types[len(tokens) - 1] != NORMAL_TOKEN and re.fullmatch(r"\[PAD\d+\]", tokens[-1]):
         tokens.pop()
     control = {i for i in range(len(tokens)) if types[i] != NORMAL_TOKEN}
-    eos, kind, pre = tokens[about["eos_token_id"]], about["model"], about.get("pre")
+    kind, pre, eos = about["model"], about.get("pre"), about["eos_token_id"]
+    if eos not in range(len(tokens)):
+        raise ValueError(f"its eos_token_id is {eos!r}")
     if kind == "gpt2":
         patterns = PATTERNS | {"gpt-2": gpt2_pattern(), "llama3": PATTERNS["llama-bpe"]}
         if pre not in patterns:
             raise ValueError(f"its tokenizer has the pattern {pre!r}; only "
                              f"{', '.join(sorted(patterns))} can be read")
         merges = [pair.split(" ") for pair in about["merges"]]
-        spec = bpe_of_model(tokens, merges, patterns[pre], control, eos, pre.startswith("llama"))
-    elif kind == "t5" and set(about["scores"].tolist()) == {-1.0} and eos == EOT:
+        spec = bpe_of_model(tokens, merges, patterns[pre], control, tokens[eos],
+                            pre.startswith("llama"))
+    elif kind == "t5" and set(about["scores"].tolist()) == {-1.0} and tokens[eos] == EOT:
         spec = list_tokenizer_spec([token.replace("\u2581", " ") for token in tokens], control)
     else:
         raise ValueError(f"its tokenizer is of the kind {kind!r}; only byte-level BPE, called "

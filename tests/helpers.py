@@ -248,6 +248,8 @@ SHAPES = {
                   n_inner=64, block_size=64),
     "untied": dict(arch="qwen3", n_layer=1, n_head=2, n_embd=32, block_size=64, tied=False,
                    rope_theta=500.0),
+    "llama": dict(arch="llama", n_layer=2, n_head=6, n_kv_head=2, head_dim=10, n_embd=36,
+                  n_inner=50, block_size=64, tied=False, rope_theta=700.0, norm_eps=1e-4),
 }
 
 
@@ -304,6 +306,49 @@ def transformers_of(folder: Path):
             folder, trust_remote_code=(folder / "tokenization_word.py").exists()
         ),
     )
+
+
+def gguf_tensors(path: Path) -> tuple[dict, dict]:
+    """Return the tensors of a GGUF file in float32, and its fields, read by llama.cpp's library."""
+    import gguf
+
+    reader = gguf.GGUFReader(path)
+    tensors = {t.name: gguf.quants.dequantize(t.data, t.tensor_type)
+               .reshape(t.shape[::-1].tolist()) for t in reader.tensors}
+    return tensors, {name: field.contents() for name, field in reader.fields.items()}
+
+
+def expected_gguf_tensors(model: GPT) -> dict[str, torch.Tensor]:
+    """Return the weights of a model by their names in a GGUF file."""
+    c, state = model.config, model.state_dict()
+    names = {"attn.c_proj": "attn_output", "ln_1": "attn_norm", "ln_2": "ffn_norm",
+             "mlp.c_proj": "ffn_down"}
+    if c.arch == "gpt2":
+        names |= {"attn.c_attn": "attn_qkv", "mlp.c_fc": "ffn_up"}
+    elif c.arch == "qwen3":
+        names |= {"attn.q_norm": "attn_q_norm", "attn.k_norm": "attn_k_norm"}
+    pairs = {"transformer.wte": "token_embd", "transformer.ln_f": "output_norm"}
+    pairs |= {"transformer.wpe": "position_embd"} if c.arch == "gpt2" else {}
+    pairs |= {} if c.tied else {"lm_head": "output"}
+    tensors = {}
+    for i in range(c.n_layer):
+        pairs |= {f"transformer.h.{i}.{ours}": f"blk.{i}.{name}" for ours, name in names.items()}
+        if c.arch != "gpt2":
+            sizes = model.transformer.h[i].attn.qkv_sizes
+            q, k, v = state[f"transformer.h.{i}.attn.c_attn.weight"].split(sizes)
+            if c.arch == "llama":  # rows j and j + hs / 2 of a head are neighbors
+                half = c.head_dim // 2
+                order = [head * c.head_dim + j + side * half for head in range(c.n_head)
+                         for j in range(half) for side in (0, 1)]
+                q, k = q[order], k[order[:len(k)]]
+            gate, up = state[f"transformer.h.{i}.mlp.c_fc.weight"].chunk(2)
+            tensors |= {f"blk.{i}.{name}.weight": w for name, w in (
+                ("attn_q", q), ("attn_k", k), ("attn_v", v), ("ffn_gate", gate), ("ffn_up", up))}
+    for ours, name in pairs.items():
+        tensors[f"{name}.weight"] = w = state[f"{ours}.weight"]
+        if c.arch == "gpt2" and not ours.endswith(("wte", "wpe")):
+            tensors[f"{name}.bias"] = state.get(f"{ours}.bias", torch.zeros(len(w)))
+    return tensors
 
 
 # -----------------------------------------------------------------------------

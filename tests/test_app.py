@@ -175,11 +175,12 @@ def expected_rows(folder: Path, n: int = 0, **changes) -> list[tuple[str, str]]:
 def test_runs_are_found_and_nothing_else(tmp_path, monkeypatch):
     for path in ("best.pt", "a/last.pt", "a/b/ckpt.pt", "a/b/c/best.pt", ".venv/best.pt",
                  "__pycache__/best.pt", "a/prev.pt", "hf/config.json", "hf/model.safetensors",
-                 "half/model.safetensors", "other/config.json", "old/prev.pt"):
+                 "half/model.safetensors", "other/config.json", "old/prev.pt", "a/m.gguf",
+                 "a/b/c/n.gguf", "a/m.gguf.tmp"):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).touch()
     monkeypatch.setattr(app, "folder", str(tmp_path))
-    assert set(app.find_runs()) == {".", "a", "a/b", "hf"}
+    assert set(app.find_runs()) == {".", "a", "a/b", "hf", "a/m.gguf"}
 
 
 def test_runs_are_listed_and_described(server, runs):

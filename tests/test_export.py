@@ -14,7 +14,9 @@ from helpers import (
     HERE,
     PROMPT,
     TEXT,
+    expected_gguf_tensors,
     export,
+    gguf_tensors,
     make_run,
     one_line_error,
     run,
@@ -29,7 +31,7 @@ from sample import generate_text
 TYPED = [EOT, UNK, f"a{EOT}{UNK} a", f"{UNK} {EOT}\n"]  # special tokens that are ordinary text
 # shape, tokenizer, unused ids at the end of the vocabulary
 PAIRS = [("gpt2", "gpt2", 47), ("nanogpt", "char", 0), ("qwen3", "bpe", 0), ("untied", "pieces", 3),
-         ("gpt2", "word", 0), ("gpt2", "char", 0)]
+         ("llama", "bpe", 0), ("gpt2", "word", 0), ("gpt2", "char", 0)]
 
 
 def greedy_text(out_dir: Path) -> str:
@@ -106,48 +108,9 @@ def test_tokenizers_are_the_same(tmp_path, kind):
 # -----------------------------------------------------------------------------
 # llama.cpp
 
-
-def gguf_tensors(path: Path) -> tuple[dict, dict]:
-    """Return the tensors of a GGUF file in float32, and its fields, read by llama.cpp's library."""
-    import gguf
-
-    reader = gguf.GGUFReader(path)
-    tensors = {t.name: gguf.quants.dequantize(t.data, t.tensor_type)
-               .reshape(t.shape[::-1].tolist()) for t in reader.tensors}
-    return tensors, {name: field.contents() for name, field in reader.fields.items()}
-
-
-def expected_gguf_tensors(model: GPT) -> dict[str, torch.Tensor]:
-    """Return some weights of the model by their names in a GGUF file."""
-    state = model.state_dict()
-    block = {name: state["transformer.h.0." + name] for name in
-             ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight",
-              "ln_1.weight")}
-    tensors = {"token_embd.weight": state["transformer.wte.weight"],
-               "output_norm.weight": state["transformer.ln_f.weight"],
-               "blk.0.attn_output.weight": block["attn.c_proj.weight"],
-               "blk.0.ffn_down.weight": block["mlp.c_proj.weight"],
-               "blk.0.attn_norm.weight": block["ln_1.weight"]}
-    if model.config.arch == "gpt2":
-        tensors |= {"position_embd.weight": state["transformer.wpe.weight"],
-                    "blk.0.attn_qkv.weight": block["attn.c_attn.weight"],
-                    "blk.0.ffn_up.weight": block["mlp.c_fc.weight"]}
-        if model.config.bias:
-            tensors["blk.0.attn_qkv.bias"] = state["transformer.h.0.attn.c_attn.bias"]
-        else:
-            tensors["blk.0.ffn_up.bias"] = torch.zeros(128)
-    else:
-        sizes = model.transformer.h[0].attn.qkv_sizes
-        q, k, v = block["attn.c_attn.weight"].split(sizes)
-        gate, up = block["mlp.c_fc.weight"].chunk(2)
-        tensors |= {"blk.0.attn_q.weight": q, "blk.0.attn_k.weight": k, "blk.0.attn_v.weight": v,
-                    "blk.0.ffn_gate.weight": gate, "blk.0.ffn_up.weight": up,
-                    "blk.0.attn_q_norm.weight": state["transformer.h.0.attn.q_norm.weight"]}
-    return tensors
-
-
 @pytest.mark.parametrize("dtype", ["float32", "float16", "q8_0"])
-@pytest.mark.parametrize("pair", ["gpt2-gpt2", "qwen3-bpe", "untied-pieces", "nanogpt-char"])
+@pytest.mark.parametrize("pair", ["gpt2-gpt2", "qwen3-bpe", "untied-pieces", "nanogpt-char",
+                                  "llama-bpe"])
 def test_gguf_holds_the_model(runs, tmp_path, pair, dtype):
     """Every weight within the rounding of its type, every token, and the fields of the shape."""
     (out, model), (shape, kind) = runs[pair], pair.split("-")
@@ -157,7 +120,9 @@ def test_gguf_holds_the_model(runs, tmp_path, pair, dtype):
     assert len(done.stderr.splitlines()) < 2
     assert f"parse_special, {EOT} in a prompt is read as the special" in done.stdout
     tensors, fields = gguf_tensors(tmp_path / "m.gguf")
-    for name, w in expected_gguf_tensors(model).items():
+    expected = expected_gguf_tensors(model)
+    assert tensors.keys() == expected.keys()
+    for name, w in expected.items():
         exact = dtype == "float32" or w.dim() == 1 or name.startswith("position")
         is_float16 = dtype == "float16" or w.size(-1) % 32
         step = 2**-11 * w.abs() if is_float16 else w.abs().max() / 127
@@ -165,14 +130,13 @@ def test_gguf_holds_the_model(runs, tmp_path, pair, dtype):
         error = (torch.tensor(tensors[name]) - w).abs()
         assert (error <= (0 if exact else step + 1e-7)).all(), name
     c, ours = model.config, tokenizer_of(kind)
-    assert ("output.weight" in tensors) == (not c.tied)
     assert fields["general.architecture"] == c.arch
     assert fields[f"{c.arch}.context_length"] == 64
     assert fields[f"{c.arch}.attention.head_count"] == c.n_head
-    if c.arch == "qwen3":
+    if c.arch != "gpt2":
         keys = ("attention.head_count_kv", "attention.key_length", "rope.freq_base")
         expected = [c.n_kv_head, c.head_dim, c.rope_theta]
-        assert [fields[f"qwen3.{key}"] for key in keys] == expected
+        assert [fields[f"{c.arch}.{key}"] for key in keys] == expected
     tokens = fields["tokenizer.ggml.tokens"]
     assert len(tokens) == c.vocab_size
     assert tokens[ours.eot] == EOT == tokens[fields["tokenizer.ggml.eos_token_id"]]
@@ -181,7 +145,8 @@ def test_gguf_holds_the_model(runs, tmp_path, pair, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pair", ["gpt2-gpt2", "qwen3-bpe", "untied-pieces", "gpt2-char"])
+@pytest.mark.parametrize("pair", ["gpt2-gpt2", "qwen3-bpe", "untied-pieces", "llama-bpe",
+                                  "gpt2-char"])
 def test_llama_cpp_computes_the_same(runs, tmp_path, pair):
     """The ids of a prompt and the greedy ids after it, in float16; similar logits in q8_0."""
     from llama_cpp import Llama
