@@ -554,15 +554,17 @@ def write_conversations(seed: str, n: int, held_out: bool) -> list[tuple[str, st
     """
     Return n requests, fables that answer them, and -log p in nats of a fable given its request.
 
-    Every request is as probable for all fables that it fits. Given the request, the probability of
-    a fable is therefore its own divided by that of the named facts.
+    A kind of request is drawn first, then a fable that has these slots: all that have the named
+    facts are as probable as in the grammar, so their probability is divided by that of the facts.
     """
     rng, conversations = random.Random(seed), []
     while len(conversations) < n:
-        fable, facts, nats = write_story(rng)
-        request = rng.choice(REQUESTS)
-        named = {slot: facts[slot] for slot in SLOT.findall(request) if slot in facts}
-        if len(named) == len(SLOT.findall(request)) and is_held_out(named) == held_out:
+        request, facts = rng.choice(REQUESTS), {}
+        slots = SLOT.findall(request)
+        while not facts.keys() >= {*slots}:  # not every fable ends with food
+            fable, facts, nats = write_story(rng)
+        named = {slot: facts[slot] for slot in slots}
+        if is_held_out(named) == held_out:
             for slot, value in named.items():
                 request = request.replace(f"[{slot}]", value)
             request = re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", request)
