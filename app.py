@@ -250,7 +250,7 @@ def about(run: str, model: GPT, tokenizer, checkpoint: dict) -> str:
              "tokenizer": f"{tokenizer.spec['kind']}, {tokenizer.vocab_size:,} tokens",
              "dataset": checkpoint["meta"].get("dataset") or "unknown",
              "steps": f"{checkpoint['step']:,}"}
-    path = results_file(Path(folder, run), Path(checkpoint["path"]), "metrics_summary.json")
+    path = results_file(Path(folder, run), Path(folder, run), "metrics_summary.json")
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
         if summary["step"] != checkpoint["step"]:

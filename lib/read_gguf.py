@@ -104,6 +104,8 @@ def read_header(file: BinaryIO) -> tuple[dict, dict[str, Tensor]]:
                 return [text() for _ in range(n)]
             dtype = np.dtype("<" + SCALARS[kind])
             return np.frombuffer(take(n * dtype.itemsize), dtype)
+        if kind not in SCALARS:
+            raise ValueError(f"a field has the unknown type {kind}")
         x = number(SCALARS[kind])
         return float(str(np.float32(x))) if SCALARS[kind] == "f" else x  # 1e-5, not 9.99999e-06
 
@@ -113,17 +115,17 @@ def read_header(file: BinaryIO) -> tuple[dict, dict[str, Tensor]]:
     for _ in range(n_fields):
         name = text()
         if name in fields:
-            raise ValueError(f"the field {name} occurs twice")
+            raise ValueError(f"the field {name!r} occurs twice")
         fields[name] = value(number("I"))
     for _ in range(n_tensors):
         name, n_dims = text(), number("I")
         if name in tensors or not 1 <= n_dims <= 4:
-            raise ValueError(f"the tensor {name} occurs twice or has {n_dims} dimensions")
+            raise ValueError(f"the tensor {name!r} occurs twice or has {n_dims} dimensions")
         shape = struct.unpack(f"<{n_dims}Q", take(8 * n_dims))[::-1]
         kind, offset = gguf.GGMLQuantizationType(number("I")), number("Q")
         block, block_size = gguf.GGML_QUANT_SIZES[kind]
         if 0 in shape or shape[-1] % block:
-            raise ValueError(f"the tensor {name} of type {kind.name} has the shape {shape}")
+            raise ValueError(f"the tensor {name!r} of type {kind.name} has the shape {shape}")
         tensors[name] = Tensor(shape, kind, offset, math.prod(shape) // block * block_size)
     alignment = fields.get("general.alignment", 32)
     if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
@@ -132,7 +134,7 @@ def read_header(file: BinaryIO) -> tuple[dict, dict[str, Tensor]]:
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1].offset):
         tensors[name] = tensor = tensor._replace(offset=start + tensor.offset)
         if tensor.offset % alignment or not end <= tensor.offset <= size - tensor.size:
-            raise ValueError(f"the data of {name} is outside of the file or overlaps with others")
+            raise ValueError(f"the data of {name!r} is outside of the file or overlaps others")
         end = tensor.offset + tensor.size
     return fields, tensors
 
@@ -157,8 +159,8 @@ def config_of(fields: dict, tensors: dict[str, Tensor], file: BinaryIO) -> GPTCo
     known = {"vocab_size": config.vocab_size, "attention.value_length": config.head_dim,
              "rope.dimension_count": config.head_dim, "rope.scaling.type": "none"}
     for name, value in theirs.items():
-        if str(value) != str(known.get(name, 0)):
-            raise ValueError(f"its {arch}.{name} is {value!r}; only {known.get(name, 0)!r} is "
+        if str(value) != str(supported := known.get(name, 0)):
+            raise ValueError(f"its {arch} field {name!r} is {value!r}; only {supported!r} is "
                              "supported")
     # with fewer tensors it has fewer layers, and positions never take more memory than weights
     positions, size = 4 * config.block_size * config.head_dim, os.fstat(file.fileno()).st_size
@@ -183,7 +185,7 @@ def read_weights(file: BinaryIO, tensors: dict[str, Tensor],
         scaled = "rope_freqs.weight" in unknown
         raise ValueError("it has rope_freqs.weight, the rope scaling of Llama 3.1, which is not "
                          "supported" if scaled else
-                         f"it has {unknown[0]}, which the model does not have")
+                         f"it has {unknown[0]!r}, which the model does not have")
     shapes = {theirs: torch.empty(tensors[name].shape, device="meta")
               for theirs, name in names.items() if name in tensors}
     from_hf({name: w.t() if is_transposed(name) else w for name, w in shapes.items()}, config)
@@ -194,7 +196,8 @@ def read_weights(file: BinaryIO, tensors: dict[str, Tensor],
         data = np.fromfile(file, np.uint8, tensor.size).reshape(*tensor.shape[:-1], -1)
         with np.errstate(all="ignore"):
             w = gguf.quants.dequantize(data, tensor.kind)
-        if not math.isfinite(w.max() - w.min()):
+            is_finite = math.isfinite(w.max() - w.min())
+        if not is_finite:
             raise ValueError(f"{name} has values that are not finite")
         is_rotated = theirs.endswith(("q_proj.weight", "k_proj.weight")) and config.arch == "llama"
         w = torch.from_numpy(w)
@@ -206,7 +209,7 @@ def read_weights(file: BinaryIO, tensors: dict[str, Tensor],
     embedding = weights["transformer.wte.weight"]
     head = weights.setdefault("lm_head.weight", embedding)
     if config.tied and not head.equal(embedding):  # older files of GPT-2 repeat it
-        raise ValueError("its output.weight is not its token_embd.weight")
+        raise ValueError("its output.weight differs from its token_embd.weight, which GPT-2 shares")
     return weights
 
 
@@ -241,7 +244,7 @@ def meta_of_fields(fields: dict) -> dict:
         raise ValueError(f"its tokenizer is of the kind {kind!r}; only byte-level BPE, called "
                          "'gpt2', can be read")
     template = fields.get("tokenizer.chat_template")
-    return meta_of(spec) | ({"chat_template": template} if template else {})
+    return meta_of(spec) | ({"chat_template": str(template)} if template else {})
 
 
 def list_tokenizer_spec(vocab: list[str], control: set[int]) -> dict:

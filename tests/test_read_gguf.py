@@ -193,7 +193,7 @@ def test_gpt2_may_repeat_its_embeddings(tmp_path):
     idx = torch.randint(30, (2, 64))
     assert torch.allclose(load_model(path, "cpu")[0](idx)[0], model(idx)[0], atol=1e-5)
     write_gguf(path, model, tensors={"output.weight": 2 * w})
-    with pytest.raises(ValueError, match="output.weight is not its token_embd.weight"):
+    with pytest.raises(ValueError, match="output.weight differs from its token_embd"):
         load_checkpoint(path)
 
 
@@ -215,17 +215,17 @@ EPS = "llama.attention.layer_norm_rms_epsilon"
 @pytest.mark.parametrize("fields, says", [
     ({"general.architecture": ("mamba", STR)}, "its architecture is 'mamba', not 'gpt2' or"),
     ({"llama.block_count": None}, "it has no llama.block_count"),
-    ({"llama.block_count": (1, U32)}, "it has blk.1.attn_k.weight, which the model does not have"),
+    ({"llama.block_count": (1, U32)}, "it has 'blk.1.attn_k.weight', which the model"),
     ({"llama.block_count": (2**31, U32)}, "not those of a model of its size"),
     ({"llama.context_length": (2**31, U32)}, "not those of a model of its size"),
-    ({"llama.attention.key_length": (2**31, U32)}, "its llama.attention.value_length is 10"),
+    ({"llama.attention.key_length": (2**31, U32)}, "'attention.value_length' is 10; only"),
     ({EPS: (float("nan"), F32)}, "norm_eps must be above 0"),
     ({EPS: (float("inf"), F32)}, "not those of a model of its size"),
     ({"llama.rope.freq_base": (float("inf"), F32)}, "not those of a model of its size"),
     ({"llama.embedding_length": (40, U32)}, "has the shape (40, 36), not (40, 40)"),
-    ({"llama.rope.scaling.type": ("yarn", STR)}, "its llama.rope.scaling.type is 'yarn'; only"),
-    ({"llama.rope.dimension_count": (8, U32)}, "its llama.rope.dimension_count is 8; only 10"),
-    ({"llama.expert_count": (8, U32)}, "its llama.expert_count is 8; only 0 is supported"),
+    ({"llama.rope.scaling.type": ("yarn", STR)}, "field 'rope.scaling.type' is 'yarn'; only"),
+    ({"llama.rope.dimension_count": (8, U32)}, "field 'rope.dimension_count' is 8; only 10"),
+    ({"llama.expert_count": (8, U32)}, "'expert_count' is 8; only 0 is supported"),
     ({"tokenizer.ggml.model": ("llama", STR)}, "of the kind 'llama'; only byte-level BPE"),
     ({"tokenizer.ggml.tokens": None}, "it has no tokenizer.ggml.tokens"),
     ({"general.alignment": (24, U32)}, "its general.alignment is 24"),
@@ -251,7 +251,8 @@ def test_other_fields_without_effect_are_read(tmp_path):
     ({"blk.1.ffn_up.weight": np.full((50, 36), np.nan, np.float32)},
      "blk.1.ffn_up.weight has values that are not finite"),
     ({"blk.1.ffn_up.weight": np.zeros((50, 36))}, "F64"),
-    ({"blk.0.attn_q.bias": np.zeros(60, np.float32)}, "it has blk.0.attn_q.bias, which"),
+    ({"blk.0.attn_q.bias": np.zeros(60, np.float32)}, "it has 'blk.0.attn_q.bias', which"),
+    ({"a\x1b[2J": np.ones(5, np.float32)}, r"it has 'a\x1b[2J', which"),
     ({"rope_freqs.weight": np.ones(5, np.float32)}, "the rope scaling of Llama 3.1"),
 ])
 def test_tensors_that_do_not_fit_are_named(tmp_path, tensors, says):

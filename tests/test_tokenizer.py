@@ -10,7 +10,17 @@ from hypothesis import strategies as st
 from data.fables import prepare as fables
 from helpers import ODD
 from lib import tokenizer as tokenizer_module
-from lib.tokenizer import EOT, UNK, get_tokenizer, gpt2_tokenizer, split_words, train_tokenizer
+from lib.tokenizer import (
+    EOT,
+    PATTERNS,
+    UNK,
+    bpe_of_model,
+    byte_level,
+    get_tokenizer,
+    gpt2_tokenizer,
+    split_words,
+    train_tokenizer,
+)
 
 STORIES = fables.write_stories("test", 20)
 
@@ -151,3 +161,32 @@ def test_unknown_text_and_unknown_tokenizers_are_named():
                    {"tokenizer": {"kind": "char", "vocab": [1]}}):
         with pytest.raises(ValueError, match="tokenizer"):
             get_tokenizer(broken)
+
+
+def test_merges_as_those_of_llama3():
+    """It lists all pairs that make a token, and has tokens that only encode a whole word."""
+    from tokenizers import Regex, Tokenizer, models
+    from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
+
+    from export import to_rust
+
+    trained = train_tokenizer("bpe", [text for text, _ in STORIES], vocab_size=700)
+    vocab = [*byte_level(trained)[0][:-1], "zqxj", EOT]
+    ids, pattern = {token: i for i, token in enumerate(vocab)}, PATTERNS["llama-bpe"]
+    merges = [(token[:i], token[i:]) for token in vocab[:-1] for i in range(1, len(token))
+              if token[:i] in ids and token[i:] in ids]
+    ours = get_tokenizer({"tokenizer": bpe_of_model(vocab, merges, pattern, {len(vocab) - 1}, EOT,
+                                                    ignore_merges=True)})
+    theirs = Tokenizer(models.BPE(ids, merges, ignore_merges=True))
+    theirs.pre_tokenizer = Sequence([Split(Regex(pattern), "isolated"),
+                                     ByteLevel(add_prefix_space=False, use_regex=False)])
+    assert len(merges) > len(byte_level(ours)[1]) == len(vocab) - 258
+    for text in (ODD, *(text for text, _ in STORIES), "zqxj zqxj zqxja", "theatheaa theththe"):
+        assert ours.encode(text) == theirs.encode(text).ids
+        assert to_rust(ours).encode(text, add_special_tokens=False).ids == ours.encode(text)
+    assert ours.encode("zqxj") == [len(vocab) - 2] and len(ours.encode(" zqxj")) == 5
+    for wrong in (merges[::-1], merges[1:], [*merges, ("z", "z")]):
+        with pytest.raises(ValueError, match="another order than merges"):
+            bpe_of_model(vocab, wrong, pattern, {len(vocab) - 1}, EOT, ignore_merges=True)
+    with pytest.raises(ValueError, match="another order than merges"):
+        bpe_of_model(vocab, merges, pattern, {len(vocab) - 1}, EOT)
