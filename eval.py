@@ -117,15 +117,15 @@ def score(model: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
     """
     Return sums over all targets: nats, tokens, and how many are the top 1 and in the top 5.
 
-    rows: the rows whose targets are all the top 1.
+    rows: the number of rows in which every target is the top 1.
     """
     sums = dict(nats=0.0, tokens=0, top1=0, top5=0, rows=0)
     for idx, targets in batches:
-        counts, top1 = targets >= 0, []  # (B, T)
+        has_target, top1 = targets >= 0, []  # (B, T)
         with autocast:
-            states = model.hidden(idx)[counts]  # (N, C) of the N tokens that have a target
+            states = model.hidden(idx)[has_target]  # (N, C) of the N tokens that have a target
         # in parts: the logits of a whole batch can take 7 GB
-        for x, y in zip(states.split(2048), targets[counts].split(2048)):
+        for x, y in zip(states.split(2048), targets[has_target].split(2048)):
             with autocast:
                 logits = model.lm_head(x)
             logits = logits.float()  # (n, V)
@@ -133,11 +133,11 @@ def score(model: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
             sums["tokens"] += len(y)
             hits = logits.topk(min(5, logits.size(-1)), dim=-1).indices == y[:, None]  # (n, 5)
             top1.append(hits[:, 0])
+            sums["top1"] += int(hits[:, 0].sum())
             sums["top5"] += int(hits.sum())
-        right = ~counts  # (B, T), True where there is no target
-        right[counts] = torch.cat(top1)
-        sums["top1"] += int(right[counts].sum())
-        sums["rows"] += int(right.all(dim=1).sum())
+        missed = torch.zeros_like(has_target)  # (B, T)
+        missed[has_target] = ~torch.cat(top1)
+        sums["rows"] += int((~missed.any(dim=1)).sum())
     return sums
 
 
@@ -169,8 +169,8 @@ def token_metrics(sums: dict[str, float], counts: dict[str, int], kind: str) -> 
     }
 
 
-def spread(items: np.ndarray, n: int) -> np.ndarray:
-    """Return up to n items, spread evenly over all, always the same."""
+def evenly_spaced(items: np.ndarray, n: int) -> np.ndarray:
+    """Return up to n of the items, always the same, evenly spaced."""
     n = min(n, len(items))
     return items[np.arange(n) * len(items) // max(n, 1)]
 
@@ -178,15 +178,17 @@ def spread(items: np.ndarray, n: int) -> np.ndarray:
 def last_word_metrics(model: GPT, stream: TokenStream, tokenizer, n: int,
                       autocast: contextlib.AbstractContextManager) -> dict[str, object]:
     """
-    Return how many of up to n documents have a last word that greedy decoding would produce.
+    Return the share of documents whose last word greedy decoding would produce, of up to n.
 
     The model reads a document up to its last white space and predicts the rest, as in LAMBADA
-    (https://arxiv.org/abs/1606.06031). Skips documents of one word, longer than block_size, or with
-    other tokens than encode() gives. Raises ValueError if there are no documents or none is left.
+    (https://arxiv.org/abs/1606.06031). Skips documents with one word, with more than block_size
+    tokens, or that do not encode to the same tokens again. Raises ValueError if none is left.
     """
+    if stream.answers is not None:
+        raise ValueError(f"{stream.name} holds conversations, which last_words does not measure")
     documents, spans = stream.document_spans(tokenizer.eot, len(stream)), []
     T = model.config.block_size
-    for start, stop in spread(documents[documents[:, 1] - documents[:, 0] <= T], n):
+    for start, stop in evenly_spaced(documents[documents[:, 1] - documents[:, 0] <= T], n):
         *ids, end = stream.read(start, stop).tolist()
         text = tokenizer.decode(ids).rstrip()
         before, *word = text.rsplit(maxsplit=1) or [""]
@@ -204,7 +206,7 @@ def last_word_metrics(model: GPT, stream: TokenStream, tokenizer, n: int,
 
 
 def fable_prompts(stream: TokenStream, meta: dict, n: int) -> list[list[int]]:
-    """Return the ids that n sampled fables follow: end of text, or one of the first n requests."""
+    """Return up to n prompts: end of text for plain fables, else the first requests."""
     if stream.answers is None:
         return [[meta["eot"]]] * n
     documents = stream.document_spans(meta["eot"], len(stream))  # each has one answer
@@ -214,8 +216,10 @@ def fable_prompts(stream: TokenStream, meta: dict, n: int) -> list[list[int]]:
 
 def fable_shares(model: GPT, tokenizer, prompts: list[list[int]], stop: int) -> dict[str, float]:
     """
-    Return the shares of stories, sampled at temperature 1, that the grammar can produce, and that
-    also have every fact that the prompt names.
+    Sample an answer to each prompt at temperature 1. Return the valid_share and obeyed_share.
+
+    Valid answers can be produced by the grammar. Obeyed are requests whose answer is valid and has
+    every fact that they name. stop: the token that ends an answer.
     """
     from data.fables.prepare import NotAFable, facts_of, named_facts
 
@@ -230,8 +234,9 @@ def fable_shares(model: GPT, tokenizer, prompts: list[list[int]], stop: int) -> 
         rows = model.generate(idx.to(model.device), room, sampler=Sampling(),
                               stop_token=stop, pad=torch.tensor(pad, device=model.device))
         for prompt, row in zip(batch, rows[:, T:].tolist()):
+            answer = tokenizer.decode(row[:row.index(stop)] if stop in row else row)
             with contextlib.suppress(NotAFable):
-                facts = facts_of(tokenizer.decode(row[:row.index(stop)] if stop in row else row))
+                facts = facts_of(answer)
                 valid += 1
                 named = named_facts(tokenizer.decode(prompt))
                 obeyed += bool(named) and named.items() <= facts.items()
@@ -280,7 +285,7 @@ def leading_texts(stream: TokenStream, eot: int, length: int, n: int) -> np.ndar
     if not len(starts):
         raise ValueError(f"no text of {stream.name} has prompt_tokens + max_new_tokens = {length} "
                          "tokens")
-    texts = np.stack([stream.read(start, start + length) for start in spread(starts, n)])
+    texts = np.stack([stream.read(start, start + length) for start in evenly_spaced(starts, n)])
     return np.insert(texts, 0, eot, axis=1) if len(documents) > 1 else texts
 
 
@@ -429,7 +434,7 @@ def measure(path: str) -> dict[str, object]:
     if not sums["tokens"]:
         raise ValueError(f"{stream.name} has only one token: there is nothing to predict")
 
-    # the counts of conversations are not those of their answers, which the loss is about
+    # meta.json counts whole conversations, but the loss covers only the answers
     counts = {} if "chat" in meta else meta["splits"].get(split, {})
     metrics = token_metrics(sums, counts, tokenizer.spec["kind"])
     comparable = split == "val" and how == "by_length" and not eval_iters  # with the floor

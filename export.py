@@ -71,8 +71,9 @@ DTYPES = {"hf": ["float32", "float16", "bfloat16"], "gguf": ["float16", "float32
 PAGE_METRICS = {"loss": "loss, nats per token", "floor": "least possible loss",
                 "bits_per_byte": "bits per byte"}
 EXAMPLE = "Once upon a time"  # the prompt on a page, if the vocabulary has it
+# of metrics_summary.json, for the model card
 METRICS = ("loss", "floor", "perplexity", "word_perplexity", "bits_per_byte", "accuracy",
-           "accuracy_top5", "valid_share")  # of metrics_summary.json, for the model card
+           "accuracy_top5", "last_word_accuracy", "valid_share", "obeyed_share")
 
 
 # -----------------------------------------------------------------------------
@@ -207,8 +208,8 @@ def add_gguf_tokenizer(writer, tokenizer, vocab_size: int) -> None:
         tokens, merges = byte_level(tokenizer)
         names = {pattern: name for name, pattern in PATTERNS.items()} | {gpt2_pattern(): "gpt-2"}
         if (pattern := tokenizer.encoding._pat_str) not in names:
-            raise ValueError("llama.cpp does not have the pattern of this tokenizer, "
-                             f"{pattern[:60]!r} ...: use --format=hf")
+            raise ValueError("llama.cpp does not know the pattern of this tokenizer "
+                             f"({pattern[:60]!r} ...): use --format=hf")
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(names[pattern])
         writer.add_token_merges([" ".join(merge) for merge in merges])
@@ -254,8 +255,11 @@ def model_card(checkpoint: dict, model: GPT, kind: str, name: str) -> str:
         text += f" Trained on {dataset} for {checkpoint['step']:,} steps."
     if kind in ("char", "pieces") and UNK not in checkpoint["meta"]["tokenizer"]["vocab"]:
         text += " A prompt with text outside this vocabulary raises an error."
-    text += (f" {EOT} in a prompt is read as text, except by programs that ignore "
-             "tokenizer_config.json.")
+    if "chat_template" in checkpoint["meta"]:
+        text += " It was tuned on conversations and has a chat template."
+    else:
+        text += (f" {EOT} in a prompt is read as text, except by programs that ignore "
+                 "tokenizer_config.json.")
     measured = measured_table(measurements(checkpoint))
     remote = ", trust_remote_code=True" if kind == "word" else ""
     return f"""---
@@ -361,7 +365,8 @@ def export_gguf(checkpoint: dict, path: Path, dtype: str) -> list[Path]:
         add_gguf_tokenizer(writer, tokenizer, c.vocab_size)
         if template := checkpoint["meta"].get("chat_template"):
             writer.add_chat_template(template)
-            writer.add_eot_token_id(answer_marks(template, tokenizer)["end"])  # of an answer
+            # llama.cpp's end of turn
+            writer.add_eot_token_id(answer_marks(template, tokenizer)["end"])
         add_gguf_tensors(writer, model, dtype)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -436,24 +441,24 @@ def export_html(checkpoint: dict, path: Path, dtype: str) -> list[Path]:
     tensors, floats, data = pack_weights(quantize_int8(model.state_dict()), model.config.tied)
     spec, tokens = tokenizer_for_page(tokenizer)
     data += json.dumps(tokens, separators=(",", ":")).encode()
-    template = checkpoint["meta"].get("chat_template")
-    example = EXAMPLE if has_all_of(tokenizer, EXAMPLE) and not template else ""
+    chat_template = checkpoint["meta"].get("chat_template")
+    example = EXAMPLE if has_all_of(tokenizer, EXAMPLE) and not chat_template else ""
     content = {"config": asdict(model.config), "tensors": tensors, "floats": floats,
                "tokenizer": spec, "prompt": example,
-               "chat": page_frames(template, tokenizer) if template else None,
+               "chat": page_frames(chat_template, tokenizer) if chat_template else None,
                "card": page_card(checkpoint, model, tokenizer),
                "command": training_command(checkpoint["config"])}
     dataset = checkpoint["meta"].get("dataset")
     style = f" in the style of {dataset}" if dataset else ""
-    does = "answers messages" if template else f"continues a text{style}"
+    does = "answers messages" if chat_template else f"continues a text{style}"
     about = (f"A language model of {model.num_params() / 1e6:.1f} million parameters in one file: "
              f"it {does}.")
     fields = {"title": html.escape(Path(out_dir).resolve().name), "about": html.escape(about),
               "model": json.dumps(content).replace("<", "\\u003c"),  # no tag can end the script
               "weights": base64.b64encode(zlib.compress(data, 9)).decode()}
-    template = Path(__file__).with_name("lib").joinpath("page.html").read_text(encoding="utf-8")
+    page = Path(__file__).with_name("lib").joinpath("page.html").read_text(encoding="utf-8")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, re.sub(r"{{(\w+)}}", lambda field: fields[field[1]], template))
+    write_atomically(path, re.sub(r"{{(\w+)}}", lambda field: fields[field[1]], page))
     return [path]
 
 
@@ -606,7 +611,8 @@ def resolve_weight_dtype() -> str:
 def resolve_path(dtype: str) -> Path:
     """Return the folder or file to write. Raise ValueError if that would destroy something."""
     name = re.sub(r"\.(pt|gguf)$", "", str(Path(out_dir)))  # without a slash at the end
-    name = Path(name.partition("@")[0]).name if is_hub_name(out_dir) else name
+    if is_hub_name(out_dir):
+        name = out_dir.partition("@")[0].rpartition("/")[2]  # NAME of USER/NAME@REVISION
     names = {"gguf": f"{name}-{dtype}.gguf", "html": f"{name}.html"}
     path = Path(to or names.get(format, f"{name}-{format}"))
     if path.exists() and path.is_file() != (format in names):

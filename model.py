@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass
 class GPTConfig:
-    arch: str = "gpt2"  # or 'qwen3', 'llama'
+    arch: str = "gpt2"  # or 'llama', 'qwen3'
     block_size: int = 1024  # longest context in tokens
     vocab_size: int = 50257
     n_layer: int = 12
@@ -26,11 +26,11 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = True  # gpt2: biases in Linear and LayerNorm, as in OpenAI's weights
     gelu: str = "tanh"  # gpt2: OpenAI's approximation; 'none': the exact GELU, as in nanoGPT
-    n_kv_head: int = 0  # not gpt2: heads of keys and values, shared by the query heads (0: n_head)
-    head_dim: int = 0  # not gpt2: width of a head (0: n_embd / n_head)
-    n_inner: int = 0  # not gpt2: width of the SwiGLU (0: 8/3 n_embd, as many weights as in gpt2)
-    rope_theta: float = 10000.0  # not gpt2: base of the rotary wavelengths
-    norm_eps: float = 0.0  # not gpt2: of RMSNorm (0: 1e-6 in qwen3, 1e-5 in llama)
+    n_kv_head: int = 0  # llama, qwen3: heads of keys and values (0: n_head)
+    head_dim: int = 0  # llama, qwen3: width of a head (0: n_embd / n_head)
+    n_inner: int = 0  # llama, qwen3: width of the SwiGLU (0: 8/3 n_embd)
+    rope_theta: float = 10000.0  # llama, qwen3: base of the rotary wavelengths
+    norm_eps: float = 0.0  # epsilon of the norms (0: 1e-5, in qwen3 1e-6)
     tied: bool = True  # the head shares the weights of the token embedding; gpt2: always
 
     def __post_init__(self):
@@ -114,7 +114,7 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, -1, self.head_dim)  # (B, T, n_head + 2 * n_kv_head, hs)
         q, k, v = qkv.transpose(1, 2).split([self.n_head, self.n_kv_head, self.n_kv_head], dim=1)
-        if rope is not None:  # in float32 also under autocast, as the norms
+        if rope is not None:  # float32 even under autocast, like the norms
             q, k = q.float(), k.float()
             if self.normalize_qk:
                 q, k = self.q_norm(q), self.k_norm(k)
@@ -262,7 +262,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def init_weights(self) -> None:
         """
-        Initialize as GPT-2, but for other widths, for qwen3 and for llama.
+        Initialize like GPT-2, adapted to other widths and to llama and qwen3.
 
         Matrices have std 0.02 * sqrt(768 / n_embd): GPT-2's 0.02 at its own width, larger for
         narrower models, so that attention starts to learn early. In qwen3 and llama the residual

@@ -46,7 +46,7 @@ device = "auto"  # cuda, else mps, else cpu; or 'cpu', 'cuda:1', ...
 # prompt
 start = ""  # the prompt; FILE:path: read a text file; '-': standard input; '': a new document
 interactive = False  # read one prompt after another from the terminal
-chat = False  # hold a conversation with a model that was tuned for it; start: the system message
+chat = False  # chat with a model that was tuned for it; start is the system message
 next_token = 0  # only print this many of the most probable next tokens (0: generate)
 # length
 num_samples = 3  # in interactive mode the default is 1
@@ -81,7 +81,7 @@ if __name__ == "__main__":
 class Continuation(NamedTuple):
     text: str  # what follows the prompt
     ended: bool
-    tokens: list[int]  # of the prompt and what follows it, without a final end-of-text
+    tokens: list[int]  # of the prompt and what follows it, without a final end token
 
 
 @functools.lru_cache(maxsize=1)
@@ -194,9 +194,10 @@ def stream_text(model: GPT, tokenizer, prompts: list[str], max_new_tokens: int, 
 def stream_ids(model: GPT, tokenizer, idx: torch.Tensor, pad: torch.Tensor, max_new_tokens: int,
                sampler: Sampling, stop: str, end: int) -> Iterator[list[Continuation]]:
     """
-    Yield the continuations of token ids (B, T), padded at the left by pad (B,), as stream_text().
+    Yield the continuations of token ids (B, T) after each token, like stream_text().
 
-    end: a continuation ends with this token, or with the end of text.
+    pad: (B,) number of padding tokens at the left. end: the token that ends a continuation, besides
+    the end of text.
     """
     stops = split_stop(stop)
     sampler = replace(sampler, stop_token=end)
@@ -213,8 +214,8 @@ def stream_ids(model: GPT, tokenizer, idx: torch.Tensor, pad: torch.Tensor, max_
             ended = is_end or n == max_new_tokens
             if not is_end:
                 tokens.append(token)
-            start = prompt_lengths[i]  # a few tokens before it are enough to join the two
-            text = text_after(tokenizer, tokens[max(0, start - 8):start], tokens[start:])
+            length = prompt_lengths[i]  # a few tokens before it are enough to join the two
+            text = text_after(tokenizer, tokens[max(0, length - 8):length], tokens[length:])
             if (cut := cut_at_stop(text, stops)) != text:
                 text, ended = cut, True
             elif not ended:
@@ -343,21 +344,29 @@ def respond_to_all(model: GPT, tokenizer, sampler: Sampling) -> None:
             print()
 
 
-def print_answer(model: GPT, tokenizer, messages: list[dict[str, str]], template: str,
-                 sampler: Sampling) -> str:
-    """Print the answer to a conversation as it grows. Return it. The oldest messages may go."""
+def fit_context(model: GPT, tokenizer, messages: list[dict[str, str]],
+                template: str) -> tuple[list[dict[str, str]], list[int]]:
+    """
+    Return the messages that leave room for an answer, and their token ids.
+
+    The oldest request and its answer are dropped first; the system message is kept.
+    """
+    block_size = model.config.block_size
     while True:
         ids = encode(render(template, messages, tokenizer, add_generation_prompt=True), tokenizer)
-        room = model.config.block_size - len(ids)
-        if room >= min(max_new_tokens, model.config.block_size // 4):
-            break
-        if len(messages) < 3:
-            raise ValueError(f"the message has more tokens than the model reads ({len(ids):,} of "
-                             f"{model.config.block_size:,}): shorten it")
-        first = int(messages[0]["role"] == "system")
-        del messages[first:first + 2]
-    idx = torch.tensor([ids], device=model.device)
-    end, printed = answer_marks(template, tokenizer)["end"], ""
+        if block_size - len(ids) >= min(max_new_tokens, block_size // 4):
+            return messages, ids
+        n_system = int(messages[0]["role"] == "system")
+        if len(messages) - n_system < 3:
+            raise ValueError(f"the message takes {len(ids):,} of the {block_size:,} tokens of the "
+                             "context, which leaves no room for an answer: shorten it")
+        messages = messages[:n_system] + messages[n_system + 2:]
+
+
+def print_answer(model: GPT, tokenizer, ids: list[int], end: int, sampler: Sampling) -> str:
+    """Print the answer to a conversation as it grows, and return it. end: its last token."""
+    idx, printed = torch.tensor([ids], device=model.device), ""
+    room = model.config.block_size - len(ids)
     try:
         for answer, in stream_ids(model, tokenizer, idx, torch.zeros_like(idx[:, 0]),
                                   min(max_new_tokens, room), sampler, stop, end):
@@ -365,16 +374,18 @@ def print_answer(model: GPT, tokenizer, messages: list[dict[str, str]], template
             printed = answer.text
     except KeyboardInterrupt:
         pass
-    print()
+    finally:
+        print()
     return printed
 
 
 def hold_conversation(model: GPT, tokenizer, template: str, sampler: Sampling, system: str) -> None:
-    """Answer messages until standard input ends. Ctrl-C ends an answer, or at the prompt all."""
+    """Answer messages until standard input ends. Ctrl-C ends an answer or, at the prompt, all."""
     sys.stdin.reconfigure(errors="replace")
     print("Type a message and press Enter. Ctrl-C stops an answer.\n"
           "To leave, press Ctrl-C at the prompt, or Ctrl-D (on Windows Ctrl-Z and Enter).")
     messages = [{"role": "system", "content": system}] if system else []
+    end = answer_marks(template, tokenizer)["end"]
     while True:
         try:
             message = input("you> ")
@@ -383,7 +394,8 @@ def hold_conversation(model: GPT, tokenizer, template: str, sampler: Sampling, s
             return
         try:
             asked = [*messages, {"role": "user", "content": message}]
-            answer = print_answer(model, tokenizer, asked, template, sampler)
+            asked, ids = fit_context(model, tokenizer, asked, template)
+            answer = print_answer(model, tokenizer, ids, end, sampler)
             messages = [*asked, {"role": "assistant", "content": answer}]
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
@@ -397,8 +409,8 @@ if __name__ == "__main__":
         model, tokenizer, checkpoint = load(out_dir, device, quantize)
         template = checkpoint["meta"].get("chat_template", "")
         if chat and not template:
-            raise ValueError(f"{out_dir} was not tuned for conversations: data/chat/prepare.py and "
-                             "config/finetune_chat.py do that")
+            raise ValueError(f"{out_dir} has no chat template: tune it with data/chat/prepare.py "
+                             "and config/finetune.py, see docs/finetuning.md")
     print(describe(out_dir, model, checkpoint), file=sys.stderr, flush=True)
     sampler.generator = torch.Generator(model.device).manual_seed(seed)
     if chat:

@@ -59,7 +59,7 @@ block_size = 128  # longest context in tokens
 arch = "gpt2"  # or 'qwen3', which learns faster, or 'llama'
 n_layer = 6  # blocks
 n_head = 6  # attention heads
-n_kv_head = 0  # not gpt2: heads of keys and values, shared by the query heads (0: n_head)
+n_kv_head = 0  # llama, qwen3: heads of keys and values (0: n_head)
 n_embd = 384  # width
 dropout = 0.1  # 0 is good when no token is seen twice
 bias = True  # gpt2: biases in Linear and LayerNorm
@@ -195,15 +195,20 @@ ranks.check_same({"the data": checksums})
 machine.set_up_torch(many_shapes=batching == "by_length", deterministic=deterministic)
 with ranks.user_errors():
     resuming = ckpt.should_resume(out_dir, init_from, overwrite or eval_only)
-    finetuned, checkpoint, saved_config, base_model = None, None, {}, ""
+    finetuned, checkpoint = None, None
+    saved_config, base_model = {}, ""
     if init_from not in ("scratch", "resume", "auto"):
         asked = {name: config[name] for name in ("block_size", "dropout") if name in given}
-        start = ckpt.load_checkpoint(init_from)
-        finetuned = ckpt.model_to_finetune(start, init_from, meta["tokenizer"], **asked)
-        saved_config, base_model = asdict(finetuned.config), start["meta"].get("base_model", "")
-        start = None  # free its memory
+        base = ckpt.load_checkpoint(init_from)
+        finetuned = ckpt.model_to_finetune(base, init_from, meta["tokenizer"], **asked)
+        saved_config, base_model = asdict(finetuned.config), base["meta"].get("base_model", "")
+        if lora_rank and meta["vocab_size"] > base["meta"]["vocab_size"]:
+            raise ValueError(f"{dataset} has tokens that {init_from} does not have, and lora_rank "
+                             "does not train embeddings: leave it out")
+        base = None  # free its memory
     if lora_rank and not (finetuned or resuming):
-        raise ValueError(f"lora_rank={lora_rank} fine-tunes a model: name it, --init_from=MODEL")
+        raise ValueError("lora_rank needs a trained model: set --init_from to a run, a file or "
+                         "USER/NAME")
     padded_vocab = 50304 if pad_vocab and meta["vocab_size"] == 50257 else meta["vocab_size"]
     model_config = finetuned.config if finetuned else GPTConfig(
         arch=arch, block_size=block_size, vocab_size=padded_vocab, n_layer=n_layer, n_head=n_head,
@@ -270,7 +275,7 @@ n_params, n_in_blocks = raw_model.num_params(), raw_model.num_params(non_embeddi
 n_trained = sum(p.numel() for p in raw_model.parameters() if p.requires_grad)
 say(named_lines(
     model=f"{n_params:,} parameters ({n_in_blocks:,} without embeddings)",
-    lora=f"{n_trained:,} of these, of rank {lora_rank}, are trained" if lora_rank else "",
+    lora=f"rank {lora_rank}, {n_trained:,} trained parameters" if lora_rank else "",
     data=f"{dataset}: {len(streams['train']):,} training tokens, {len(streams['val']):,} "
          "validation tokens",
     batch=f"{gradient_accumulation_steps} x {batch_size} x {block_size} = "

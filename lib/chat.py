@@ -1,9 +1,9 @@
 """
-Conversations as token ids: chat templates, and what a chat template tells about answers.
+Conversations as token ids: chat templates, and where the answers are.
 
-A conversation is a list of {"role": "system", "user" or "assistant", "content": text}. A template
-in Jinja, as in transformers, writes it as text with control tokens around the messages. Only the
-template's control tokens become special ids: the same letters inside a message remain text.
+A conversation is a list of {"role": "system", "user" or "assistant", "content": text}. A Jinja chat
+template, as in transformers, turns it into text with control tokens around the messages. Only
+control tokens of the template become special ids; in a message they stay ordinary text.
 """
 import functools
 import re
@@ -17,7 +17,8 @@ PLAIN_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
 PLAIN_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
-MARK = "\ufdd0"  # no character: written into a control token that a message contains
+# a Unicode noncharacter, inserted into control tokens in messages so that they stay text
+MARK = "\ufdd0"
 
 
 def check_messages(messages: object) -> None:
@@ -27,13 +28,13 @@ def check_messages(messages: object) -> None:
     for message in messages:
         if not (isinstance(message, dict) and isinstance(message.get("content"), str)
                 and message.get("role") in ("system", "user", "assistant")):
-            raise ValueError("a message must have a role, which is system, user or assistant, and "
-                             f"a text as its content; one is {str(message)[:60]}")
+            raise ValueError("each message needs a role (system, user or assistant) and text as "
+                             f"its content, got {str(message)[:60]}")
 
 
 @functools.lru_cache
-def compiled(template: str):
-    """Return a template of Jinja, in a sandbox and with the options that transformers uses."""
+def compile_template(template: str):
+    """Compile a Jinja template in a sandbox."""
     from jinja2 import TemplateError  # torch needs it too, so it is installed
     from jinja2.ext import loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -64,8 +65,8 @@ def render(template: str, messages: list[dict[str, str]], tokenizer,
     check_messages(messages)
     messages = [message | {"content": marked(message["content"])} for message in messages]
     try:
-        return compiled(template).render(messages=messages, bos_token="", eos_token="", tools=None,
-                                         add_generation_prompt=add_generation_prompt)
+        return compile_template(template).render(
+            messages=messages, tools=None, add_generation_prompt=add_generation_prompt)
     except Exception as error:  # a template is a program and can fail in any way
         raise ValueError(f"the chat template cannot write this conversation: {error}") from None
 
@@ -84,9 +85,9 @@ def encode(text: str, tokenizer) -> list[int]:
 
 def answer_marks(template: str, tokenizer) -> dict[str, list[int] | int]:
     """
-    Return the ids between which an answer stands: `answer` begins it, `end` is its last token.
+    Return the ids that mark an answer: `answer` precedes it, `end` is its last token.
 
-    Training masks everything else. Raises ValueError if the template marks answers with ordinary
+    Training ignores all other tokens. Raises ValueError if the template marks answers with ordinary
     text, which a message could contain.
     """
     def ids(messages: list[dict], prompted: bool = False) -> list[int]:
@@ -97,16 +98,17 @@ def answer_marks(template: str, tokenizer) -> dict[str, list[int] | int]:
     answer = ids([user], prompted=True)[len(request):]
     ends = [i for i in ids([user, assistant])[len(request) + len(answer):] if i in control]
     if not control & set(answer) or not ends:
-        raise ValueError("the chat template does not mark answers with control tokens")
+        raise ValueError("the chat template has no control tokens around answers, so they cannot "
+                         "be found in the data: tune a model with another template")
     return {"answer": answer, "end": ends[-1]}
 
 
 def page_frames(template: str, tokenizer) -> dict[str, str | int]:
     """
-    Return the texts around the messages of a dialog and the `end` of answers, for lib/page.html.
+    Return the fixed text around the messages of a dialog, and the id that ends an answer.
 
-    A conversation is first, a request, answer, an answer, next, a request, answer, ... Raises
-    ValueError if the template depends on more than the order of the messages.
+    For lib/page.html. A conversation is first, a request, answer, an answer, next, a request,
+    answer, ... Raises ValueError if the template depends on more than the order of the messages.
     """
     def text(n: int) -> str:
         """Return a dialog of n messages, which are [0], [1], ..., and the prompt for an answer."""
@@ -114,27 +116,32 @@ def page_frames(template: str, tokenizer) -> dict[str, str | int]:
         return render(template, messages, tokenizer, add_generation_prompt=True)
 
     end = answer_marks(template, tokenizer)["end"]
-    first, answer, next, _ = re.split(r"\[\d\]", text(3))
-    if (text(5) != f"{first}[0]{answer}[1]{next}[2]{answer}[3]{next}[4]{answer}"
-            or encode(next, tokenizer)[:1] != [end]):
-        raise ValueError("the chat template is too complex for a web page")
-    return {"first": first, "answer": answer, "next": next, "end": end}
+    first, answer, following, *_ = re.split(r"\[\d\]", text(3))
+    if (text(5) != f"{first}[0]{answer}[1]{following}[2]{answer}[3]{following}[4]{answer}"
+            or encode(following, tokenizer)[:1] != [end]):
+        raise ValueError("the web page supports only chat templates that put fixed text around "
+                         "each message: use --format=hf or gguf")
+    return {"first": first, "answer": answer, "next": following, "end": end}
 
 
-def with_template(tokenizer, template: str) -> tuple[object, str]:
-    """Return a tokenizer and its chat template; without one, PLAIN_TEMPLATE and its tokens."""
+def ensure_template(tokenizer, template: str) -> tuple[object, str]:
+    """Return the tokenizer and template; if that is empty, PLAIN_TEMPLATE, and add its tokens."""
     if template:
         return tokenizer, template
     return add_specials(tokenizer, PLAIN_TOKENS), PLAIN_TEMPLATE
 
 
-def meta_of_chat(template: str, tokenizer) -> dict[str, object]:
-    """Return the entries of meta.json that belong to a dataset of conversations."""
-    return {"chat_template": template, "chat": answer_marks(template, tokenizer)}
+def chat_meta(template: str, tokenizer) -> dict[str, object]:
+    """Return the entries of meta.json for a dataset of conversations."""
+    marks = answer_marks(template, tokenizer)
+    if tokenizer.eot in (-1, marks["end"]):
+        raise ValueError("conversations need an end-of-text token that is not also the end of an "
+                         "answer: choose a model whose tokenizer has <|endoftext|>")
+    return {"chat_template": template, "chat": marks}
 
 
 class ChatTokenizer:
-    """A tokenizer of the texts that render() returns, in the interface of the prepare scripts."""
+    """Encodes the texts that render() returns. Has what the prepare scripts need."""
 
     def __init__(self, tokenizer):
         self.tokenizer, self.spec = tokenizer, tokenizer.spec

@@ -38,7 +38,7 @@ from lib.files import open_synced, replace_file
 from lib.lora import merge_adapters, rank_of
 from lib.quantize import prepare_for_inference, quantize_int8, use_int8_layers
 from lib.read_gguf import read_gguf, read_gguf_tokenizer
-from lib.tokenizer import KINDS, extends, get_tokenizer, meta_of, train_tokenizer
+from lib.tokenizer import KINDS, get_tokenizer, is_extension, meta_of, train_tokenizer
 from model import GPT, GPTConfig
 
 VERSION = 1
@@ -206,7 +206,7 @@ def load_checkpoint(name: str | Path) -> dict:
     commit are in meta["base_model"].
     """
     if is_hub_name(name):
-        return read_published(*download_or_hint(name))
+        return read_published(*download_model(name))
     is_file = Path(name).suffix == ".pt" and not Path(name).is_dir()
     names = ("best.pt", "last.pt", "stop.pt", "ckpt.pt")
     for path in [Path(name)] if is_file else [Path(name) / file for file in names]:
@@ -229,17 +229,21 @@ def load_checkpoint(name: str | Path) -> dict:
 
 
 def is_gguf_file(name: str | Path) -> bool:
-    """Return whether a model is named by the path of a GGUF file, which may be missing."""
+    """Return whether name is the path of a GGUF file, which need not exist."""
     return Path(name).suffix == ".gguf" and not Path(name).is_dir()
 
 
 def load_tokenizer(name: str) -> tuple[object, str]:
-    """Return the tokenizer of a model and its chat template, or ''. name: see load_checkpoint()."""
-    folder = download_or_hint(name)[0] if is_hub_name(name) else Path(name)
+    """
+    Return a model's tokenizer and its chat template ('' if it has none).
+
+    name: as in load_checkpoint().
+    """
+    folder = download_model(name)[0] if is_hub_name(name) else Path(name)
     if (folder / "tokenizer.json").exists() and not (folder / "meta.json").exists():
         try:
             meta = read_hf_tokenizer(folder)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"the tokenizer of {name} cannot be read: {error}") from None
     elif is_gguf_file(name):
         meta = read_gguf_tokenizer(Path(name))
@@ -254,14 +258,15 @@ def make_tokenizer(name: str, texts: Iterable[str], vocab_size: int = 0,
     if name in KINDS:
         return train_tokenizer(name, texts, vocab_size, specials)
     if not Path(name).exists() and not is_hub_name(name):
-        raise ValueError(f"tokenizer must be {', '.join(KINDS)}, or a model to take it from: a "
-                         f"run, a Hugging Face folder, a GGUF file or USER/NAME of the hub; got "
-                         f"{name!r}")
+        raise ValueError(f"tokenizer must be {', '.join(KINDS)}, or a model: a run, a Hugging Face "
+                         f"folder, a GGUF file or USER/NAME; got {name!r}")
+    if vocab_size:
+        raise ValueError(f"vocab_size is for tokenizers that are learned; {name} has its own")
     return load_tokenizer(name)[0]
 
 
-def download_or_hint(name: str) -> tuple[Path, str]:
-    """Download a model like convert.download(). An error also lists the runs that are beside it."""
+def download_model(name: str) -> tuple[Path, str]:
+    """Download a model from the hub. If that fails, the error also lists local runs nearby."""
     try:
         return download(name)
     except ValueError as error:
@@ -274,7 +279,7 @@ def read_published(path: Path, base_model: str = "") -> dict:
     """Read a GGUF file or a Hugging Face folder as a checkpoint with its `path`."""
     read = read_gguf if is_gguf_file(path) else read_hugging_face
     checkpoint = read(path) | {"version": VERSION, "path": str(path)}
-    check_checkpoint(checkpoint, path / "meta.json")
+    check_checkpoint(checkpoint, path / "meta.json" if path.is_dir() else path)
     if base_model:
         checkpoint["meta"]["base_model"] = base_model
     return checkpoint
@@ -441,18 +446,20 @@ def model_from_weights(config: GPTConfig, weights: dict[str, torch.Tensor],
     return model.to(device)
 
 
-def grown_embeddings(weights: dict[str, torch.Tensor],
-                     size: int) -> tuple[dict[str, torch.Tensor], int]:
+def add_embeddings(weights: dict[str, torch.Tensor], old: int,
+                   new: int) -> dict[str, torch.Tensor]:
     """
-    Return the weights with at least `size` tokens, and how many there are.
+    Return the weights with embeddings for the tokens old to new - 1.
 
-    A new token starts as the mean of all others, so that it is about as probable as they are.
+    They start as the mean of all others, so that they are about as probable.
     """
-    new, tables = size - len(weights["transformer.wte.weight"]), {}
-    for name in ("transformer.wte.weight", "lm_head.weight") if new > 0 else ():
-        w = weights[name].float()
-        tables[name] = torch.cat((w, w.mean(dim=0).expand(new, -1)))
-    return weights | tables, size - min(new, 0)
+    if new <= old:
+        return weights
+    tables = {}
+    for name in ("transformer.wte.weight", "lm_head.weight"):
+        w = weights[name].float()  # (V, C), possibly with unused rows from `old` on
+        tables[name] = torch.cat((w[:old], w[:old].mean(dim=0).expand(new - old, -1), w[new:]))
+    return weights | tables
 
 
 def model_to_finetune(checkpoint: dict, name: str, tokenizer: dict, block_size: int = 0,
@@ -465,14 +472,16 @@ def model_to_finetune(checkpoint: dict, name: str, tokenizer: dict, block_size: 
     context to this many tokens (0: keep the model's). changes: other config fields to replace, such
     as dropout.
     """
-    if not extends(tokenizer, checkpoint["meta"]["tokenizer"]):
+    if not is_extension(tokenizer, checkpoint["meta"]["tokenizer"]):
         raise ValueError(f"{name} has another tokenizer than the dataset: prepare the dataset with "
                          f"its tokenizer, --tokenizer={name}")
     if any(w.dtype == torch.int8 for w in checkpoint["model"].values()):
         raise ValueError(f"{name} is in int8, which cannot be trained: start from the run that it "
                          "was made of")
-    weights, size = grown_embeddings(checkpoint["model"], meta_of(tokenizer)["vocab_size"])
-    model = build_model(checkpoint | {"model": weights}, name, **changes | {"vocab_size": size})
+    old = meta_of(checkpoint["meta"]["tokenizer"])["vocab_size"]
+    weights = add_embeddings(checkpoint["model"], old, meta_of(tokenizer)["vocab_size"])
+    changes["vocab_size"] = len(weights["transformer.wte.weight"])
+    model = build_model(checkpoint | {"model": weights}, name, **changes)
     if block_size > model.config.block_size:
         raise ValueError(f"block_size ({block_size}) is more than the {model.config.block_size} of "
                          f"{name}")

@@ -1,5 +1,5 @@
 """
-Convert to and from our weights and config: Hugging Face folders, nanoGPT checkpoints.
+Convert to and from our weights and config: Hugging Face folders, its hub, nanoGPT checkpoints.
 
 GPT2LMHeadModel has our names but keeps the matrices of its blocks transposed. LlamaForCausalLM and
 Qwen3ForCausalLM keep apart what we stack: queries, keys and values, and the halves of a SwiGLU.
@@ -25,7 +25,7 @@ EXPORTED = {"arch", "block_size", "vocab_size", "n_layer", "n_head", "n_embd", "
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # their names on the Hugging Face hub
 CLASSES = {"gpt2": "GPT2LMHeadModel", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
-# of a model of the hub, what is downloaded: nothing that could run; export.py writes meta.json
+# files to download from the hub: no pickles and no code. meta.json is written by export.py
 HUB_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
              "chat_template.jinja", "meta.json", "*.safetensors"]
 
@@ -96,9 +96,9 @@ def to_hf(model: GPT) -> dict[str, torch.Tensor]:
 
 def interleave(w: torch.Tensor, head_dim: int) -> torch.Tensor:
     """
-    Return the projection of queries or keys (heads * hs, C) in the order of GGUF files of llama.
+    Reorder a query or key projection (n_head * hs, C) for GGUF files of llama.
 
-    They rotate neighboring rows of a head, we rotate rows i and i + hs / 2.
+    llama.cpp rotates rows 2i and 2i + 1 of a head together; we rotate i and i + hs / 2.
     """
     return w.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
@@ -126,7 +126,7 @@ def from_hf(weights: dict[str, torch.Tensor], config: GPTConfig) -> dict[str, to
     constants = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # in old files
     for name in weights:
         if name not in expected and not name.endswith(constants):
-            raise ValueError(f"the weights have {name}, which the model does not have")
+            raise ValueError(f"the weights have {name}, which a {config.arch} model does not have")
     return {ours: torch.cat([weights[name].t() if is_transposed(name) else weights[name]
                              for name in theirs])
             for ours, theirs in names.items()}
@@ -158,7 +158,7 @@ def config_from_hf(theirs: dict) -> GPTConfig:
                     head_dim=theirs.get("head_dim") or 0, n_inner=theirs["intermediate_size"],
                     n_embd=theirs["hidden_size"], rope_theta=float(rope["rope_theta"]),
                     norm_eps=theirs["rms_norm_eps"],
-                    tied=theirs.get("tie_word_embeddings", theirs["model_type"] != "llama"))
+                    tied=theirs.get("tie_word_embeddings", False))
     else:
         raise ValueError(f"its model_type is {theirs['model_type']!r}, not "
                          f"{' or '.join(map(repr, CLASSES))}")
@@ -190,7 +190,7 @@ def config_to_hf(c: GPTConfig, eot: int, dtype: str) -> dict:
             "n_positions": c.block_size, "n_ctx": c.block_size, "n_layer": c.n_layer,
             "n_head": c.n_head, "n_embd": c.n_embd,
             "activation_function": "gelu_new" if c.gelu == "tanh" else "gelu",
-            "layer_norm_epsilon": 1e-5, "resid_pdrop": c.dropout, "embd_pdrop": c.dropout,
+            "layer_norm_epsilon": c.norm_eps, "resid_pdrop": c.dropout, "embd_pdrop": c.dropout,
             "attn_pdrop": c.dropout}
     return common | {
         "max_position_embeddings": c.block_size, "num_hidden_layers": c.n_layer,
@@ -208,10 +208,9 @@ def config_to_hf(c: GPTConfig, eot: int, dtype: str) -> dict:
 
 def is_hub_name(name: str | Path) -> bool:
     """
-    Return whether a name is that of a model on the Hugging Face hub, not of a local file or folder.
+    Return whether name is a model on the hub: USER/NAME or one of OPENAI, optionally @REVISION.
 
-    It is USER/NAME or in OPENAI, possibly with @REVISION at its end. A Path is always local, and so
-    is a name that exists here.
+    An existing local path, or a Path, is never a hub name.
     """
     if not isinstance(name, str) or name.endswith((".pt", ".gguf")) or Path(name).exists():
         return False
@@ -226,56 +225,70 @@ def download(name: str) -> tuple[Path, str]:
     name: see is_hub_name(). The revision is a branch, a tag or a commit. Raises ValueError if the
     hub cannot be reached or does not have the model, its revision or weights in safetensors.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import errors, snapshot_download
 
     model, _, revision = name.partition("@")
     model = f"openai-community/{model}" if model in OPENAI else model
-    page, say = f"https://huggingface.co/{model}", os.environ.get("RANK", "0") == "0"
+    page, is_first_rank = f"https://huggingface.co/{model}", os.environ.get("RANK", "0") == "0"
     hide_hub_progress()
-    if say:
+    if is_first_rank:
         print(f"asking the Hugging Face hub for {name} ...", file=sys.stderr)
     try:
         folder = Path(snapshot_download(model, revision=revision or None, allow_patterns=HUB_FILES,
                                         ignore_patterns="*/*"))  # no files in subfolders
+    except errors.GatedRepoError:
+        raise ValueError(f"the model {model} is gated: accept its terms at {page}, then log in "
+                         "with `hf auth login`") from None
+    except errors.RevisionNotFoundError:
+        raise ValueError(f"the model {model} has no revision {revision} on the Hugging Face hub: "
+                         f"choose a branch, tag or commit of {page}") from None
+    except errors.RepositoryNotFoundError:
+        raise ValueError(f"there is no folder {name}, and no model {model} on the Hugging Face hub "
+                         "(a private one needs `hf auth login`)") from None
     except Exception as error:  # a download can fail in any way
-        kind = type(error).__name__
-        reasons = {
-            "RepositoryNotFoundError": f"there is no folder {name}, and no model {model} on the "
-                                       "Hugging Face hub (a private one needs `hf auth login`)",
-            "RevisionNotFoundError": f"the model {model} has no revision {revision} on the Hugging "
-                                     f"Face hub: choose a branch, tag or commit of {page}",
-            "GatedRepoError": f"the model {model} is gated: accept its terms at {page}, then log "
-                              "in with `hf auth login`"}
-        raise ValueError(reasons.get(
-            kind, f"there is no folder {name}, and the Hugging Face hub cannot be reached or the "
-                  f"download failed ({kind}: {one_line(error, 150)}): give a folder with the "
-                  "config.json and the *.safetensors of the model")) from None
+        reason = f"{type(error).__name__}: {one_line(error, 150)}"
+        raise ValueError(f"there is no folder {name}, and the Hugging Face hub cannot be reached "
+                         f"or the download failed ({reason}): give a local "
+                         "folder with the model's config.json and *.safetensors") from None
     for pattern, what in ("*.safetensors", "safetensors weights"), ("config.json", "config.json"):
         if not any(folder.glob(pattern)):
             raise ValueError(f"the model {model} on the Hugging Face hub has no {what}")
-    if say:
+    if is_first_rank:
         print(f"using {model}@{folder.name}", file=sys.stderr)  # the folder is named by the commit
     return folder, f"{model}@{folder.name}"
+
+
+def complete_template(template: str, **tokens: str) -> str:
+    """Return a chat template that defines bos_token and eos_token itself, if it uses them."""
+    used = [f"{{% set {name} = {json.dumps(token)} %}}" for name, token in tokens.items()
+            if re.search(rf"\b{name}\b", template) and f"set {name} =" not in template]
+    return "".join([*used, template])
 
 
 def read_hf_tokenizer(folder: Path) -> dict:
     """
     Return the meta of a folder's tokenizer: the byte-level BPE of tokenizer.json, or GPT-2's.
 
-    A chat template is its entry chat_template. Raises ValueError for other tokenizers.
+    The chat template, if there is one, is under the key "chat_template". Raises ValueError for
+    other tokenizers.
     """
+    def special(name: str) -> str:
+        token = about.get(name) or ""
+        return token["content"] if isinstance(token, dict) else token
+
     files = {name: (folder / name).read_text(encoding="utf-8") for name in TOKENIZER_FILES
              if (folder / name).exists()}
     about = json.loads(files.get("tokenizer_config.json", "{}"))
-    eos = about.get("eos_token") or ""
-    eos = eos["content"] if isinstance(eos, dict) else eos
-    spec = {"kind": "gpt2"}
+    bos, eos, spec = special("bos_token"), special("eos_token"), {"kind": "gpt2"}
     if "tokenizer.json" in files:
         spec = read_tokenizer_json(files["tokenizer.json"], eos)
     template = files.get("chat_template.jinja") or about.get("chat_template")
     if isinstance(template, list):  # several with names
         template = {each["name"]: each["template"] for each in template}.get("default")
-    return meta_of(spec) | ({"chat_template": template} if template else {})
+    if not template:
+        return meta_of(spec)
+    template = complete_template(template, bos_token=bos, eos_token=eos)
+    return meta_of(spec) | {"chat_template": template}
 
 
 def read_hugging_face(folder: Path) -> dict:

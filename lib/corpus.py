@@ -42,11 +42,12 @@ WHITE_SPACE = np.isin(np.arange(256), [9, 10, 11, 12, 13, 32])
 # Text from local files
 
 def local_documents(source: str, split: str, column: str = "text", encoding: str = "utf-8",
-                    read_table: Callable[..., Iterator[str]] | None = None) -> Iterator[str]:
+                    to_documents: Callable[..., Iterator[str]] | None = None) -> Iterator[str]:
     """
     Return the documents of one split, 'train' or 'val', of a local file or folder.
 
-    read_table: makes documents that cannot be divided from rows; see stripped(), the default.
+    to_documents: a function of (rows, where, column) that yields documents. The default is
+    stripped(); documents of any other function are never split.
 
     Reads text files with <|endoftext|> between documents, JSON, CSV and parquet. If files are named
     train and val, see split_of(), they are the splits, and other files are ignored. If they are
@@ -55,7 +56,7 @@ def local_documents(source: str, split: str, column: str = "text", encoding: str
     root = Path(os.path.expanduser(source))
     if not root.exists():
         raise ValueError(f"there is no file or folder {source}")
-    if not (files := text_files(root)):
+    if not (files := text_files(root, TABLES if to_documents else ("", *SUFFIXES))):
         raise ValueError(f"{source} has no text: the names of files must end in "
                          f"{', '.join(SUFFIXES)} or have no suffix")
     named = [split_of(path.relative_to(root)) for path in files]
@@ -63,13 +64,20 @@ def local_documents(source: str, split: str, column: str = "text", encoding: str
     if has_val or {"train", "test"} <= set(named):
         wanted = split if has_val else "train"
         files = [path for path, name in zip(files, named) if name == wanted]
-    texts = (text for path in files for text in read_documents(path, column, encoding, read_table))
+    texts = (text for path in files
+             for text in read_documents(path, column, encoding, to_documents))
     first = next(texts, None)
     if first is None:
         more = f", like the other {len(files) - 1} files of the {split} split" if files[1:] else ""
         raise ValueError(f"{files[0]} is empty{more}")
     texts = chain([first], texts)
-    return texts if has_val else held_out(texts, split, divisible=read_table is None)
+    return texts if has_val else held_out(texts, split, can_split=to_documents is None)
+
+
+def is_local(source: str) -> bool:
+    """Return whether a source is a file or folder, possibly a missing one, not a hub dataset."""
+    return (source.startswith((".", "/", "~")) or "\\" in source
+            or source.lower().endswith(SUFFIXES) or os.path.exists(source))
 
 
 def text_files(root: Path, suffixes: Iterable[str] = ("", *SUFFIXES)) -> list[Path]:
@@ -92,17 +100,17 @@ def split_of(path: Path) -> str:
     return ""
 
 
-def held_out(texts: Iterator[str], split: str, divisible: bool = True) -> Iterator[str]:
+def held_out(texts: Iterator[str], split: str, can_split: bool = True) -> Iterator[str]:
     """
     Hold out every 20th document for validation. With fewer than 20, hold out the end of the text.
 
     The end begins at the last start of a document in the first 95% of the characters. If that is
     more than a fifth of the text, the last 5% are held out instead. Raises ValueError for fewer
-    than 20 documents that are not divisible.
+    than 20 documents if they cannot be split.
     """
     first = list(islice(texts, 20))
-    if len(first) < 20 and not divisible:
-        raise ValueError(f"every 20th conversation is held out for validation, and there are only "
+    if len(first) < 20 and not can_split:
+        raise ValueError(f"every 20th document is held out for validation, and there are only "
                          f"{len(first)}: add some, or name files train.jsonl and val.jsonl")
     if len(first) == 20:
         return (text for i, text in enumerate(chain(first, texts))
@@ -118,10 +126,10 @@ def held_out(texts: Iterator[str], split: str, divisible: bool = True) -> Iterat
 
 
 def read_documents(path: Path, column: str = "text", encoding: str = "utf-8",
-                   read_table: Callable[..., Iterator[str]] | None = None) -> Iterator[str]:
+                   to_documents: Callable[..., Iterator[str]] | None = None) -> Iterator[str]:
     """Return the documents of one file. Only a JSON list is read into memory as a whole."""
-    if read_table or path.suffix.lower() in TABLES:
-        return (read_table or stripped)(read_rows(path, column, encoding), path, column)
+    if to_documents or path.suffix.lower() in TABLES:
+        return (to_documents or stripped)(read_rows(path, column, encoding), path, column)
     return stripped(read_text_file(path, encoding), path, column)
 
 
@@ -171,7 +179,7 @@ def read_rows(path: Path, column: str = "text", encoding: str = "utf-8") -> Iter
                 if column not in values:
                     names = one_line(", ".join(values), 300) or "values without names"
                     raise ValueError(f"row {number} has no column {column!r}, only {names}: choose "
-                                     "one with data/text/prepare.py --column=NAME")
+                                     "one with --column=NAME")
                 yield values[column]
         except UnicodeError:  # open_text() explains it
             raise
@@ -284,22 +292,22 @@ def hub_rows(name: str, split: str, column: str = "text", subset: str = "") -> I
     columns = data["train"].column_names
     if column not in columns:
         raise ValueError(f"{name} has no column {column!r}, only {', '.join(columns)}: choose one "
-                         "with data/text/prepare.py --column=NAME")
+                         "with --column=NAME")
     parts = [data[key].select_columns(column) for key in data if key.startswith(split)]
     return (value for part in parts for batch in part.iter(1024) for value in batch[column])
 
 
 def hub_documents(name: str, split: str, column: str = "text", subset: str = "",
-                  read_table: Callable[..., Iterator[str]] | None = None) -> Iterator[str]:
+                  to_documents: Callable[..., Iterator[str]] | None = None) -> Iterator[str]:
     """
     Return the documents of one split of a hub dataset, if necessary divided by held_out().
 
-    read_table: see local_documents().
+    to_documents: see local_documents().
     """
     has_val = any(key.startswith("val") for key in hub_dataset(name, subset)[0])
     rows = hub_rows(name, split if has_val else "train", column, subset)
-    texts = (read_table or stripped)(rows, name, column)
-    return texts if has_val else held_out(texts, split, divisible=read_table is None)
+    texts = (to_documents or stripped)(rows, name, column)
+    return texts if has_val else held_out(texts, split, can_split=to_documents is None)
 
 
 def hub_source(name: str, subset: str = "") -> str:

@@ -3,7 +3,7 @@ Read token files and batch them.
 
 data/<name>/ holds train.bin and val.bin, raw little-endian uint16 token ids with the end-of-text id
 after each document, and meta.json, which corpus.py writes and reads. With more than 65,536 tokens,
-ids are uint32, and meta.json says so. A large split may be divided into train_000.bin, ...
+ids are uint32 (`dtype` in meta.json). A large split may be divided into train_000.bin, ...
 """
 import hashlib
 import math
@@ -34,6 +34,8 @@ class TokenStream:
 
     Its methods for spans return arrays of (start, stop), each the targets of one row of a batch:
     the tokens start to stop - 1, predicted from the tokens start - 1 to stop - 2.
+
+    answers: (n, 2) spans of the assistant's answers, None unless the dataset holds conversations.
     """
 
     def __init__(self, folder: Path, split: str, meta: dict):
@@ -98,8 +100,8 @@ class TokenStream:
         """
         Return the spans of the documents, divided where they are longer than block_size.
 
-        The first token of a document is predicted from the end-of-text before it. A conversation
-        begins with its own first token instead, as in other programs.
+        The first token of a document is predicted from the end-of-text before it, but the first
+        token of a conversation is only input, as in other programs.
         """
         if eot < 0:
             raise ValueError(f"{self.name} has no end-of-text tokens, so batching='by_length' and "
@@ -108,7 +110,7 @@ class TokenStream:
                                for start, shard in zip(self.starts, self.shards)])
         if not len(ends) or ends[-1] != len(self):
             ends = np.append(ends, len(self))
-        begins = np.append(0, ends[:-1]) + (self.answers is not None)
+        begins = np.append(0, ends[:-1]) + (0 if self.answers is None else 1)
         n_parts = -(-(ends - begins) // block_size)
         part = np.arange(n_parts.sum()) - np.repeat(n_parts.cumsum() - n_parts, n_parts)
         starts = np.repeat(begins, n_parts) + block_size * part
@@ -116,14 +118,14 @@ class TokenStream:
         spans = np.stack([starts, stops], axis=1)
         if self.answers is None:
             return spans
-        # leave out parts without an answer: the first that ends after a part begins must overlap it
+        # keep only spans that overlap an answer: the first answer that ends after the span begins
         first = np.searchsorted(self.answers[:, 1], starts, side="right")
-        begins = np.append(self.answers[:, 0], len(self))[first]
-        return spans[begins < stops]
+        answer_starts = np.append(self.answers[:, 0], len(self))[first]
+        return spans[answer_starts < stops]
 
     def answer_spans(self, answer: list[int], end: int) -> np.ndarray:
         """
-        Return the spans of all answers: they follow the ids `answer` and end with the id `end`.
+        Return the span of each answer: it follows the ids `answer` and ends with the id `end`.
 
         See chat.answer_marks().
         """
@@ -142,7 +144,8 @@ class TokenStream:
         tokens = np.arange(start, stop)
         if self.answers is None:
             return np.ones(stop - start, dtype=bool)
-        last = np.searchsorted(self.answers[:, 0], tokens, side="right") - 1  # to begin before
+        # the last answer that starts at or before each token
+        last = np.searchsorted(self.answers[:, 0], tokens, side="right") - 1
         return (last >= 0) & (tokens < self.answers[last, 1])
 
     def sliding_spans(self, block_size: int, stride: int) -> np.ndarray:
@@ -279,10 +282,10 @@ class TrainBatches:
         if self.documents is None or self.micro_batches == 1:
             return 1.0
         step, part = divmod(i, self.micro_batches)
-        lengths = np.array([self.stream.is_target(*span).sum()
-                            for span in self.documents_of_step(step)])
-        mine = lengths[part * self.batch_size:(part + 1) * self.batch_size]
-        return self.micro_batches * float(mine.sum() / lengths.sum())
+        n_targets = np.array([self.stream.is_target(*span).sum()
+                              for span in self.documents_of_step(step)])
+        mine = n_targets[part * self.batch_size:(part + 1) * self.batch_size]
+        return self.micro_batches * float(mine.sum() / n_targets.sum())
 
     def document_order(self, epoch: int, sort: bool = True) -> np.ndarray:
         """Return a random order of the documents, sorted by length within each pool."""

@@ -5,7 +5,6 @@ A layer with the weight W (N, C) gets two matrices, A (rank, C) and B (N, rank),
 W + ALPHA / rank * B A. model.py knows nothing of them: they replace its layers before training,
 and merge_adapters() returns plain weights. Source: https://arxiv.org/abs/2106.09685
 """
-import math
 
 import torch
 import torch.nn as nn
@@ -14,18 +13,19 @@ from torch.nn import functional as F
 from lib.quantize import replace_module
 from model import GPT
 
-ALPHA = 32  # divided by the rank, so that one learning rate suits all ranks
+ALPHA = 32  # an adapter is scaled by ALPHA / rank, so that one learning rate suits all ranks
 
 
 class LoRALinear(nn.Module):
-    """A frozen Linear layer with an adapter, which starts at zero."""
+    """A frozen Linear layer plus a trainable low-rank adapter."""
 
     def __init__(self, linear: nn.Linear, rank: int):
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
-        (N, C), like = linear.weight.shape, dict(device=linear.weight.device)
-        self.lora_a = nn.Parameter(torch.empty(rank, C, **like).uniform_(-1, 1) / math.sqrt(C))
-        self.lora_b = nn.Parameter(torch.zeros(N, rank, **like))
+        N, C = linear.weight.shape
+        device = linear.weight.device
+        self.lora_a = nn.Parameter(torch.empty(rank, C, device=device).uniform_(-1, 1) / C**0.5)
+        self.lora_b = nn.Parameter(torch.zeros(N, rank, device=device))  # B A starts at zero
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         scaled = F.linear(x, self.lora_a) * (ALPHA / len(self.lora_a))  # (..., rank)
@@ -49,7 +49,7 @@ def rank_of(weights: dict[str, torch.Tensor]) -> int:
 
 def merge_adapters(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """
-    Return the state dict of the plain model that computes the same, with the names of model.py.
+    Return the state dict of an equivalent model without adapters.
 
     Merged matrices are on the CPU, as a GPU may have no memory for a second copy. A state dict
     without adapters is returned as it is.

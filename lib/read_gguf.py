@@ -19,19 +19,28 @@ import numpy as np
 import torch
 
 from lib.configurator import one_line
-from lib.convert import CLASSES, deinterleave, from_hf, hf_names, is_transposed
+from lib.convert import (
+    CLASSES,
+    complete_template,
+    deinterleave,
+    from_hf,
+    hf_names,
+    is_transposed,
+)
 from lib.tokenizer import EOT, PATTERNS, PIECE, UNK, bpe_of_model, gpt2_pattern, meta_of
 from model import GPTConfig
 
-SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}  # codes of struct and numpy
+# GGUF type id to the type code of struct and NumPy
+SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY, NORMAL_TOKEN = 8, 9, 1
+# GPTConfig field to GGUF field, which follows the prefix "llama." and so on
 REQUIRED = {"block_size": "context_length", "n_layer": "block_count", "n_embd": "embedding_length",
-          "n_inner": "feed_forward_length", "n_head": "attention.head_count"}
+            "n_inner": "feed_forward_length", "n_head": "attention.head_count"}
 OPTIONAL = {"n_kv_head": "attention.head_count_kv", "head_dim": "attention.key_length",
             "rope_theta": "rope.freq_base"}
 
 
-class Tensor(NamedTuple):
+class TensorInfo(NamedTuple):
     shape: tuple[int, ...]
     kind: int  # a GGMLQuantizationType
     offset: int  # in the file
@@ -39,7 +48,7 @@ class Tensor(NamedTuple):
 
 
 def read_gguf(path: Path) -> dict:
-    """Read a GGUF file as a checkpoint, with weights in float32. Raise ValueError if it cannot."""
+    """Read a GGUF file as a checkpoint with weights in float32. Raise ValueError if it is bad."""
     with open_gguf(path) as file:
         fields, tensors = read_header(file)
         config, meta = config_of(fields, tensors, file), meta_of_fields(fields)
@@ -76,70 +85,96 @@ def open_gguf(path: Path) -> Iterator[BinaryIO]:
                              f"({one_line(error, 150)})") from None
 
 
-def read_header(file: BinaryIO) -> tuple[dict, dict[str, Tensor]]:
-    """Return the fields and tensors of a file. An array of numbers is one of numpy."""
-    import gguf
+class HeaderReader:
+    """Reads values from the start of a file, but never more bytes than it has."""
 
-    left = size = os.fstat(file.fileno()).st_size
+    def __init__(self, file: BinaryIO):
+        self.file = file
+        self.left = self.size = os.fstat(file.fileno()).st_size
 
-    def take(n: int) -> bytes:
-        nonlocal left
-        if n > left:
+    def take(self, n: int) -> bytes:
+        if n > self.left:
             raise ValueError("it is truncated or damaged")
-        left -= n
-        return file.read(n)
+        self.left -= n
+        return self.file.read(n)
 
-    def number(code: str) -> int | float:
-        return struct.unpack("<" + code, take(struct.calcsize("<" + code)))[0]
+    def number(self, code: str) -> int | float:
+        return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
 
-    def text() -> str:
-        return take(number("Q")).decode("utf-8")
+    def text(self) -> str:
+        return self.take(self.number("Q")).decode("utf-8")
 
-    def value(kind: int) -> object:
+    def value(self, kind: int) -> object:
+        """Return a value of a GGUF type. An array of numbers is a NumPy array."""
         if kind == STRING:
-            return text()
+            return self.text()
         if kind == ARRAY:
-            kind, n = number("I"), number("Q")
-            if kind == STRING:
-                return [text() for _ in range(n)]
-            dtype = np.dtype("<" + SCALARS[kind])
-            return np.frombuffer(take(n * dtype.itemsize), dtype)
+            return self.array(self.number("I"), self.number("Q"))
         if kind not in SCALARS:
             raise ValueError(f"a field has the unknown type {kind}")
-        x = number(SCALARS[kind])
+        x = self.number(SCALARS[kind])
         return float(str(np.float32(x))) if SCALARS[kind] == "f" else x  # 1e-5, not 9.99999e-06
 
-    if take(4) != b"GGUF" or number("I") not in (2, 3):
+    def array(self, kind: int, n: int) -> list[str] | np.ndarray:
+        if kind == STRING:
+            return [self.text() for _ in range(n)]
+        if kind not in SCALARS:
+            raise ValueError(f"an array has elements of the type {kind}")
+        dtype = np.dtype("<" + SCALARS[kind])
+        return np.frombuffer(self.take(n * dtype.itemsize), dtype)
+
+
+def read_header(file: BinaryIO) -> tuple[dict, dict[str, TensorInfo]]:
+    """Return the fields and tensors of a GGUF file."""
+    reader = HeaderReader(file)
+    if reader.take(4) != b"GGUF" or reader.number("I") not in (2, 3):
         raise ValueError("it does not start as a little-endian GGUF file of version 2 or 3")
-    fields, tensors, (n_tensors, n_fields) = {}, {}, struct.unpack("<2Q", take(16))
+    fields, tensors, n_tensors, n_fields = {}, {}, reader.number("Q"), reader.number("Q")
     for _ in range(n_fields):
-        name = text()
+        name = reader.text()
         if name in fields:
             raise ValueError(f"the field {name!r} occurs twice")
-        fields[name] = value(number("I"))
+        fields[name] = reader.value(reader.number("I"))
     for _ in range(n_tensors):
-        name, n_dims = text(), number("I")
-        if name in tensors or not 1 <= n_dims <= 4:
-            raise ValueError(f"the tensor {name!r} occurs twice or has {n_dims} dimensions")
-        shape = struct.unpack(f"<{n_dims}Q", take(8 * n_dims))[::-1]
-        kind, offset = gguf.GGMLQuantizationType(number("I")), number("Q")
-        block, block_size = gguf.GGML_QUANT_SIZES[kind]
-        if 0 in shape or shape[-1] % block:
-            raise ValueError(f"the tensor {name!r} of type {kind.name} has the shape {shape}")
-        tensors[name] = Tensor(shape, kind, offset, math.prod(shape) // block * block_size)
+        name = reader.text()
+        if name in tensors:
+            raise ValueError(f"the tensor {name!r} occurs twice")
+        tensors[name] = read_tensor_info(reader, name)
     alignment = fields.get("general.alignment", 32)
     if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
         raise ValueError(f"its general.alignment is {alignment!r}")
-    end = start = -(-(size - left) // alignment) * alignment  # the data begins at a multiple
+    return fields, place_tensors(tensors, reader.size - reader.left, reader.size, alignment)
+
+
+def read_tensor_info(reader: HeaderReader, name: str) -> TensorInfo:
+    """Read what a header says of a tensor. Its offset is from the start of the data."""
+    import gguf
+
+    n_dims = reader.number("I")
+    if not 1 <= n_dims <= 4:
+        raise ValueError(f"the tensor {name!r} has {n_dims} dimensions")
+    shape = tuple(reader.number("Q") for _ in range(n_dims))[::-1]
+    kind, offset = gguf.GGMLQuantizationType(reader.number("I")), reader.number("Q")
+    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    if 0 in shape or shape[-1] % block:
+        raise ValueError(f"the tensor {name!r} of type {kind.name} has the shape {shape}")
+    return TensorInfo(shape, kind, offset, math.prod(shape) // block * block_bytes)
+
+
+def place_tensors(tensors: dict[str, TensorInfo], header_bytes: int, file_bytes: int,
+                  alignment: int) -> dict[str, TensorInfo]:
+    """Return the tensors with offsets in the file. Raise ValueError if any does not fit there."""
+    end = start = -(-header_bytes // alignment) * alignment  # the data begins at a multiple
+    placed = {}
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1].offset):
-        tensors[name] = tensor = tensor._replace(offset=start + tensor.offset)
-        if tensor.offset % alignment or not end <= tensor.offset <= size - tensor.size:
+        placed[name] = tensor = tensor._replace(offset=start + tensor.offset)
+        if tensor.offset % alignment or not end <= tensor.offset <= file_bytes - tensor.size:
             raise ValueError(f"the data of {name!r} is outside of the file or overlaps others")
         end = tensor.offset + tensor.size
-    return fields, tensors
+    return placed
 
 
-def config_of(fields: dict, tensors: dict[str, Tensor], file: BinaryIO) -> GPTConfig:
+def config_of(fields: dict, tensors: dict[str, TensorInfo], file: BinaryIO) -> GPTConfig:
     """Return the config of a model. Raise ValueError for settings that we do not have."""
     arch = fields.get("general.architecture")
     if arch not in CLASSES:
@@ -152,25 +187,25 @@ def config_of(fields: dict, tensors: dict[str, Tensor], file: BinaryIO) -> GPTCo
         raise ValueError(f"it has no {arch}.{missing[0]}")
     if "token_embd.weight" not in tensors:
         raise ValueError("it has no token_embd.weight")
-    args = {ours: theirs.pop(name) for ours, name in (required | OPTIONAL).items()
-            if name in theirs}
+    names = required | OPTIONAL
+    args = {ours: theirs[name] for ours, name in names.items() if name in theirs}
     config = GPTConfig(arch, **args, vocab_size=tensors["token_embd.weight"].shape[0],
                        tied=arch == "gpt2" or "output.weight" not in tensors)
     known = {"vocab_size": config.vocab_size, "attention.value_length": config.head_dim,
              "rope.dimension_count": config.head_dim, "rope.scaling.type": "none"}
-    for name, value in theirs.items():
-        if str(value) != str(supported := known.get(name, 0)):
-            raise ValueError(f"its {arch} field {name!r} is {value!r}; only {supported!r} is "
+    for name in sorted(theirs.keys() - set(names.values())):
+        if str(theirs[name]) != str(known.get(name, 0)):
+            raise ValueError(f"its {arch} field {name!r} is {theirs[name]!r}, which is not "
                              "supported")
-    # with fewer tensors it has fewer layers, and positions never take more memory than weights
+    # a damaged header must not make us allocate far more than the file holds
     positions, size = 4 * config.block_size * config.head_dim, os.fstat(file.fileno()).st_size
     if (config.n_layer > len(tensors) / 8 or positions > max(size, 1 << 25)
             or not config.rope_theta < 1e12 or not config.norm_eps < 1):
-        raise ValueError(f"its {arch}.* fields are not those of a model of its size")
+        raise ValueError(f"its {arch}.* fields describe a larger model than the file holds")
     return config
 
 
-def read_weights(file: BinaryIO, tensors: dict[str, Tensor],
+def read_weights(file: BinaryIO, tensors: dict[str, TensorInfo],
                  config: GPTConfig) -> dict[str, torch.Tensor]:
     """Return our state dict in float32. Only one tensor at a time is in memory twice."""
     import gguf
@@ -182,10 +217,10 @@ def read_weights(file: BinaryIO, tensors: dict[str, Tensor],
     names = {name: table.get_name(name, try_suffixes=(".weight", ".bias"))
              for theirs in stacked.values() for name in theirs}
     if unknown := sorted(set(tensors) - set(names.values())):
-        scaled = "rope_freqs.weight" in unknown
-        raise ValueError("it has rope_freqs.weight, the rope scaling of Llama 3.1, which is not "
-                         "supported" if scaled else
-                         f"it has {unknown[0]!r}, which the model does not have")
+        if "rope_freqs.weight" in unknown:
+            raise ValueError("it uses the rope scaling of Llama 3.1, which is not supported")
+        raise ValueError(f"it has the unexpected tensor {unknown[0]!r}")
+    # check all names and shapes before reading any weights
     shapes = {theirs: torch.empty(tensors[name].shape, device="meta")
               for theirs, name in names.items() if name in tensors}
     from_hf({name: w.t() if is_transposed(name) else w for name, w in shapes.items()}, config)
@@ -199,9 +234,10 @@ def read_weights(file: BinaryIO, tensors: dict[str, Tensor],
             is_finite = math.isfinite(w.max() - w.min())
         if not is_finite:
             raise ValueError(f"{name} has values that are not finite")
-        is_rotated = theirs.endswith(("q_proj.weight", "k_proj.weight")) and config.arch == "llama"
+        is_interleaved = (config.arch == "llama"
+                          and theirs.endswith(("q_proj.weight", "k_proj.weight")))
         w = torch.from_numpy(w)
-        return deinterleave(w, config.head_dim) if is_rotated else w
+        return deinterleave(w, config.head_dim) if is_interleaved else w
 
     weights = {}
     for ours, theirs in stacked.items():
@@ -215,9 +251,10 @@ def read_weights(file: BinaryIO, tensors: dict[str, Tensor],
 
 def meta_of_fields(fields: dict) -> dict:
     """
-    Return the meta of a file's tokenizer; a chat template is its entry chat_template.
+    Return the meta of a file's tokenizer.
 
-    All but normal tokens become control tokens, and tokens that pad the vocabulary are left out.
+    The chat template, if there is one, is under the key "chat_template". Tokens of any other type
+    than NORMAL become control tokens. Padding tokens at the end are dropped.
     """
     about = {name.removeprefix("tokenizer.ggml."): value for name, value in fields.items()}
     for name in ("model", "tokens", "token_type", "eos_token_id"):
@@ -244,7 +281,11 @@ def meta_of_fields(fields: dict) -> dict:
         raise ValueError(f"its tokenizer is of the kind {kind!r}; only byte-level BPE, called "
                          "'gpt2', can be read")
     template = fields.get("tokenizer.chat_template")
-    return meta_of(spec) | ({"chat_template": str(template)} if template else {})
+    if not template:
+        return meta_of(spec)
+    bos = tokens[bos] if (bos := about.get("bos_token_id")) in range(len(tokens)) else ""
+    template = complete_template(str(template), bos_token=bos, eos_token=tokens[eos])
+    return meta_of(spec) | {"chat_template": template}
 
 
 def list_tokenizer_spec(vocab: list[str], control: set[int]) -> dict:

@@ -39,7 +39,7 @@ import numpy as np
 from lib.configurator import one_line
 from lib.console import progress
 
-EOT = "<|endoftext|>"
+EOT, LLAMA3_EOT = "<|endoftext|>", "<|end_of_text|>"
 PAD, UNK = "<PAD>", "<UNK>"
 KINDS = ("gpt2", "bpe", "char", "word", "pieces")
 SAMPLE = 200_000_000  # characters of a text that a vocabulary is learned from
@@ -432,7 +432,7 @@ def has_all_of(tokenizer, text: str) -> bool:
 
 
 def check_specials(spec: dict) -> None:
-    """Raise ValueError unless the control tokens of a spec have ids, and a vocabulary has them."""
+    """Raise ValueError unless the control tokens have valid ids that agree with the vocabulary."""
     specials, vocab = spec.get("specials", {}), spec.get("vocab")
     if not isinstance(specials, dict) or not isinstance(spec.get("eot", ""), str):
         raise ValueError("its control tokens are not a dictionary")
@@ -454,7 +454,7 @@ def add_specials(tokenizer, names: Iterable[str]):
 
 
 def add_tokens(tokenizer, texts: Iterable[str]):
-    """Return a tokenizer that has all of these texts; new tokens of a list follow the others."""
+    """Return a tokenizer whose vocabulary covers these texts; new tokens are appended."""
     if isinstance(tokenizer, BytePairTokenizer):
         return tokenizer
     tokens = {token for text in texts for token in tokenizer.split(text)} - tokenizer.ids.keys()
@@ -462,13 +462,13 @@ def add_tokens(tokenizer, texts: Iterable[str]):
     return get_tokenizer({"tokenizer": tokenizer.spec | {"vocab": vocab}})
 
 
-def extends(spec: dict, other: dict) -> bool:
-    """Return whether a tokenizer encodes as another one, and at most has more tokens at the end."""
-    size = len(other.get("vocab", []))
-    specials = other.get("specials", {}).items()
-    return (spec["kind"] == other["kind"] and spec.get("pattern") == other.get("pattern")
-            and spec.get("eot") == other.get("eot")
-            and spec.get("vocab", [])[:size] == other.get("vocab", [])
+def is_extension(spec: dict, base: dict) -> bool:
+    """Return whether a tokenizer is the same as `base`, or has only more tokens at the end."""
+    size = len(base.get("vocab", []))
+    specials = base.get("specials", {}).items()
+    return (spec["kind"] == base["kind"] and spec.get("pattern") == base.get("pattern")
+            and spec.get("eot") == base.get("eot")
+            and spec.get("vocab", [])[:size] == base.get("vocab", [])
             and specials <= spec.get("specials", {}).items())
 
 
@@ -507,21 +507,33 @@ def bpe_of_model(tokens: list[str], merges: list[list[str]], pattern: str, contr
     specials = {vocab[i]: i for i in sorted(control)}
     spec = {"kind": "bpe", "pattern": pattern, "vocab": vocab, "specials": specials}
     if EOT not in specials:
-        if eos not in specials:
-            raise ValueError("its tokenizer has no token that ends a text")
-        spec["eot"] = eos
+        spec["eot"] = LLAMA3_EOT if LLAMA3_EOT in specials else eos
+        if spec["eot"] not in specials:
+            raise ValueError(f"its tokenizer has neither {EOT} nor an eos_token: it cannot be used "
+                             "here")
     if hashlib.sha256("\n".join(vocab).encode()).hexdigest() == GPT2_VOCAB_HASH:
         return {"kind": "gpt2"}
-    ours, ids = byte_level(bpe_tokenizer(spec))[1], {token: i for i, token in enumerate(tokens)}
-    made = [ids.get(a + b, -1) for a, b in merges]
-    used = set(ours)  # Llama 3 lists all pairs that make a token, also those that never meet
-    longer = sum(len(token) > 1 for i, token in enumerate(vocab) if i not in control)
-    if (made != sorted(made) or -1 in made or [x for x in map(tuple, merges) if x in used] != ours
-            or len(ours) < longer and not ignore_merges):
-        raise ValueError("its tokenizer has tokens in another order than merges")
+    check_merges(spec, tokens, merges, ignore_merges)
     if list(specials.items()) == [(EOT, len(vocab) - 1)]:
         del spec["specials"]  # the default
     return spec
+
+
+def check_merges(spec: dict, tokens: list[str], merges: list[list[str]],
+                 ignore_merges: bool) -> None:
+    """Raise ValueError unless tiktoken, which merges by the order of the ids, encodes the same."""
+    needed = byte_level(bpe_tokenizer(spec))[1]
+    ids = {token: i for i, token in enumerate(tokens)}
+    merged_ids = [ids.get(a + b, -1) for a, b in merges]
+    control = spec["specials"].values()
+    n_merged = sum(len(token) > 1 for i, token in enumerate(spec["vocab"]) if i not in control)
+    used = set(needed)  # Llama 3 lists all pairs that make a token, also those that never meet
+    same = (merged_ids == sorted(merged_ids) and -1 not in merged_ids
+            and [pair for pair in map(tuple, merges) if pair in used] == needed
+            and (len(needed) == n_merged or ignore_merges))
+    if not same:
+        raise ValueError("its tokenizer does not merge in the order of its token ids: it cannot be "
+                         "used here")
 
 
 def read_tokenizer_json(text: str, eos: str = "") -> dict:
@@ -544,7 +556,7 @@ def read_tokenizer_json(text: str, eos: str = "") -> dict:
 
 
 def pattern_of(pre_tokenizer: dict) -> str:
-    """Return the regular expression that does the same as a pre-tokenizer of `tokenizers`."""
+    """Return the regular expression equivalent to a pre-tokenizer of `tokenizers`."""
     parts = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     kinds = [part["type"] for part in parts]
     uses_gpt2 = parts[-1].get("use_regex", True)

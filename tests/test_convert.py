@@ -138,7 +138,7 @@ def test_the_tokenizer_of_gpt2_is_recognized(tmp_path):
     ({}, lambda w: w.update({"model.layers.1.mlp.up_proj.weight": torch.zeros(40, 15)}),
      "model.layers.1.mlp.up_proj.weight has the shape (40, 15), not (40, 16)"),
     ({}, lambda w: w.update({"model.layers.2.mlp.up_proj.weight": torch.zeros(40, 16)}),
-     "up_proj.weight, which the model does not have"),
+     "up_proj.weight, which a qwen3 model does not have"),
     ({"hidden_act": "gelu"}, None, "its hidden_act is 'gelu'; only 'silu' is supported"),
     ({"attention_bias": True}, None, "its attention_bias is True"),
     ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, None,
@@ -146,7 +146,7 @@ def test_the_tokenizer_of_gpt2_is_recognized(tmp_path):
     ({"vocab_size": 290}, None, "vocabulary of 290"),
     ({"num_hidden_layers": "2"}, None, "n_layer takes int"),
     ({"model_type": "mamba"}, None, "its model_type is 'mamba', not 'gpt2' or 'qwen3' or 'llama'"),
-    ({"model_type": "llama"}, None, "k_norm.weight, which the model does not have"),
+    ({"model_type": "llama"}, None, "k_norm.weight, which a llama model does not have"),
 ])
 def test_what_does_not_fit_is_named(tmp_path, config, weights, says):
     from safetensors.torch import load_file, save_file

@@ -10,7 +10,7 @@ from helpers import prepare
 from lib.checkpoint import load_tokenizer
 from lib.corpus import load_meta
 from lib.dataset import TokenStream
-from lib.tokenizer import EOT, extends, get_tokenizer
+from lib.tokenizer import EOT, get_tokenizer, is_extension
 
 STORIES = fables.write_stories("test", 2000)
 CONVERSATIONS = {split: fables.write_conversations(f"test {split}", 300, split == "val")
@@ -199,7 +199,7 @@ def test_requests_for_validation_do_not_occur_in_training():
     assert not any(fables.is_held_out(dict(facts)) for facts in named["train"])
 
 
-def test_chance_is_the_total_probability_of_the_fables_that_fit(small_grammar):
+def test_the_probability_of_facts_is_the_total_probability_of_the_fables_that_fit(small_grammar):
     all_fables = [(fables.facts_of(text), fables.parse(text)[1]) for text, _ in every_fable()]
     some = {"hero": "Gus", "thing": "vase", "animal": "rabbit", "trait": "a shy"}
     some |= {"helper": all_fables[0][0]["helper"], "moral": "Jam is for bread.",
@@ -213,16 +213,16 @@ def test_chance_is_the_total_probability_of_the_fables_that_fit(small_grammar):
             named = {slot: (some | {"moral": moral})[slot] for slot in slots}
             slow = math.fsum(math.exp(-nats) for facts, nats in all_fables
                              if named.items() <= facts.items())
-            assert fables.chance(named) == pytest.approx(slow, rel=1e-9)
+            assert fables.probability_of(named) == pytest.approx(slow, rel=1e-9)
             tried += 0 < slow < 1
     assert tried > 20
 
 
-def test_chance_agrees_with_counts():
+def test_the_probability_of_facts_agrees_with_counts():
     facts = [fables.facts_of(text) for text, _ in STORIES]
     for named in ({"thing": "kite"}, {"helper": "owl"}, {"moral": "Jam is for bread."},
                   {"drink": "lemonade"}, {"food": "soup"}, {"hero": "Fern"}):
-        p = fables.chance(named)
+        p = fables.probability_of(named)
         count = sum(named.items() <= these.items() for these in facts)
         assert abs(count - p * len(facts)) < 5 * math.sqrt(p * len(facts)) + 1
 
@@ -233,7 +233,7 @@ def test_conversations_extend_the_tokenizer_and_know_their_floor(tmp_path):
     done = prepare("fables", *args[:2], f"--out_dir={tmp_path}/chat", "--instruct=True")
     assert done.returncode == 0, done.stderr
     plain, meta = load_meta(tmp_path / "plain"), load_meta(tmp_path / "chat")
-    assert extends(meta["tokenizer"], plain["tokenizer"])
+    assert is_extension(meta["tokenizer"], plain["tokenizer"])
     assert meta["vocab_size"] > plain["vocab_size"]
     tokenizer = get_tokenizer(meta)
     stream = TokenStream(tmp_path / "chat", "val", meta)
@@ -246,7 +246,7 @@ def test_conversations_extend_the_tokenizer_and_know_their_floor(tmp_path):
         assert re.fullmatch(r"<\|user\|>.*<\|end\|><\|assistant\|>", request)
         named = fables.named_facts(request)
         assert len(named) >= 3 and named.items() <= fables.facts_of(fable).items()
-        nats += fables.parse(fable)[1] + math.log(fables.chance(named))
+        nats += fables.parse(fable)[1] + math.log(fables.probability_of(named))
     n_targets = sum(end - answer for answer, end in stream.answers)
     assert meta["floor"] == pytest.approx(nats / n_targets)
     assert meta["floor"] < plain["floor"]

@@ -14,48 +14,64 @@ template and the control tokens <|system|>, <|user|>, <|assistant|> and <|end|>.
 In a folder, files named train and val are the splits. Otherwise every 20th conversation is held out
 for validation.
 """
-import os
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
-from lib.chat import ChatTokenizer, meta_of_chat, render, with_template
+from lib.chat import ChatTokenizer, chat_meta, ensure_template, render
 from lib.checkpoint import load_tokenizer
 from lib.configurator import configure, user_errors
-from lib.corpus import TABLES, hub_documents, local_documents, write_dataset
+from lib.corpus import hub_documents, hub_source, is_local, local_documents, write_dataset
 
 # -----------------------------------------------------------------------------
-source = ""  # a file, a folder or the name of a dataset on the hub
+source = ""  # a file, a folder or a dataset on the hub: NAME or NAME@REVISION
 column = "messages"  # the column with the conversations
-tokenizer = "models/tinystories"  # the model to tune, for its tokenizer and chat template
+tokenizer = "HuggingFaceTB/SmolLM2-135M"  # the model to tune, for its tokenizer and chat template
 out_dir = ""  # where to write (empty: this folder)
 configure(globals())
 # -----------------------------------------------------------------------------
 
 
-def conversations(rows: Iterator[object], where: object, column: str) -> Iterator[str]:
-    """Yield conversations as text. Raise ValueError that names a bad one."""
-    for number, messages in enumerate(rows, 1):
-        try:
-            yield render(template, messages, chat_tokenizer.tokenizer)
-        except ValueError as error:
-            raise ValueError(f"{where}, conversation {number}: {error}") from None
+def prepare(folder: Path, source: str, column: str, model: str) -> None:
+    """Write the dataset. model: whose tokenizer and chat template it gets."""
+    chat_tokenizer, template = ensure_template(*load_tokenizer(model))
+
+    def conversations(rows: Iterator[object], where: object, column: str) -> Iterator[str]:
+        """Yield conversations as text. Raise ValueError with the number of an invalid one."""
+        for number, messages in enumerate(rows, 1):
+            try:
+                yield render(template, stripped_messages(messages), chat_tokenizer)
+            except ValueError as error:
+                raise ValueError(f"{where}, conversation {number}: {error}") from None
+
+    def documents(split: str) -> Iterator[str]:
+        read = local_documents if is_local(source) else hub_documents
+        return read(source, split, column, to_documents=conversations)
+
+    meta = chat_meta(template, chat_tokenizer)
+    write_dataset(folder, documents, ChatTokenizer(chat_tokenizer), **meta,
+                  source="" if is_local(source) else hub_source(source))
 
 
-def documents(split: str) -> Iterator[str]:
-    if source.lower().endswith(TABLES) or os.path.exists(source):
-        return local_documents(source, split, column, read_table=conversations)
-    return hub_documents(source, split, column, read_table=conversations)
+def stripped_messages(messages: object) -> object:
+    """Strip white space around messages, which could merge with the tokens that mark an answer."""
+    if not isinstance(messages, list):
+        return messages  # render() says what is wrong
+    return [message | {"content": message["content"].strip()}
+            if isinstance(message, dict) and isinstance(message.get("content"), str) else message
+            for message in messages]
 
 
 with user_errors():
     if not source:
         raise ValueError("set --source to a file, a folder or the name of a Hugging Face dataset")
-    tuned, template = with_template(*load_tokenizer(tokenizer))
-    chat_tokenizer = ChatTokenizer(tuned)
     folder = Path(out_dir) if out_dir else HERE
-    write_dataset(folder, documents, chat_tokenizer, **meta_of_chat(template, tuned))
-    print(f"next: python train.py config/finetune_chat.py --init_from={tokenizer} "
-          f"--dataset={folder.name}")
+    prepare(folder, source, column, tokenizer)
+    inside = folder.resolve().parent == HERE.resolve().parent
+    print("next:", shlex.join([
+        "python", "train.py", "config/finetune.py", f"--init_from={tokenizer}",
+        f"--dataset={folder.resolve().name if inside else folder.resolve()}",
+        "--batching=by_length", "--block_size=512", "--out_dir=out-chat"]))

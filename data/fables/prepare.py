@@ -26,13 +26,12 @@ import random
 import re
 import sys
 import zlib
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
-from lib.chat import ChatTokenizer, meta_of_chat, render, with_template
+from lib.chat import ChatTokenizer, chat_meta, ensure_template, render
 from lib.checkpoint import make_tokenizer
 from lib.configurator import at_least, configure, user_errors
 from lib.corpus import finish_dataset, remove_temporary_files, write_split
@@ -42,7 +41,7 @@ from lib.tokenizer import EOT, add_tokens
 train_stories = 50000  # about 130 tokens each
 val_stories = 2000  # held out for validation
 seed = 1337  # of the random choices
-tokenizer = "pieces"  # words with the space before them, the fastest to learn; or any other
+tokenizer = "pieces"  # words with the space before them; or another kind, or a model
 vocab_size = 0  # at most this many tokens (0: 4,096 of bpe, 10,000 words, all others)
 instruct = False  # write requests and fables that answer them
 out_dir = ""  # where to write (empty: this folder, or fables_instruct beside it)
@@ -394,7 +393,7 @@ class NotAFable(ValueError):
 
 def tell(choose: Callable[[str, tuple[str, ...]], int]) -> tuple[str, dict[str, str]]:
     """
-    Return one fable and its facts: what fills each slot the first time, the thing and the moral.
+    Return a fable and its facts: the first option chosen for each slot, the thing and the moral.
 
     choose: a function of the text so far and the options for what comes next, which returns the
     index of an option. With random numbers this writes a fable, with a finished text it parses it.
@@ -492,13 +491,13 @@ def parse(text: str) -> tuple[list[int], float]:
 
 
 def facts_of(text: str) -> dict[str, str]:
-    """Return the facts of a fable, see tell(). Raises NotAFable if it is none."""
+    """Return the facts of a fable, see tell(). Raises NotAFable if text is not a fable."""
     choices = iter(parse(text)[0])
     return tell(lambda *_: next(choices))[1]
 
 
 # -----------------------------------------------------------------------------
-# Requests: one of the first sentences, and one of the second that names other slots.
+# Requests: one sentence of FIRST and one of SECOND that names other slots
 
 FIRST = ["Tell me about [hero] the [animal] and the [thing].",
          "Tell me a fable about a [animal] named [hero] and the [thing].",
@@ -517,6 +516,7 @@ SECOND = ['The moral is "[moral]"',
           "The hero loves [hobby].",
           "It is about the [thing]."]
 SLOT = re.compile(r"\[(\w+)\]")
+THING = re.compile(r"\[(treasure|treat|plant|wonder)\]")
 REQUESTS = [f"{first} {second}" for first in FIRST for second in SECOND
             if not {*SLOT.findall(first)} & {*SLOT.findall(second)}]
 
@@ -530,19 +530,30 @@ def named_facts(text: str) -> dict[str, str]:
     return {}
 
 
-def chance(named: dict[str, str]) -> float:
-    """Return the probability that a fable has these facts."""
-    total = 0.0
-    for template in BEGINNING[-1]:
-        things = TABLES[re.search(r"\[(treasure|treat|plant|wonder)\]", template)[1]]
-        plots = Counter(PLOT_OF[thing] for thing in things if thing == named.get("thing", thing))
-        for plot, n in plots.items():
-            tables = {"helper": TABLES[HELPERS[plot]], "moral": PLOTS[plot][2]}
-            total += n / len(things) * math.prod((named[slot] in table) / len(table)
-                                                 for slot, table in tables.items() if slot in named)
-    others = [slot for slot in named if slot not in ("thing", "helper", "moral")]
-    sentences = len(BEGINNING[-1]) * (len(ENDING[-1]) if {"drink", "food"} & named.keys() else 1)
-    return total / sentences / math.prod(len(TABLES[slot]) for slot in others)
+def probability_of(facts: dict[str, str]) -> float:
+    """
+    Return the probability that a fable has these facts.
+
+    The thing decides the plot, and the plot decides the possible helpers and morals. The other
+    slots are independent, and their options equally likely.
+    """
+    def share(slot: str, table: Sequence[str]) -> float:
+        return (facts[slot] in table) / len(table) if slot in facts else 1.0
+
+    p = 0.0
+    for sentence in BEGINNING[-1]:  # each introduces one thing
+        things = TABLES[THING.search(sentence)[1]]
+        for thing in things:
+            if facts.get("thing", thing) == thing:
+                plot = PLOT_OF[thing]
+                p += (share("helper", TABLES[HELPERS[plot]]) * share("moral", PLOTS[plot][2])
+                      / len(things) / len(BEGINNING[-1]))
+    for slot in facts:
+        if slot not in ("thing", "helper", "moral"):
+            p /= len(TABLES[slot])
+    if "drink" in facts or "food" in facts:  # only one of the last sentences has them
+        p /= len(ENDING[-1])
+    return p
 
 
 def is_held_out(named: dict[str, str]) -> bool:
@@ -554,8 +565,8 @@ def write_conversations(seed: str, n: int, held_out: bool) -> list[tuple[str, st
     """
     Return n requests, fables that answer them, and -log p in nats of a fable given its request.
 
-    A kind of request is drawn first, then a fable that has these slots: all that have the named
-    facts are as probable as in the grammar, so their probability is divided by that of the facts.
+    First a kind of request is sampled, then a fable that has its slots. Fables with the same named
+    facts keep their relative probabilities: p(fable | request) = p(fable) / p(facts).
     """
     rng, conversations = random.Random(seed), []
     while len(conversations) < n:
@@ -568,11 +579,29 @@ def write_conversations(seed: str, n: int, held_out: bool) -> list[tuple[str, st
             for slot, value in named.items():
                 request = request.replace(f"[{slot}]", value)
             request = re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", request)
-            conversations.append((request, fable, nats + math.log(chance(named))))
+            conversations.append((request, fable, nats + math.log(probability_of(named))))
     return conversations
 
 
 # -----------------------------------------------------------------------------
+
+def instruct_texts(sizes: dict[str, int], seed: int, tokenizer) -> tuple[dict, dict, object, dict]:
+    """
+    Write conversations for each split, whose sizes are given.
+
+    Return their texts; the fables with their nats; a tokenizer that also has the requests; and
+    entries for meta.json.
+    """
+    rows = {split: write_conversations(f"{seed} {split} instruct", n, split == "val")
+            for split, n in sizes.items()}
+    parts = [part for split in sizes for row in rows[split] for part in row[:2]]
+    tokenizer, template = ensure_template(add_tokens(tokenizer, parts), "")
+    texts = {split: [render(template, [{"role": "user", "content": request},
+                                       {"role": "assistant", "content": fable}], tokenizer)
+                     for request, fable, _ in rows[split]] for split in sizes}
+    fables = {split: [row[1:] for row in rows[split]] for split in sizes}
+    return texts, fables, ChatTokenizer(tokenizer), chat_meta(template, tokenizer)
+
 
 def prepare(folder: Path, train_stories: int, val_stories: int, seed: int, kind: str,
             vocab_size: int, instruct: bool = False) -> None:
@@ -584,15 +613,7 @@ def prepare(folder: Path, train_stories: int, val_stories: int, seed: int, kind:
     trained = make_tokenizer(kind, texts["train"] + texts["val"], vocab_size, specials)
     more = {}
     if instruct:  # the fables above only gave the vocabulary
-        conversations = {split: write_conversations(f"{seed} {split} instruct", n, split == "val")
-                         for split, n in sizes.items()}
-        stories = {split: [row[1:] for row in conversations[split]] for split in sizes}
-        parts = [part for split in sizes for row in conversations[split] for part in row[:2]]
-        tokenizer, template = with_template(add_tokens(trained, parts), "")
-        texts = {split: [render(template, [{"role": "user", "content": request},
-                                           {"role": "assistant", "content": fable}], tokenizer)
-                         for request, fable, _ in conversations[split]] for split in sizes}
-        trained, more = ChatTokenizer(tokenizer), meta_of_chat(template, tokenizer)
+        texts, stories, trained, more = instruct_texts(sizes, seed, trained)
     with remove_temporary_files(folder):
         splits = {split: write_split(folder, split, texts[split], trained, n)
                   for split, n in sizes.items()}
@@ -601,7 +622,7 @@ def prepare(folder: Path, train_stories: int, val_stories: int, seed: int, kind:
             return
         fables = [fable for fable, _ in stories["val"]]
         nats = math.fsum(nats for _, nats in stories["val"])
-        # each fable is followed by one more token, which ends it
+        # the token after a fable, which ends it, is also predicted
         floor = nats / (sum(map(len, trained.encode_many(fables))) + len(fables))
         floor_bits_per_byte = nats / math.log(2) / sum(len(fable.encode()) for fable in fables)
         finish_dataset(folder, trained, splits, floor=floor,

@@ -14,7 +14,6 @@ Reads text files (.txt, .md or no suffix), with <|endoftext|> between documents,
 In a folder, files named train and val (or valid, validation) are the splits. Otherwise every 20th
 document is held out for validation. With fewer than 20, the end of the text is held out.
 """
-import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 from lib.checkpoint import make_tokenizer
 from lib.configurator import at_least, configure, user_errors
-from lib.corpus import SUFFIXES, hub_documents, hub_source, local_documents, write_dataset
+from lib.corpus import hub_documents, hub_source, is_local, local_documents, write_dataset
 
 # -----------------------------------------------------------------------------
 source = ""  # a file, a folder or a dataset on the hub: NAME or NAME@REVISION
@@ -38,13 +37,8 @@ configure(globals(), vocab_size=at_least(0, at_most=65536))
 # -----------------------------------------------------------------------------
 
 
-def is_local() -> bool:
-    return (source.startswith((".", "/", "~")) or "\\" in source
-            or source.lower().endswith(SUFFIXES) or os.path.exists(source))
-
-
 def documents(split: str) -> Iterator[str]:
-    if is_local():
+    if is_local(source):
         return local_documents(source, split, column, encoding)
     return hub_documents(source, split, column, subset)
 
@@ -70,5 +64,5 @@ with user_errors():
     trained = make_tokenizer(tokenizer, documents("train"), vocab_size)
     folder = Path(out_dir) if out_dir else HERE
     write_dataset(folder, documents, trained,
-                  source="" if is_local() else hub_source(source, subset))
+                  source="" if is_local(source) else hub_source(source, subset))
     print(f"next: {next_command(folder.resolve())}")
