@@ -238,6 +238,40 @@ def test_fields_that_do_not_fit_are_named(tmp_path, fields, says):
     assert says in str(raised.value) and "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("at, skip, code, value, says", [
+    (4, 0, "<I", 1, "little-endian GGUF file of version 2 or 3"),
+    (4, 0, ">I", 3, "little-endian GGUF file of version 2 or 3"),
+    ("blk.0.attn_k.weight", 0, "<I", 5, "'blk.0.attn_k.weight' occurs twice or has 5 dimensions"),
+    ("blk.0.attn_k.weight", 20, "<I", 99, "99 is not a valid GGMLQuantizationType"),
+    ("blk.0.attn_k.weight", 20, "<I", 12, "of type Q4_K has the shape (20, 36)"),
+    ("blk.0.attn_k.weight", 24, "<Q", 1 << 40, "'blk.0.attn_k.weight' is outside of the file"),
+    ("blk.0.attn_k.weight", 24, "<Q", 0, "is outside of the file or overlaps others"),
+    ("blk.0.attn_k.weight", 24, "<Q", 1, "is outside of the file or overlaps"),
+    ("general.name", 0, "<I", 13, "unknown type 13"),
+    ("tokenizer.ggml.tokens", 8, "<Q", 1 << 60, "it is truncated or damaged"),
+    ("tokenizer.ggml.scores", 8, "<Q", 1 << 60, "it is truncated or damaged"),
+])
+def test_a_damaged_header_is_named(tmp_path, at, skip, code, value, says):
+    path = write_gguf(tmp_path / "m.gguf", make_model("llama", "char"))
+    raw = bytearray(path.read_bytes())
+    start = at if isinstance(at, int) else raw.index(at.encode()) + len(at)
+    struct.pack_into(code, raw, start + skip, value)
+    path.write_bytes(raw)
+    with pytest.raises(ValueError) as raised:
+        load_checkpoint(path)
+    assert says in str(raised.value)
+
+
+@pytest.mark.parametrize("name, other", [
+    ("llama.block_count", "llama.block_cuont"), ("blk.0.attn_q.weight", "blk.0.attn_k.weight")])
+def test_names_that_occur_twice_are_named(tmp_path, name, other):
+    fields = {"llama.block_cuont": (2, U32)}
+    path = write_gguf(tmp_path / "m.gguf", make_model("llama", "char"), fields=fields)
+    path.write_bytes(path.read_bytes().replace(other.encode(), name.encode()))
+    with pytest.raises(ValueError, match=f"'{name}' occurs twice"):
+        load_checkpoint(path)
+
+
 def test_other_fields_without_effect_are_read(tmp_path):
     fields = {"llama.expert_count": (0, U32), "llama.rope.scaling.type": ("none", STR),
               "llama.vocab_size": (tokenizer_of("char").vocab_size, U32)}
