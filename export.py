@@ -353,25 +353,22 @@ def export_gguf(checkpoint: dict, path: Path, dtype: str) -> list[Path]:
     if c.arch == "gpt2" and c.gelu != "tanh":
         print("warning: llama.cpp has only OpenAI's approximate GELU for GPT-2; this model uses "
               "the exact one, so its samples may differ there", file=sys.stderr)
-    temporary = path.with_name(path.name + ".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
-    writer = gguf.GGUFWriter(temporary, c.arch)
-    try:
-        add_gguf_fields(writer, path.stem, model, dtype)
-        add_gguf_tokenizer(writer, tokenizer, c.vocab_size)
-        if template := checkpoint["meta"].get("chat_template"):
-            writer.add_chat_template(template)
-            writer.add_eot_token_id(answer_marks(template, tokenizer)["end"])  # of an answer
-        add_gguf_tensors(writer, model, dtype)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export") as folder:
+        temporary = Path(folder, path.name)
+        # closed also after an error: Windows cannot remove an open file
+        with contextlib.closing(gguf.GGUFWriter(temporary, c.arch)) as writer:
+            add_gguf_fields(writer, path.stem, model, dtype)
+            add_gguf_tokenizer(writer, tokenizer, c.vocab_size)
+            if template := checkpoint["meta"].get("chat_template"):
+                writer.add_chat_template(template)
+                writer.add_eot_token_id(answer_marks(template, tokenizer)["end"])  # of an answer
+            add_gguf_tensors(writer, model, dtype)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
         sync_file(temporary)
         replace_file(temporary, path)
-    finally:
-        writer.close()  # also after an error: Windows cannot remove an open file
-        temporary.unlink(missing_ok=True)
     return [path]
 
 

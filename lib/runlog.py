@@ -14,7 +14,7 @@ from pathlib import Path
 from lib import machine
 from lib.configurator import one_line, user_errors
 from lib.console import duration
-from lib.files import replace_atomically, write_atomically
+from lib.files import open_own, replace_atomically, write_atomically
 from lib.tokenizer import get_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -156,7 +156,7 @@ class RunLog:
         if not self.write:
             return
         metrics = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-        with user_errors(), open(self.path, "a", encoding="utf-8") as file:
+        with user_errors(), open_own(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
         self.send(step, metrics)
 
