@@ -30,7 +30,7 @@ from lib.convert import is_hub_name
 from lib.corpus import check_once, load_meta
 from lib.dataset import TokenStream, collate, eval_batches, prefetch
 from lib.decoding import Sampling
-from lib.files import results_file, write_atomically
+from lib.files import load_json, results_file, write_atomically
 from lib.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
 
@@ -375,7 +375,7 @@ def reusable(path: Path, sources: list[Path],
              conditions: dict[str, object]) -> dict[str, object] | None:
     """Return the summary in path if it is newer than its sources and has these conditions."""
     with contextlib.suppress(OSError, ValueError):
-        summary = json.loads(path.read_text(encoding="utf-8"))
+        summary = load_json(path)
         is_newer = path.stat().st_mtime_ns > max(file.stat().st_mtime_ns for file in sources)
         if is_newer and isinstance(summary, dict) and conditions.items() <= summary.items():
             # summaries of older versions do not have above_floor

@@ -40,7 +40,7 @@ from lib.convert import (
     to_hf,
 )
 from lib.decoding import start_token
-from lib.files import replace_file, results_file, sync_file, write_atomically
+from lib.files import load_json, replace_file, results_file, sync_file, write_atomically
 from lib.quantize import quantize_int8
 from lib.tokenizer import (
     EOT,
@@ -286,7 +286,9 @@ def measurements(checkpoint: dict) -> dict:
     summary = {}
     with contextlib.suppress(OSError, ValueError):
         path = results_file(out_dir, Path(checkpoint["path"]), "metrics_summary.json")
-        summary = json.loads(path.read_text(encoding="utf-8"))
+        summary = load_json(path)
+    if not isinstance(summary, dict):
+        return {}
     other = summary.get("quantize") or summary.get("eval_iters")  # other weights or part of a split
     return {} if other or summary.get("step") != checkpoint["step"] else summary
 

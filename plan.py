@@ -24,7 +24,7 @@ from lib.configurator import at_least, configure, one_of, user_errors
 from lib.console import duration, named_lines, print_table, progress
 from lib.corpus import load_meta
 from lib.dataset import TokenStream
-from lib.files import write_atomically
+from lib.files import read_text, write_atomically
 from lib.loss import check_softmax_tokens
 from model import GPT, GPTConfig
 
@@ -311,7 +311,7 @@ def print_notes(ladder: list[dict], best: dict, distinct: int, chip: str) -> Non
 
 def check_replaceable(path: Path) -> None:
     """Raise ValueError if the file exists and is not one that plan.py wrote."""
-    if path.exists() and not path.read_text(encoding="utf-8").startswith("# The best model for"):
+    if path.exists() and not read_text(path).startswith("# The best model for"):
         raise ValueError(f"{path} exists and is not from plan.py: choose another name")
 
 

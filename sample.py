@@ -32,6 +32,7 @@ from lib.chat import answer_marks, encode, render
 from lib.checkpoint import load_model
 from lib.configurator import at_least, configure, did_you_mean, one_of, user_errors
 from lib.decoding import Sampling, beam_search, start_token
+from lib.files import read_text
 from lib.machine import explain_out_of_memory, keep_freed_memory, resolve_device
 from lib.tokenizer import BytePairTokenizer, get_tokenizer
 from model import GPT
@@ -246,7 +247,7 @@ def read_prompt(start: str) -> str:
             sys.stdin.reconfigure(encoding="utf-8-sig")  # Windows may add a byte order mark
             return sys.stdin.read()
         if start.startswith("FILE:"):
-            return Path(start[5:]).read_text(encoding="utf-8-sig")
+            return read_text(Path(start[5:]), encoding="utf-8-sig")
         only_newlines = not start.replace("\\n", "")
         return start.replace("\\n", "\n") if only_newlines else start
     except FileNotFoundError:

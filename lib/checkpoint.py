@@ -15,7 +15,10 @@ into place once complete. Keys:
     step, best_val_loss, version
     optimizer, scaler   to resume; not in best.pt and step_001000.pt, like the rest of RunState
 """
+import json
 import math
+import pickletools
+import re
 import sys
 import zipfile
 from collections.abc import Iterable, Sequence
@@ -24,6 +27,7 @@ from pathlib import Path
 
 import torch
 
+from lib import machine
 from lib.configurator import one_line
 from lib.convert import (
     OPENAI,
@@ -34,7 +38,7 @@ from lib.convert import (
     read_hf_tokenizer,
     read_hugging_face,
 )
-from lib.files import open_synced, replace_file
+from lib.files import check_regular, open_synced, replace_file
 from lib.lora import merge_adapters, rank_of
 from lib.quantize import prepare_for_inference, quantize_int8, use_int8_layers
 from lib.read_gguf import read_gguf, read_gguf_tokenizer
@@ -45,6 +49,10 @@ VERSION = 1
 RESUMABLE = ("last.pt", "stop.pt", "prev.pt")
 # the keys of every checkpoint and their types
 REQUIRED = dict(model=dict, model_args=dict, step=int, config=dict, meta=dict, version=int)
+
+# what torch.save asks for in a pickle of tensors and plain types
+PICKLED = (r"collections OrderedDict|torch \w+Storage|torch\.storage UntypedStorage"
+           r"|torch\._utils _rebuild_(tensor_v2|parameter)")
 
 
 @dataclass
@@ -138,12 +146,31 @@ def remove_run(out_dir: str | Path) -> None:
     remove_after(out_dir, 0)
 
 
+def check_archive(path: Path) -> None:
+    """
+    Raise ValueError unless a file is intact and could be one of torch.save.
+
+    Then reading it takes about as much memory as the file has bytes: the entries of the zip file
+    are not compressed, and its pickle calls no function that could make more of them.
+    """
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        if (any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+                or sum(entry.file_size for entry in entries) > path.stat().st_size):
+            raise ValueError("its parts are compressed or overlap")
+        if damaged := archive.testzip():
+            raise ValueError(f"checksum of {damaged} is wrong")
+        for name in (name for name in archive.namelist() if name.endswith(".pkl")):
+            for code, value, _ in pickletools.genops(archive.read(name)):
+                if code.name == "GLOBAL" and not re.fullmatch(PICKLED, value):
+                    raise ValueError(f"it asks for {value}")
+
+
 def read_checkpoint(path: Path) -> dict:
     """Read a checkpoint to the CPU. Raise ValueError if it is damaged."""
+    check_regular(path, machine.memory())
     try:
-        with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():
-                raise ValueError(f"checksum of {damaged} is wrong")
+        check_archive(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
@@ -153,22 +180,40 @@ def read_checkpoint(path: Path) -> dict:
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} is not a checkpoint: it holds a {type(checkpoint).__name__}")
     if "iter_num" in checkpoint:
-        checkpoint = from_nanogpt(checkpoint, path) | {"version": VERSION}
+        try:
+            checkpoint = from_nanogpt(checkpoint, path) | {"version": VERSION}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is not a checkpoint that nanoGPT wrote "
+                             f"({type(error).__name__}: {error})") from None
     check_checkpoint(checkpoint, path)
+    # many weights that share their bytes would need more memory than the file has
+    if sum(w.nbytes for name, w in checkpoint["model"].items()
+           if name != "lm_head.weight") > path.stat().st_size:
+        raise ValueError(f"{path} is damaged: its weights are larger than the file")
     return checkpoint
 
 
 def check_checkpoint(checkpoint: dict, path: Path) -> None:
-    """Raise ValueError unless a checkpoint has the keys that every checkpoint has."""
+    """Raise ValueError unless a checkpoint has what every checkpoint has, in the right types."""
     wrong = [name for name, kind in REQUIRED.items()
              if not isinstance(value := checkpoint.get(name), kind) or isinstance(value, bool)]
     if (wrong or checkpoint["step"] < 0
+            or not isinstance(checkpoint.get("best_val_loss", 0.0), int | float)
             or not isinstance(checkpoint["config"].get("dataset"), str)
-            or not isinstance(checkpoint["meta"].get("tokenizer"), dict)):
+            or not isinstance(checkpoint["meta"].get("tokenizer"), dict)
+            or not all(isinstance(checkpoint["meta"].get(name, ""), str)
+                       for name in ("base_model", "chat_template"))):
         raise ValueError(f"{path} is not a checkpoint of this program, or it is damaged: cannot "
                          f"read its {', '.join(wrong) or 'contents'}")
-    if not all(isinstance(weight, torch.Tensor) for weight in checkpoint["model"].values()):
-        raise ValueError(f"{path} is damaged: some of its weights are not tensors")
+    try:
+        json.dumps([checkpoint[name] for name in ("model_args", "config", "meta")])
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: not all of its settings are plain values "
+                         f"({error})") from None
+    for name, w in checkpoint["model"].items():
+        if not (isinstance(name, str) and isinstance(w, torch.Tensor)
+                and (w.is_floating_point() or w.dtype == torch.int8)):
+            raise ValueError(f"{path} is damaged: its weight {name!r} is not a tensor of floats")
     if checkpoint["version"] > VERSION:
         raise ValueError(f"{path} was written by a newer version of this program")
 

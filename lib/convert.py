@@ -16,6 +16,8 @@ from torch.overrides import TorchFunctionMode
 
 from lib.configurator import one_line
 from lib.console import hide_hub_progress
+from lib.files import check_regular, load_json, read_text
+from lib.machine import memory
 from lib.tokenizer import meta_of, read_nanogpt_characters, read_tokenizer_json
 from model import GPT, GPTConfig
 
@@ -264,7 +266,7 @@ def read_hf_tokenizer(folder: Path) -> dict:
 
     A chat template is its entry chat_template. Raises ValueError for other tokenizers.
     """
-    files = {name: (folder / name).read_text(encoding="utf-8") for name in TOKENIZER_FILES
+    files = {name: read_text(folder / name) for name in TOKENIZER_FILES
              if (folder / name).exists()}
     about = json.loads(files.get("tokenizer_config.json", "{}"))
     eos = about.get("eos_token") or ""
@@ -290,14 +292,11 @@ def read_hugging_face(folder: Path) -> dict:
     except ImportError:
         raise ValueError(f"to read {folder} a package is needed: pip install safetensors") from None
 
-    def read(name: str) -> str:
-        return (folder / name).read_text(encoding="utf-8")
-
     try:
-        config = config_from_hf(json.loads(read("config.json")))
+        config = config_from_hf(load_json(folder / "config.json"))
         trained = {"step": 0, "config": {"dataset": ""}}
         if (folder / "meta.json").exists():
-            trained |= json.loads(read("meta.json"))
+            trained |= load_json(folder / "meta.json")
         else:
             trained["meta"] = read_hf_tokenizer(folder)
         tokens = trained["meta"]["vocab_size"]
@@ -306,6 +305,7 @@ def read_hugging_face(folder: Path) -> dict:
                              f"tokenizer ({tokens:,}), which without a tokenizer.json is GPT-2's")
         weights = {}
         for path in sorted(folder.glob("*.safetensors")):
+            check_regular(path, memory())
             weights |= load_file(path)
         if "wte.weight" in weights:  # OpenAI's own files have no prefix
             weights = {f"transformer.{name}": w for name, w in weights.items()}

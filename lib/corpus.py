@@ -24,7 +24,7 @@ import numpy as np
 from lib.configurator import one_line
 from lib.console import hide_hub_progress, progress
 from lib.dataset import TokenStream, split_files, token_dtype
-from lib.files import open_synced, replace_file, write_atomically
+from lib.files import load_json, open_synced, replace_file, write_atomically
 from lib.tokenizer import EOT, KINDS, leading, meta_of, read_nanogpt_characters
 
 FORMAT_VERSION = 1  # of meta.json
@@ -452,7 +452,7 @@ def load_meta(folder: Path) -> dict:
         spec = read_nanogpt_characters(pickled) if pickled.is_file() else {"kind": "gpt2"}
         return {"format_version": FORMAT_VERSION} | meta_of(spec, folder.name)
     try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        meta = load_json(folder / "meta.json")
         check_meta(meta)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder}/meta.json is damaged ({error}): run `{prepare}` "
@@ -476,7 +476,7 @@ def check_once(stream: TokenStream, meta: dict) -> str:
                  "expected": meta["splits"].get(stream.split, {}).get("sha256")}
     path = folder / f"{stream.split}.checked.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        checked = json.loads(path.read_text(encoding="utf-8"))
+        checked = load_json(path)
         if checked["condition"] == condition:
             return checked["sha256"]
     sha256 = stream.check(meta)

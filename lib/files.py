@@ -1,13 +1,43 @@
 """
 Files that are never half written, the place of results, and the lock on a run.
+
+A folder may be one that a stranger made: nothing is written through a symbolic link, and only
+regular files of a sensible size are read.
 """
 import contextlib
+import json
+import math
 import os
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
+
+LARGEST = 100_000_000  # bytes of a file that is read as a whole
+
+
+def check_regular(path: Path, largest: float = math.inf) -> None:
+    """Raise ValueError for a device or a pipe, which may never end, and for a larger file."""
+    size = path.stat().st_size
+    if not path.is_file():
+        raise ValueError(f"{path} is not a regular file")
+    if size > largest:
+        raise ValueError(f"{path} has {size:,} bytes; at most {largest:,} can be read")
+
+
+def read_text(path: Path, encoding: str = "utf-8") -> str:
+    """Return the text of a regular file of at most LARGEST bytes."""
+    check_regular(path, LARGEST)
+    return path.read_text(encoding=encoding)
+
+
+def load_json(path: Path) -> object:
+    """Return the value in a JSON file. Raise ValueError if it is damaged."""
+    try:
+        return json.loads(read_text(path))
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply") from None
 
 
 def open_new(path: Path, mode: str = "w") -> IO:

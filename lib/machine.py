@@ -3,6 +3,7 @@ The device: which one, its data type, its speed and its memory.
 """
 import contextlib
 import ctypes
+import math
 import os
 import re
 import sys
@@ -257,6 +258,14 @@ def peak_memory(device: str) -> int:
         return 0
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss: bytes on macOS, else kB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def memory() -> float:
+    """Return the bytes of this machine's memory, infinity where they are unknown, as on Windows."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return math.inf
 
 
 def gpu_memory(device: str) -> int:

@@ -20,6 +20,8 @@ import torch
 
 from lib.configurator import one_line
 from lib.convert import CLASSES, deinterleave, from_hf, hf_names, is_transposed
+from lib.files import check_regular
+from lib.machine import memory
 from lib.tokenizer import EOT, PATTERNS, PIECE, UNK, bpe_of_model, gpt2_pattern, meta_of
 from model import GPTConfig
 
@@ -66,6 +68,7 @@ def open_gguf(path: Path) -> Iterator[BinaryIO]:
         import gguf  # noqa: F401
     except ImportError:
         raise ValueError(f"to read {path} a package is needed: pip install gguf") from None
+    check_regular(path, memory())
     with open(path, "rb") as file:
         try:
             yield file

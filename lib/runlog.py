@@ -14,7 +14,7 @@ from pathlib import Path
 from lib import machine
 from lib.configurator import one_line, user_errors
 from lib.console import duration
-from lib.files import open_own, replace_atomically, write_atomically
+from lib.files import LARGEST, check_regular, open_own, replace_atomically, write_atomically
 from lib.tokenizer import get_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -165,10 +165,12 @@ class RunLog:
         found = []
         if not self.path.exists():
             return found
+        check_regular(self.path, 10 * LARGEST)
         for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError, TypeError):
+            with contextlib.suppress(ValueError, RecursionError):
                 record = json.loads(line)
-                if "step" in record:
+                if (isinstance(record, dict) and "step" in record
+                        and all(isinstance(x, float | int | None) for x in record.values())):
                     found.append(record)
         return found
 

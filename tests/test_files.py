@@ -1,10 +1,19 @@
-"""lib/files.py: links that someone planted in a folder are never followed."""
+"""Folders that a stranger made: links are not followed, and no file takes all memory."""
 
+import copy
+import os
+import resource
+import shutil
+import struct
+import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
-from helpers import run, train
+from helpers import one_line_error, run, train
+from lib.checkpoint import load_checkpoint, read_checkpoint
+from lib.corpus import load_meta
 from lib.files import lock_run, open_synced
 from lib.runlog import RunLog
 
@@ -69,3 +78,171 @@ def test_scripts_do_not_write_through_links(tmp_path, fables_data):
         done = run(*args)
         assert done.returncode == 0, done.stderr
     assert victim.read_text() == "mine"
+
+
+# -----------------------------------------------------------------------------
+# Bombs: small or endless files that would take all memory
+
+
+@pytest.fixture
+def little_memory():
+    """Let this process allocate at most 1 GB more, so that a bomb that works is a MemoryError."""
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + (1 << 30), limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def rezip(path: Path, compression: int = zipfile.ZIP_STORED, **replaced: bytes) -> None:
+    """Write a zip file again; replaced: new contents by the end of an entry's name."""
+    with zipfile.ZipFile(path) as old:
+        entries = {name: old.read(name) for name in old.namelist()}
+    with zipfile.ZipFile(path, "w", compression) as new:
+        for name, data in entries.items():
+            found = [raw for end, raw in replaced.items() if name.endswith(end)]
+            new.writestr(name, *found or [data])
+
+
+def test_a_compressed_checkpoint_is_refused(tmp_path, trained):
+    path = Path(shutil.copy(trained / "best.pt", tmp_path))
+    rezip(path)
+    assert read_checkpoint(path)["step"] == 6  # the same parts, stored
+    rezip(path, zipfile.ZIP_DEFLATED)
+    with pytest.raises(ValueError, match="its parts are compressed"):
+        read_checkpoint(path)
+
+
+def test_a_checkpoint_with_overlapping_parts_is_refused(tmp_path, trained):
+    """Ten thousand entries that are the same bytes of the file."""
+    path = Path(shutil.copy(trained / "best.pt", tmp_path))
+    with zipfile.ZipFile(path, "a") as archive:
+        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+        for i in range(50):
+            entry = copy.copy(largest)
+            entry.filename = f"again{i}"
+            archive.filelist.append(entry)
+        archive._didModify = True
+    with pytest.raises(ValueError, match="its parts are compressed or overlap"):
+        read_checkpoint(path)
+
+
+HEX = b"X\x03\x00\x00\x00hextR"  # the end of a call of _codecs.encode
+
+
+@pytest.mark.parametrize("pickled", [
+    b"\x80\x02c__builtin__\nbytearray\n(J\xff\xff\xff\x7ftR.",
+    # each of 34 calls doubles a text
+    b"\x80\x02" + b"c_codecs\nencode\n(" * 35 + b"X\x01\x00\x00\x00a"
+    b"X\x06\x00\x00\x00latin1tR" + HEX * 34 + b"."])
+def test_a_pickle_that_grows_is_refused(tmp_path, trained, pickled, little_memory):
+    path = Path(shutil.copy(trained / "best.pt", tmp_path))
+    rezip(path, **{"data.pkl": pickled})
+    with pytest.raises(ValueError, match="it asks for (__builtin__ bytearray|_codecs encode)"):
+        read_checkpoint(path)
+
+
+SHARED = torch.zeros(20_000)
+
+
+@pytest.mark.parametrize("more, says", [
+    ({"a": torch.zeros(1).expand(1 << 40)}, "larger than the file"),
+    ({f"a{i}": SHARED for i in range(1000)}, "larger than the file"),
+    ({"a": torch.zeros(2, dtype=torch.complex64)}, "its weight 'a' is not a tensor of floats"),
+    ({7: torch.zeros(2)}, "its weight 7 is not a tensor of floats"),
+    ({"a": "text"}, "its weight 'a' is not a tensor of floats")])
+def test_weights_that_cannot_be_weights_are_refused(tmp_path, trained, more, says):
+    checkpoint = read_checkpoint(trained / "best.pt")
+    checkpoint["model"].update(more)
+    torch.save(checkpoint, tmp_path / "best.pt")
+    with pytest.raises(ValueError, match=says):
+        read_checkpoint(tmp_path / "best.pt")
+
+
+def endless(folder: Path, name: str, kind: str) -> Path:
+    """Put a file that never ends, or one of 10 TB, into a folder."""
+    folder.mkdir(exist_ok=True, parents=True)
+    path = folder / name
+    path.unlink(missing_ok=True)
+    if kind == "zero":
+        path.symlink_to("/dev/zero")
+    elif kind == "fifo":
+        os.mkfifo(path)
+    else:
+        with open(path, "wb") as file:
+            file.truncate(10**13)
+    return path
+
+
+ENDLESS = "is not a regular file|at most [0-9,]+ can be read|there is no file"
+
+
+@pytest.mark.parametrize("kind", ["zero", "fifo", "huge"])
+@pytest.mark.parametrize("name", ["best.pt", "config.json", "tokenizer.json", "meta.json",
+                                  "model.safetensors", "model.gguf"])
+def test_models_that_never_end_are_refused(tmp_path, openai_folder, name, kind):
+    folder = tmp_path / "model"
+    if name != "best.pt":
+        shutil.copytree(openai_folder, folder)
+    path = endless(folder, name, kind)
+    with pytest.raises(ValueError, match=ENDLESS):
+        load_checkpoint(path if name == "model.gguf" else folder)
+
+
+def test_logs_and_metas_that_never_end_are_refused(tmp_path):
+    for kind in ("zero", "fifo", "huge"):
+        endless(tmp_path, "log.jsonl", kind)
+        with pytest.raises(ValueError, match=ENDLESS):
+            RunLog(tmp_path, write=True).records()
+    endless(tmp_path, "meta.pkl", "huge")
+    with pytest.raises(ValueError, match=ENDLESS):
+        load_meta(prepared(tmp_path))
+    endless(tmp_path, "meta.json", "huge")
+    with pytest.raises(ValueError, match=ENDLESS):
+        load_meta(tmp_path)
+
+
+def prepared(folder: Path) -> Path:
+    (folder / "train.bin").touch()
+    return folder
+
+
+def test_prompts_that_never_end_are_refused(tmp_path, trained):
+    os.mkfifo(tmp_path / "fifo")
+    for path in ("/dev/zero", tmp_path / "fifo", endless(tmp_path, "huge", "huge")):
+        error = one_line_error(run("sample.py", f"--out_dir={trained}", f"--start=FILE:{path}"))
+        assert "is not a regular file" in error or "can be read" in error
+
+
+def test_a_safetensors_header_of_any_length_is_refused(tmp_path, openai_folder, little_memory):
+    shutil.copytree(openai_folder, tmp_path / "model")
+    for size in (1 << 62, 1 << 33, 90_000_000):
+        (tmp_path / "model/model.safetensors").write_bytes(struct.pack("<Q", size) + b"{}")
+        with pytest.raises(ValueError, match="is not a Hugging Face model that can be read here"):
+            load_checkpoint(tmp_path / "model")
+
+
+def test_a_pickle_of_characters_cannot_allocate(tmp_path, little_memory):
+    """Ten bytes let Python's faster unpickler allocate 64 GB for its memo."""
+    (tmp_path / "meta.pkl").write_bytes(b"\x80\x02Nr\xff\xff\xff\x0f.")
+    with pytest.raises(ValueError, match=r"not what nanoGPT's prepare.py writes \(TypeError"):
+        load_meta(prepared(tmp_path))
+
+
+def test_nesting_is_one_line(tmp_path, trained, fables_data):
+    """Lists in lists, a hundred thousand deep, wherever JSON is read."""
+    deep = "[" * 100_000 + "]" * 100_000
+    data, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(fables_data, data)
+    shutil.copytree(trained, out)
+    (data / "meta.json").write_text(deep)
+    for name in ("metrics_summary.json", "log.jsonl"):
+        (out / name).write_text(deep + "\n")
+    with pytest.raises(ValueError, match="is nested too deeply"):
+        load_meta(data)
+    assert RunLog(out, write=False).records() == []
+    done = run("eval.py", f"--compare={out}", f"--dataset={fables_data}", "--valid_samples=0")
+    assert done.returncode == 0, done.stderr
+    (out / "metrics_summary.json").write_text(deep)
+    done = run("export.py", f"--out_dir={out}", f"--to={tmp_path}/hf", "--format=hf")
+    assert done.returncode == 0, done.stderr
