@@ -504,7 +504,7 @@ with user_errors():
     theirs = SimpleNamespace(**vars(settings) | {
         name: configurator.coerce(name, value, config[name])
         for name, value in theirs.items() if name in config})
-    our_config(settings)
+    machine.check_memory(machine.weight_bytes(our_config(settings)) * (mode != "data"), device)
 machine.set_up_torch(many_shapes=batching == "by_length")
 if mode == "train":
     result = bench_train(settings, peer)

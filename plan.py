@@ -71,6 +71,7 @@ config, given = configure(
     loss_chunk=at_least(-1))
 
 # -----------------------------------------------------------------------------
+LARGEST = 100e12  # bytes of weights that can be planned
 RUNTIME = 5e8  # bytes of CUDA's context and libraries on a GPU, of Python and torch on a CPU
 # share of memory lost between tensors: glibc leaves more gaps than torch's allocator for GPUs
 GAPS = {"cpu": 0.4, "cuda": 0.1, "mps": 0.1}
@@ -421,10 +422,14 @@ def main() -> None:
         folder = Path("data") / dataset
         meta = load_meta(folder) if (folder / "meta.json").exists() else None
         V = vocab_size or (meta["vocab_size"] if meta else 50257)
+        model_config = GPTConfig(
+            arch=arch, block_size=block_size, vocab_size=V, n_layer=n_layer, n_head=n_head,
+            n_kv_head=n_kv_head, n_embd=n_embd, dropout=dropout, bias=bias, tied=tied)
+        if machine.weight_bytes(model_config) > LARGEST:
+            raise ValueError("the weights of the model have more than 100 TB: choose a smaller one")
+        machine.check_memory(8 * block_size * model_config.head_dim)  # positions are computed
         with torch.device("meta"):
-            model = GPT(GPTConfig(
-                arch=arch, block_size=block_size, vocab_size=V, n_layer=n_layer, n_head=n_head,
-                n_kv_head=n_kv_head, n_embd=n_embd, dropout=dropout, bias=bias, tied=tied))
+            model = GPT(model_config)
     model.remat = remat
     n_params, n_params_in_blocks = model.num_params(), model.num_params(non_embedding=True)
     rows = batch_size * gradient_accumulation_steps

@@ -236,6 +236,8 @@ if max_epochs:
     last_step = min(last_step, batches.steps_in(max_epochs))
 torch.manual_seed(seed)
 with ranks.user_errors():
+    # weights and, if all are trained, gradients and what the optimizer remembers
+    machine.check_memory(machine.weight_bytes(model_config) * (1 if lora_rank else 3), device)
     raw_model = (finetuned or GPT(model_config)).to(device)
     if lora_rank:
         lora.add_adapters(raw_model, lora_rank)

@@ -32,6 +32,7 @@ from lib.configurator import one_line
 from lib.convert import (
     OPENAI,
     SkipNormal,
+    check_layers,
     download,
     from_nanogpt,
     is_hub_name,
@@ -212,7 +213,7 @@ def check_checkpoint(checkpoint: dict, path: Path) -> None:
                          f"({error})") from None
     for name, w in checkpoint["model"].items():
         if not (isinstance(name, str) and isinstance(w, torch.Tensor)
-                and (w.is_floating_point() or w.dtype == torch.int8)):
+                and w.dim() > 0 and (w.is_floating_point() or w.dtype == torch.int8)):
             raise ValueError(f"{path} is damaged: its weight {name!r} is not a tensor of floats")
     if checkpoint["version"] > VERSION:
         raise ValueError(f"{path} was written by a newer version of this program")
@@ -361,7 +362,10 @@ def config_to_resume(checkpoint: dict, new: GPTConfig, settings: dict, given: se
     Raises ValueError if a given setting or the dataset contradicts the run.
     """
     out_dir, dataset = settings["out_dir"], settings["dataset"]
-    old = config_of(checkpoint, f"the checkpoint in {out_dir}")
+    where = f"the checkpoint in {out_dir}"
+    plain = {name: w for name, w in checkpoint["model"].items()
+             if not name.endswith((".lora_a", ".lora_b"))}
+    old = build_model(checkpoint | {"model": plain}, where).config  # compares all shapes
     wrong = [f"{name}={value}" for name, value in asdict(old).items()
              if name in given and name != "dropout" and value != getattr(new, name)]
     if "lora_rank" in given and settings["lora_rank"] != rank_of(checkpoint["model"]):
@@ -463,8 +467,9 @@ def build_model(checkpoint: dict, where: object, device: str = "cpu", **changes)
     """Return a checkpoint's model. Raise ValueError that names missing and misshapen weights."""
     config = config_of(checkpoint, where, **changes)
     try:
+        check_layers(config, checkpoint["model"])
         return model_from_weights(config, checkpoint["model"], device)
-    except (TypeError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
         reason = one_line(error, 300)
         raise ValueError(f"{where} does not fit the model: {reason}") from None
 

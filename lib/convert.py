@@ -60,6 +60,23 @@ class SkipNormal(TorchFunctionMode):
         return None if func.__name__ == "normal_" else func(*args, **(kwargs or {}))
 
 
+def check_layers(config: GPTConfig, weights: dict[str, torch.Tensor]) -> None:
+    """
+    Raise ValueError if a model would be larger than its weights, before it is built.
+
+    weights: under our names or those of Hugging Face. Once the number of layers fits, building the
+    model on the meta device is cheap and tells the shapes; only rotary positions take memory there.
+    """
+    numbers = (re.search(r"\b(?:h|layers)\.(\d+)\.", name) for name in weights)
+    layers = {number[1] for number in numbers if number}
+    if config.n_layer > len(layers):
+        raise ValueError(f"its n_layer is {config.n_layer:,}, and it has the weights of "
+                         f"{len(layers):,} layers")
+    positions = 4 * config.block_size * config.head_dim * (config.arch != "gpt2")
+    if positions > max(1 << 25, sum(w.nbytes for w in weights.values())):
+        raise ValueError(f"its block_size of {config.block_size:,} is too large for its weights")
+
+
 def hf_names(config: GPTConfig) -> dict[str, list[str]]:
     """Map each of our names to the Hugging Face names whose tensors are stacked in it."""
     if config.arch == "gpt2":
@@ -112,6 +129,7 @@ def deinterleave(w: torch.Tensor, head_dim: int) -> torch.Tensor:
 
 def from_hf(weights: dict[str, torch.Tensor], config: GPTConfig) -> dict[str, torch.Tensor]:
     """Return our state dict. Raise ValueError that names missing, misshapen and unused weights."""
+    check_layers(config, weights)
     names = hf_names(config)
     with torch.device("meta"), SkipNormal():
         expected = {name: w.shape for name, w in to_hf(GPT(config)).items()}

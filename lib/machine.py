@@ -111,7 +111,7 @@ def resolve_loss_chunk(loss_chunk: int, device: str, vocab_size: int) -> int:
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or isinstance(error, RuntimeError) and any(
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or isinstance(error, RuntimeError) and any(
         phrase in str(error).lower() for phrase in ("out of memory", "can't allocate memory"))
 
 
@@ -266,6 +266,27 @@ def memory() -> float:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         return math.inf
+
+
+def weight_bytes(c) -> int:
+    """
+    Return the bytes in float32 of the matrices, embeddings and positions of a GPTConfig.
+
+    Counted without building the model, as a crafted config could be of any size.
+    """
+    q, kv = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
+    block = c.n_embd * (2 * q + 2 * kv + c.n_inner * (2 if c.arch == "gpt2" else 3))
+    tables = c.n_embd * c.vocab_size * (1 if c.tied else 2)
+    positions = c.block_size * (c.n_embd if c.arch == "gpt2" else c.head_dim)
+    return 4 * (c.n_layer * block + tables + positions)
+
+
+def check_memory(needed: int, device: str = "cpu") -> None:
+    """Raise ValueError if a model that needs so many bytes cannot fit into a device's memory."""
+    available = int(min(gpu_memory(device) or memory(), 1e15))
+    if needed > available:
+        raise ValueError(f"the model needs at least {needed // 10**9:,} GB of memory, and the "
+                         f"device {device} has {available // 10**9:,} GB: choose a smaller model")
 
 
 def gpu_memory(device: str) -> int:

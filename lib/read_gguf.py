@@ -21,7 +21,7 @@ import torch
 from lib.configurator import one_line
 from lib.convert import CLASSES, deinterleave, from_hf, hf_names, is_transposed
 from lib.files import check_regular
-from lib.machine import memory
+from lib.machine import check_memory, memory, weight_bytes
 from lib.tokenizer import EOT, PATTERNS, PIECE, UNK, bpe_of_model, gpt2_pattern, meta_of
 from model import GPTConfig
 
@@ -45,6 +45,7 @@ def read_gguf(path: Path) -> dict:
     with open_gguf(path) as file:
         fields, tensors = read_header(file)
         config, meta = config_of(fields, tensors, file), meta_of_fields(fields)
+        check_memory(weight_bytes(config))
         if meta["vocab_size"] > config.vocab_size:
             raise ValueError(f"its tokenizer has {meta['vocab_size']:,} tokens, and its vocabulary "
                              f"{config.vocab_size:,}")

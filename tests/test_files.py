@@ -1,6 +1,7 @@
 """Folders that a stranger made: links are not followed, and no file takes all memory."""
 
 import copy
+import json
 import os
 import resource
 import shutil
@@ -11,11 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers import one_line_error, run, train
-from lib.checkpoint import load_checkpoint, read_checkpoint
+from helpers import SHAPES, one_line_error, run, tiny, train
+from lib import machine
+from lib.checkpoint import build_model, config_to_resume, load_checkpoint, read_checkpoint
 from lib.corpus import load_meta
 from lib.files import lock_run, open_synced
 from lib.runlog import RunLog
+from model import GPT, Block, GPTConfig
 
 # what the scripts write in a folder, and the names under which they write it
 NAMES = ("best.pt", "last.pt", "log.jsonl", "loss.png", "metrics_summary.json",
@@ -174,7 +177,7 @@ def endless(folder: Path, name: str, kind: str) -> Path:
     return path
 
 
-ENDLESS = "is not a regular file|at most [0-9,]+ can be read|there is no file"
+ENDLESS = "is not a regular file|has [0-9,]+ bytes; at most|there is no file"
 
 
 @pytest.mark.parametrize("kind", ["zero", "fifo", "huge"])
@@ -246,3 +249,86 @@ def test_nesting_is_one_line(tmp_path, trained, fables_data):
     (out / "metrics_summary.json").write_text(deep)
     done = run("export.py", f"--out_dir={out}", f"--to={tmp_path}/hf", "--format=hf")
     assert done.returncode == 0, done.stderr
+
+
+# -----------------------------------------------------------------------------
+# Crafted sizes: a model is not built before it is known that its weights exist
+
+
+@pytest.fixture
+def built(monkeypatch) -> list[int]:
+    """The number of layers of each model that is built; none may have more than 10,000."""
+    found, real = [], Block.__init__
+
+    def count(block, config, layer):
+        found.append(layer)
+        assert layer < 20, "the model is built"
+        real(block, config, layer)
+
+    monkeypatch.setattr(Block, "__init__", count)
+    return found
+
+
+CRAFTED = [("n_layer", 10**7), ("n_layer", 9_999), ("n_embd", 10**12), ("vocab_size", 10**30),
+           ("block_size", 10**12)]
+
+
+@pytest.mark.parametrize("name, value", CRAFTED)
+def test_a_checkpoint_of_a_crafted_size_is_refused(tmp_path, trained, fables_data, built, name,
+                                                   value, little_memory):
+    checkpoint = read_checkpoint(trained / "last.pt")
+    checkpoint["model_args"][name] = value
+    with pytest.raises(ValueError, match="here does not fit the model: "):
+        build_model(checkpoint, "here")
+    settings = {"out_dir": "out", "dataset": "data"}
+    with pytest.raises(ValueError, match="checkpoint in out does not fit the model: "):
+        config_to_resume(checkpoint, GPTConfig(), settings, set(), load_meta(fables_data))
+
+
+@pytest.mark.parametrize("arch", ["qwen3", "llama"])
+def test_positions_without_end_are_refused(arch, little_memory):
+    """They are computed, so no weights of a checkpoint limit them."""
+    model = tiny(arch=arch)
+    args = vars(model.config) | {"block_size": 10**8}
+    with pytest.raises(ValueError, match="its block_size of 100,000,000 is too large"):
+        build_model({"model": model.state_dict(), "model_args": args}, "here")
+
+
+@pytest.mark.parametrize("name, value", [("n_layer", 10**7), ("n_layer", 9_999),
+                                         ("n_embd", 10**12), ("n_positions", 10**12)])
+def test_a_folder_of_a_crafted_size_is_refused(tmp_path, openai_folder, built, name, value,
+                                               little_memory):
+    shutil.copytree(openai_folder, tmp_path / "model")
+    path = tmp_path / "model/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    with pytest.raises(ValueError, match="is not a Hugging Face model that can be read here"):
+        load_checkpoint(tmp_path / "model")
+
+
+@pytest.mark.parametrize("command, says", [
+    (["train.py", "--n_layer=1000000000"], "n_layer must be at most 10,000"),
+    (["train.py", "--n_embd=1000000000000", "--n_head=1"], "the model needs at least "),
+    (["train.py", "--block_size=1000000000000"], "fewer than a window"),
+    (["bench.py", "--n_layer=1000000000"], "n_layer must be at most 10,000"),
+    (["bench.py", "--n_embd=1000000000000", "--n_head=1"], "the model needs at least "),
+    (["bench.py", "--vocab_size=1" + "0" * 400], "the model needs at least "),
+    (["plan.py", "--n_layer=1000000000"], "n_layer must be at most 10,000"),
+    (["plan.py", "--n_embd=1000000000000", "--n_head=1"], "more than 100 TB"),
+    (["plan.py", "--block_size=1000000000", "--arch=qwen3"], "the model needs at least "),
+    (["sample.py", "--num_samples=1000000000000"], "out of memory: use fewer --num_samples"),
+    (["sample.py", "--max_new_tokens=1000000000000"], "out of memory: use fewer --num_samples")])
+def test_sizes_that_do_not_fit_are_one_line(tmp_path, trained, fables_data, command, says):
+    out_dir = {"train.py": [f"--out_dir={tmp_path}/out", f"--dataset={fables_data}"],
+               "sample.py": [f"--out_dir={trained}"]}.get(command[0], ["--dataset=none"])
+    done = run(*command, *out_dir, "--device=cpu")
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert says in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "out/best.pt").exists()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_weight_bytes_are_those_of_the_model(shape):
+    config = GPTConfig(vocab_size=1000, **SHAPES[shape])
+    model = GPT(config)
+    size = sum(4 * w.numel() for w in {*model.parameters(), *model.buffers()} if w.dim() > 1)
+    assert machine.weight_bytes(config) == size
