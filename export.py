@@ -619,6 +619,18 @@ def resolve_path(dtype: str) -> Path:
     return path
 
 
+def check_target(path: Path, source: Path) -> None:
+    """
+    Raise ValueError if an export would replace the model that it is made from.
+
+    source: what was loaded, a .pt or .gguf file or a Hugging Face folder.
+    """
+    places = [source, source.parent] if format == "int8" else [source]
+    if path.exists() and any(path.samefile(place) for place in places):
+        raise ValueError(f"{path} has the model that is exported, which would be lost: --to=OTHER "
+                         "writes elsewhere")
+
+
 if __name__ == "__main__":
     with user_errors():
         weight_dtype = resolve_weight_dtype()
@@ -626,6 +638,7 @@ if __name__ == "__main__":
             raise ValueError(f"push takes USER/NAME, got {push!r}")
         path = resolve_path(weight_dtype)
         checkpoint = load_checkpoint(out_dir)
+        check_target(path, Path(checkpoint["path"]))
         export = {"hf": export_hf, "gguf": export_gguf, "int8": export_int8,
                   "html": export_html}[format]
         files = export(checkpoint, path, weight_dtype)

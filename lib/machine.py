@@ -111,7 +111,9 @@ def resolve_loss_chunk(loss_chunk: int, device: str, vocab_size: int) -> int:
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or isinstance(error, RuntimeError) and any(
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(
         phrase in str(error).lower() for phrase in ("out of memory", "can't allocate memory"))
 
 

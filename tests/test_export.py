@@ -210,6 +210,23 @@ def test_errors_are_one_line_and_change_nothing(runs, tmp_path, args, says):
     assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == before
 
 
+def test_an_export_does_not_replace_its_own_model(runs, tmp_path):
+    """int8 to the run, float16 to the folder or file with the float32 weights."""
+    run_dir, hf, gguf = (tmp_path / name for name in ("run", "hf", "m.gguf"))
+    shutil.copytree(runs["qwen3-bpe"][0], run_dir)
+    export(run_dir, hf)
+    export(run_dir, gguf, "--format=gguf", "--dtype=float32")
+    (tmp_path / "link").symlink_to(run_dir)
+    for source, to, *args in ((run_dir, run_dir, "--format=int8"),
+                              (run_dir, tmp_path / "link", "--format=int8"),
+                              (run_dir / "best.pt", run_dir, "--format=int8"),
+                              (hf, hf, "--format=hf", "--dtype=float16"),
+                              (gguf, gguf, "--format=gguf")):
+        done = run("export.py", f"--out_dir={source}", f"--to={to}", "--overwrite=True", *args)
+        assert done.returncode == 2 and "has the model that is exported" in done.stderr, args
+    assert (run_dir / "best.pt").read_bytes() == (runs["qwen3-bpe"][0] / "best.pt").read_bytes()
+
+
 def test_git_ignores_what_is_written_by_default(monkeypatch, tmp_path):
     shutil.copy(HERE / ".gitignore", tmp_path)
     subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
