@@ -155,7 +155,9 @@ def write_hf_tokenizer(tokenizer, folder: Path, block_size: int, template: str =
         (folder / "tokenization_word.py").write_text(code, encoding="utf-8")
         write_json(folder / "vocab.json", tokenizer.vocab)
     else:
-        to_rust(tokenizer).save(str(folder / "tokenizer.json"))
+        rust = to_rust(tokenizer)
+        with library_errors():
+            rust.save(str(folder / "tokenizer.json"))
     if template:
         config["chat_template"] = template
     write_json(folder / "tokenizer_config.json", config)
@@ -320,7 +322,8 @@ def export_hf(checkpoint: dict, folder: Path, dtype: str) -> list[Path]:
         weights = {name.removeprefix("transformer."): w.to(getattr(torch, dtype))
                    for name, w in to_hf(model).items()
                    if not (name == "lm_head.weight" and model.config.tied)}
-        save_file(weights, new / "model.safetensors", {"format": "pt"})
+        with library_errors():
+            save_file(weights, new / "model.safetensors", {"format": "pt"})
         ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eot)
         if template:
             ends["eos_token_id"] = [tokenizer.eot, answer_marks(template, tokenizer)["end"]]
@@ -559,6 +562,15 @@ def needed(module: str):
     except ImportError:
         package = module.split(".")[0]
         raise ValueError(f"--format={format} needs a package: pip install {package}") from None
+
+
+@contextlib.contextmanager
+def library_errors():
+    """Report a full disk as an OSError, also where a library has an exception of its own."""
+    try:
+        yield
+    except Exception as error:
+        raise OSError(f"the export could not be written ({one_line(error, 150)})") from None
 
 
 def write_json(path: Path, value: object) -> None:

@@ -246,7 +246,7 @@ with ranks.user_errors():
     raw_model.loss_fn = make_loss(
         machine.resolve_loss_chunk(loss_chunk, device, vocab_size), softmax_tokens,
         streams["train"].token_counts(vocab_size).to(device) if softmax_tokens else None)
-    saved_dtype = saved_config.get("dtype", "") if saved_config.get("device") == "cpu" else ""
+    saved_dtype = str(saved_config.get("dtype", "")) if saved_config.get("device") == "cpu" else ""
     dtype = machine.resolve_dtype_for(raw_model, dtype, device, saved_dtype)
 dtype = ranks.gather(dtype)[0]  # ranks that share a CPU would measure differently
 autocast = machine.autocast(device, dtype)

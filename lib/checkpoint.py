@@ -99,6 +99,9 @@ class RunState:
         checkpoint = {"evaluated_at": checkpoint["step"]} | checkpoint  # not in older ones
         if "watch" in checkpoint:
             checkpoint = checkpoint | dict(zip(names, checkpoint["watch"].tolist()))
+        for name in names:
+            if not isinstance(checkpoint[name], int | float):
+                raise TypeError(f"{name} is {checkpoint[name]!r}")
         counters = [torch.tensor(float(checkpoint[name]), device=device) for name in names[:3]]
         return cls(*counters, *(checkpoint[name] for name in names[3:]))
 
@@ -408,13 +411,34 @@ def restore(checkpoint: dict, model: GPT, optimizers: list[torch.optim.Optimizer
     try:
         model.load_state_dict(checkpoint["model"])
         for optimizer, saved in zip(optimizers, checkpoint["optimizer"], strict=True):
+            groups = [dict(group) for group in optimizer.param_groups]
             optimizer.load_state_dict(upgrade_groups(optimizer, saved))
+            check_optimizer(optimizer, groups)
         if checkpoint["scaler"]:  # empty unless the run was in float16
             scaler.load_state_dict(checkpoint["scaler"])
         return RunState.from_checkpoint(checkpoint, device)
-    except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+    except Exception as error:  # a damaged checkpoint can make torch fail in any way
+        if machine.is_out_of_memory(error):
+            raise
         raise ValueError(f"the checkpoint of step {checkpoint['step']} cannot be resumed "
-                         f"({type(error).__name__}: {error})") from None
+                         f"({type(error).__name__}: {one_line(error, 300)})") from None
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, groups: list[dict]) -> None:
+    """Raise TypeError unless what was loaded has the types of `groups` and of a state."""
+    def is_like(new: object, old: object) -> bool:
+        if isinstance(old, tuple):
+            return isinstance(new, tuple) and all(map(is_like, new, old))
+        return old is None or isinstance(new, int | float if isinstance(old, float) else type(old))
+
+    for new, old in zip(optimizer.param_groups, groups):
+        for name in old:
+            if name in new and not is_like(new[name], old[name]):
+                raise TypeError(f"{name} of the optimizer is {new[name]!r}")
+    for param, state in optimizer.state.items():
+        for name, value in state.items():
+            if not isinstance(value, torch.Tensor) or value.shape not in ((), param.shape):
+                raise TypeError(f"{name} of the optimizer is no tensor of the right shape")
 
 
 def upgrade_groups(optimizer: torch.optim.Optimizer, saved: dict) -> dict:

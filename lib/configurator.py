@@ -68,10 +68,14 @@ def fail(message: object) -> NoReturn:
 
 @contextlib.contextmanager
 def user_errors():
-    """Report a ValueError or OSError as one line: use it around code that reads user input."""
+    """
+    Report a ValueError or OSError as one line: use it around code that reads user input.
+
+    A RecursionError comes from input that is nested too deeply.
+    """
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         fail(error)
 
 
@@ -163,7 +167,7 @@ def read_config_file(path: str) -> dict[str, object]:
     namespace: dict[str, object] = {"__file__": path, "__name__": "config"}
     try:
         exec(compile(Path(path).read_text(encoding="utf-8"), path, "exec"), namespace)
-    except (Exception, SystemExit) as error:
+    except BaseException as error:  # also what exit() and Ctrl-C raise
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == path]
         line = lines[-1] if lines else getattr(error, "lineno", "?")

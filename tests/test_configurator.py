@@ -165,6 +165,7 @@ def test_options_of_nanogpts_sample_py_name_ours(tmp_path):
         ("x_ = 1\n\n1 / 0", "line 3: ZeroDivisionError"),
         ("import sys\nsys.exit(0)", "line 2: SystemExit"),
         ("open('nowhere')", "line 1: FileNotFound"),
+        ("raise KeyboardInterrupt", "line 1: KeyboardInterrupt"),
         ("n_layer = None", "n_layer takes int"),
         ("from math import pi", "there is no setting 'pi'"),
     ],

@@ -45,6 +45,7 @@ from helpers import (
 )
 from lib.checkpoint import find_resumable, read_checkpoint, step_file
 from lib.configurator import read_settings
+from lib.runlog import RunLog, draw_losses
 
 LONGER = ["--max_iters=40", "--lr_decay_iters=40", "--eval_interval=4", "--init_from=auto",
           "--keep_every=6"]
@@ -347,6 +348,49 @@ def test_two_processes_never_share_a_run(tmp_path, fables_data):
     assert second.returncode == 2 and f"process {first.pid} is training in" in second.stderr
     assert len(second.stderr.strip().splitlines()) == 1
     train(fables_data, tmp_path / "out", *LONGER, "--max_iters=4")  # the lock died with its holder
+
+
+def test_a_log_that_cannot_be_written_is_one_line(tmp_path, fables_data):
+    """The disk is full, or someone removed the folder."""
+    process = start(*command(fables_data, tmp_path / "out"))
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (10, 10))
+    errors = [line for line in process.communicate()[0].splitlines() if "error: " in line]
+    assert process.returncode == 2 and len(errors) == 1 and "log.jsonl could not" in errors[0]
+    for function in (lambda log: log.add(1, loss=2.0), lambda log: draw_losses(log, "title")):
+        with pytest.raises(SystemExit):
+            function(RunLog(tmp_path / "nowhere", write=True))
+
+
+def test_a_folder_that_is_renamed_while_training_is_one_line(tmp_path, fables_data):
+    process = start(*command(fables_data, tmp_path / "out", "--max_iters=100000"))
+    for line in process.stdout:
+        if step_of(line) == 6:
+            (tmp_path / "out").rename(tmp_path / "renamed")
+            break
+    errors = [line for line in process.stdout.read().splitlines() if not step_of(line) >= 0]
+    assert process.wait() == 2 and len(errors) == 1 and errors[0].startswith("error: "), errors
+    train(fables_data, tmp_path / "renamed", *LONGER)
+
+
+def test_out_of_memory_on_one_rank_is_a_line_of_each(tmp_path, fables_data):
+    own = """
+import os, runpy, sys, torch
+sys.path.insert(0, os.getcwd())
+sys.argv = sys.argv[1:]
+real, calls = torch.nn.utils.clip_grad_norm_, 0
+def clip(*args):
+    global calls
+    calls += 1
+    if calls == 3 and os.environ["RANK"] == "1":
+        raise torch.OutOfMemoryError("out of memory")
+    return real(*args)
+torch.nn.utils.clip_grad_norm_ = clip
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    outputs = run_ranks(["-c", own, *command(fables_data, tmp_path / "out")], status=2)
+    for output, says in zip(outputs, ("rank 0: another rank has ended", "rank 1: out of memory")):
+        errors = [line for line in output.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1 and says in errors[0] and "Traceback" not in output, outputs
 
 
 @pytest.mark.parametrize("out_dir", ["/proc/run", "README.md/run"])

@@ -1,6 +1,7 @@
 """export.py: what transformers and llama.cpp read, int8, errors, and uploads."""
 import json
 import random
+import resource
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from helpers import (
     make_run,
     one_line_error,
     run,
+    start,
     tokenizer_of,
     transformers_of,
 )
@@ -225,6 +227,18 @@ def test_an_export_does_not_replace_its_own_model(runs, tmp_path):
         done = run("export.py", f"--out_dir={source}", f"--to={to}", "--overwrite=True", *args)
         assert done.returncode == 2 and "has the model that is exported" in done.stderr, args
     assert (run_dir / "best.pt").read_bytes() == (runs["qwen3-bpe"][0] / "best.pt").read_bytes()
+
+
+@pytest.mark.parametrize("size", [1_000, 60_000])
+def test_a_full_disk_is_one_line(runs, tmp_path, size):
+    """No file can be larger than `size`: neither tokenizer nor weights, or not the weights."""
+    process = start("export.py", f"--out_dir={runs['qwen3-bpe'][0]}", f"--to={tmp_path}/hf",
+                    "--format=hf")
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, size))
+    lines = process.communicate()[0].strip().splitlines()
+    assert process.returncode == 2 and len(lines) == 1, lines
+    assert lines[0].startswith("error: ") and "too large" in lines[0]
+    assert not any((tmp_path / "hf").iterdir())
 
 
 def test_git_ignores_what_is_written_by_default(monkeypatch, tmp_path):
