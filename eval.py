@@ -24,8 +24,8 @@ import torch
 
 from lib import machine
 from lib.checkpoint import load_model
-from lib.configurator import at_least, configure, one_of, user_errors
-from lib.console import named_lines, print_table, progress
+from lib.configurator import at_least, configure, one_line, one_of, user_errors
+from lib.console import named_lines, print_table, progress, visible
 from lib.convert import is_hub_name
 from lib.corpus import check_once, load_meta
 from lib.dataset import TokenStream, collate, eval_batches, prefetch
@@ -415,7 +415,7 @@ def measure(path: str) -> dict[str, object]:
     if compare and not continuations and not last_words:
         old = reusable(file, sources, conditions)
         if old and not (is_fables and old.get("valid_share") is None):
-            print(f"using {file} of step {old['step']}")
+            print(one_line(f"using {file} of step {old['step']}"))
             return old
     autocast = machine.autocast(device, machine.resolve_dtype_for(model, dtype, device))
     # first, as it can fail
@@ -499,7 +499,7 @@ def print_summary(path: str, summary: dict[str, object]) -> None:
     if summary["floor"]:
         print("\nThe floor is the exact entropy of this text: no model can have a lower loss.")
     if summary["note"]:
-        print(summary["note"])
+        print(visible(summary["note"]))
 
 
 def print_comparison(runs: dict[str, dict[str, object]]) -> None:

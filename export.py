@@ -655,14 +655,14 @@ if __name__ == "__main__":
                   "html": export_html}[format]
         files = export(checkpoint, path, weight_dtype)
         size = sum(file.stat().st_size for file in files) / 1e6
-        print(f"wrote {path} ({weight_dtype}, {size:,.1f} MB) from {checkpoint['path']}, step "
-              f"{checkpoint['step']:,}")
+        print(one_line(f"wrote {path} ({weight_dtype}, {size:,.1f} MB) from {checkpoint['path']}, "
+                       f"step {checkpoint['step']:,}"))
         if format == "gguf":
             print(f"note: with llama.cpp's parse_special, {EOT} in a prompt is read as the special "
                   "token; sample.py reads it as text")
         elif format == "html":
-            print(f"next: open {path} in a browser")
+            print(one_line(f"next: open {path} in a browser"))
         else:
-            print(f"next: python sample.py --out_dir={path}")
+            print(one_line(f"next: python sample.py --out_dir={path}"))
         if push:
             print(upload(files, push))

@@ -21,7 +21,7 @@ import torch
 
 from lib import machine, scaling
 from lib.configurator import at_least, configure, one_of, user_errors
-from lib.console import duration, named_lines, print_table, progress
+from lib.console import duration, named_lines, print_table, progress, visible
 from lib.corpus import load_meta
 from lib.dataset import TokenStream
 from lib.files import read_text, write_atomically
@@ -304,7 +304,8 @@ def print_notes(ladder: list[dict], best: dict, distinct: int, chip: str) -> Non
     if best is ladder[-1]:
         print("note: the best is the largest of these sizes; a larger one may be better")
     if epochs > 4:
-        print(f"note: {dataset} is read {epochs:.0f} times; more text would lower the loss")
+        print(f"note: {visible(dataset)} is read {epochs:.0f} times; more text would lower the "
+              "loss")
     if chip:
         print(f"note: all sizes are assumed to reach {mfu:.0%} of the GPU's peak; small ones will "
               "not")
@@ -451,8 +452,8 @@ def main() -> None:
 
     epoch = meta["splits"].get("train", {}).get("tokens", 0) if meta else 0
     if max_epochs and not tokens and not epoch:
-        print(f"\nnote: {dataset} is not prepared, so the size of an epoch is unknown; the time is "
-              f"that\nof {max_iters:,} steps unless you give --tokens")
+        print(f"\nnote: {visible(dataset)} is not prepared, so the size of an epoch is unknown; the "
+              f"time is that\nof {max_iters:,} steps unless you give --tokens")
     trained = tokens
     if not trained:  # the nearest of the limits that are set
         limits = [max_iters * rows * block_size] * ("max_iters" in given or not max_epochs * epoch)

@@ -21,7 +21,7 @@ import torch
 from lib import checkpoint as ckpt
 from lib import lora, machine, optim, runlog
 from lib.configurator import at_least, configure, one_of, user_errors
-from lib.console import duration, named_lines
+from lib.console import duration, named_lines, visible
 from lib.corpus import check_once, load_meta
 from lib.dataset import TokenStream, TrainBatches, eval_batches, eval_spans, prefetch
 from lib.decoding import short_sample
@@ -164,7 +164,7 @@ def save(name: str, model: GPT, state: ckpt.RunState, meta: dict, optimizers: li
 # Ranks
 ranks = Ranks.from_environment()
 sys.stdout.reconfigure(line_buffering=True)  # a redirected log can be read while it grows
-say = print if ranks.master else lambda text: None
+say = (lambda text: print(visible(text))) if ranks.master else lambda text: None
 machine.explain_out_of_memory()
 with user_errors():
     device = machine.resolve_device(device)

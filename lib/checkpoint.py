@@ -242,7 +242,8 @@ def find_resumable(out_dir: str | Path, names: Sequence[str] = RESUMABLE) -> dic
     if errors and newest is None:
         raise errors[0]
     for error in errors:
-        print(f"warning: {error}; continuing from step {newest['step']}", file=sys.stderr)
+        print(f"warning: {one_line(error)}; continuing from step {newest['step']}",
+              file=sys.stderr)
     return newest
 
 

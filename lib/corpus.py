@@ -22,7 +22,7 @@ from typing import IO
 import numpy as np
 
 from lib.configurator import one_line
-from lib.console import hide_hub_progress, progress
+from lib.console import hide_hub_progress, progress, visible
 from lib.dataset import TokenStream, split_files, token_dtype
 from lib.files import load_json, open_synced, replace_file, write_atomically
 from lib.tokenizer import EOT, KINDS, leading, meta_of, read_nanogpt_characters
@@ -252,7 +252,7 @@ def ask_hub(name: str, subset: str = "", stream: bool = False):
 
     datasets = import_datasets()
     hide_hub_progress()
-    print(f"asking the Hugging Face hub for {name} ...", file=sys.stderr)
+    print(one_line(f"asking the Hugging Face hub for {name} ..."), file=sys.stderr)
     repo, _, revision = name.partition("@")
     try:
         builder = datasets.load_dataset_builder(repo, subset or None, revision=revision or None)
@@ -421,7 +421,8 @@ def finish_dataset(folder: Path, tokenizer, splits: dict[str, dict], **more) -> 
         names = [f"{split}.bin"]
         if "shards" in counts:  # the first and the last shard
             names = sorted({f"{split}_{i:03}.bin" for i in (0, counts["shards"] - 1)})
-        print(f"{folder / ' to '.join(names)}: {n:,} tokens, {documents:,} documents{note}")
+        where = visible(folder / " to ".join(names))
+        print(f"{where}: {n:,} tokens, {documents:,} documents{note}")
 
 
 # -----------------------------------------------------------------------------

@@ -273,7 +273,8 @@ def test_a_run_without_a_scaler_is_resumed_in_float16():
     lambda saved: saved["optimizer"][0]["param_groups"][0].update(lr="x"),
     lambda saved: saved["optimizer"][0]["param_groups"][0].update(weight_decay=None),
     lambda saved: saved["optimizer"][0]["param_groups"][0].update(params=7),
-    lambda saved: saved["optimizer"][-1]["param_groups"][-1].update(betas=(1, "x")),
+    lambda saved: [group.update(betas=(1, "x"), momentum="x")
+                   for group in saved["optimizer"][-1]["param_groups"]],
     lambda saved: saved["optimizer"][0]["state"][0].update(momentum="x", exp_avg="x"),
     lambda saved: saved["optimizer"][0]["state"].__setitem__(0, torch.zeros(3))])
 def test_wrong_types_in_what_is_resumed_are_named(damage, optimizer):
