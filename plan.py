@@ -452,8 +452,8 @@ def main() -> None:
 
     epoch = meta["splits"].get("train", {}).get("tokens", 0) if meta else 0
     if max_epochs and not tokens and not epoch:
-        print(f"\nnote: {visible(dataset)} is not prepared, so the size of an epoch is unknown; the "
-              f"time is that\nof {max_iters:,} steps unless you give --tokens")
+        print(f"\nnote: {visible(dataset)} is not prepared, so the size of an epoch is unknown; "
+              f"the time is that\nof {max_iters:,} steps unless you give --tokens")
     trained = tokens
     if not trained:  # the nearest of the limits that are set
         limits = [max_iters * rows * block_size] * ("max_iters" in given or not max_epochs * epoch)

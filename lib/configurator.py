@@ -55,7 +55,7 @@ NANOGPT_DEFAULTS = dict(
 # Messages
 
 def one_line(message: object, length: int | None = None) -> str:
-    """Return a message, such as an exception, as one visible() line of up to `length` characters."""
+    """Return a message, such as an exception, as one visible() line, cut to `length`."""
     return visible(" ".join(str(message).split()))[:length]
 
 
