@@ -835,7 +835,8 @@ def bad_checkpoint(victims: Victims, draw) -> None:
 def planted_link(victims: Victims, draw) -> None:
     """A name that a script writes is a link to a file elsewhere, which keeps its content."""
     names = ["best.pt", "last.pt", "log.jsonl", "loss.png", "metrics_summary.json",
-             "step_000003.pt", "continuations.jsonl", "model.gguf", "config.json", "model.safetensors"]
+             "step_000003.pt", "continuations.jsonl", "model.gguf", "config.json",
+             "model.safetensors"]
     name = draw(st.sampled_from([*names, *(f"{name}.tmp" for name in names), "lock"]))
     target = victims.root / "elsewhere"
     target.write_text("mine")
