@@ -33,7 +33,7 @@ import torch
 from lib import configurator, machine, optim
 from lib.checkpoint import load_model, model_from_weights
 from lib.configurator import at_least, configure, one_of, user_errors
-from lib.console import print_table, progress
+from lib.console import print_table, progress, visible
 from lib.corpus import check_once, load_meta
 from lib.dataset import TokenStream, TrainBatches, eval_batches, prefetch
 from lib.decoding import Sampling
@@ -260,7 +260,7 @@ def bench_data(meta: dict, streams: dict[str, TokenStream]) -> dict:
     speed, share = statistics.median(speeds[1:]), statistics.mean(padding)
     spread = max(speeds[1:]) / min(speeds[1:]) - 1
     kind = "windows" if batching == "windows" else "documents"
-    print(f"\n{dataset}: batches of {batch_size} {kind} of up to {block_size} tokens\n"
+    print(f"\n{visible(dataset)}: batches of {batch_size} {kind} of up to {block_size} tokens\n"
           f"median of {plural(rounds, 'round')} of {plural(steps, 'step')}\n")
     print_table([["", "tokens/s", "spread", "padding"],
                  ["batches", f"{speed:,.0f}", f"{spread:.0%}", f"{share:.1%}"]])
@@ -337,8 +337,8 @@ def bench_loss(c: SimpleNamespace, peer, theirs: SimpleNamespace, meta: dict,
             table.append(to_target)
         table_of_seeds.append([name, *(f"{loss:.4f}" for loss in losses)])
         result["ours" if name == "this model" else "theirs"] = row
-    print(f"\nvalidation loss of {dataset} in nats per token, mean and standard deviation of "
-          f"{plural(seeds, 'seed')}\n")
+    print(f"\nvalidation loss of {visible(dataset)} in nats per token, mean and standard deviation "
+          f"of {plural(seeds, 'seed')}\n")
     print_table(table)
     if seeds > 1:
         print()
@@ -504,7 +504,7 @@ with user_errors():
     theirs = SimpleNamespace(**vars(settings) | {
         name: configurator.coerce(name, value, config[name])
         for name, value in theirs.items() if name in config})
-    our_config(settings)
+    machine.check_memory(machine.weight_bytes(our_config(settings)) * (mode != "data"), device)
 machine.set_up_torch(many_shapes=batching == "by_length")
 if mode == "train":
     result = bench_train(settings, peer)

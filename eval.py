@@ -24,13 +24,13 @@ import torch
 
 from lib import machine
 from lib.checkpoint import load_model
-from lib.configurator import at_least, configure, one_of, user_errors
-from lib.console import named_lines, print_table, progress
+from lib.configurator import at_least, configure, one_line, one_of, user_errors
+from lib.console import named_lines, print_table, progress, visible
 from lib.convert import is_hub_name
 from lib.corpus import check_once, load_meta
 from lib.dataset import TokenStream, collate, eval_batches, prefetch
 from lib.decoding import Sampling
-from lib.files import results_file, write_atomically
+from lib.files import load_json, results_file, write_atomically
 from lib.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
 
@@ -380,7 +380,7 @@ def reusable(path: Path, sources: list[Path],
              conditions: dict[str, object]) -> dict[str, object] | None:
     """Return the summary in path if it is newer than its sources and has these conditions."""
     with contextlib.suppress(OSError, ValueError):
-        summary = json.loads(path.read_text(encoding="utf-8"))
+        summary = load_json(path)
         is_newer = path.stat().st_mtime_ns > max(file.stat().st_mtime_ns for file in sources)
         if is_newer and isinstance(summary, dict) and conditions.items() <= summary.items():
             # summaries of older versions do not have above_floor
@@ -420,7 +420,7 @@ def measure(path: str) -> dict[str, object]:
     if compare and not continuations and not last_words:
         old = reusable(file, sources, conditions)
         if old and not (is_fables and old.get("valid_share") is None):
-            print(f"using {file} of step {old['step']}")
+            print(one_line(f"using {file} of step {old['step']}"))
             return old
     autocast = machine.autocast(device, machine.resolve_dtype_for(model, dtype, device))
     # first, as it can fail
@@ -504,7 +504,7 @@ def print_summary(path: str, summary: dict[str, object]) -> None:
     if summary["floor"]:
         print("\nThe floor is the exact entropy of this text: no model can have a lower loss.")
     if summary["note"]:
-        print(summary["note"])
+        print(visible(summary["note"]))
 
 
 def print_comparison(runs: dict[str, dict[str, object]]) -> None:

@@ -40,7 +40,7 @@ from lib.convert import (
     to_hf,
 )
 from lib.decoding import start_token
-from lib.files import replace_file, results_file, sync_file, write_atomically
+from lib.files import load_json, replace_file, results_file, sync_file, write_atomically
 from lib.quantize import quantize_int8
 from lib.tokenizer import (
     EOT,
@@ -156,7 +156,9 @@ def write_hf_tokenizer(tokenizer, folder: Path, block_size: int, template: str =
         (folder / "tokenization_word.py").write_text(code, encoding="utf-8")
         write_json(folder / "vocab.json", tokenizer.vocab)
     else:
-        to_rust(tokenizer).save(str(folder / "tokenizer.json"))
+        rust = to_rust(tokenizer)
+        with library_errors():
+            rust.save(str(folder / "tokenizer.json"))
     if template:
         config["chat_template"] = template
     write_json(folder / "tokenizer_config.json", config)
@@ -290,7 +292,9 @@ def measurements(checkpoint: dict) -> dict:
     summary = {}
     with contextlib.suppress(OSError, ValueError):
         path = results_file(out_dir, Path(checkpoint["path"]), "metrics_summary.json")
-        summary = json.loads(path.read_text(encoding="utf-8"))
+        summary = load_json(path)
+    if not isinstance(summary, dict):
+        return {}
     other = summary.get("quantize") or summary.get("eval_iters")  # other weights or part of a split
     return {} if other or summary.get("step") != checkpoint["step"] else summary
 
@@ -322,7 +326,8 @@ def export_hf(checkpoint: dict, folder: Path, dtype: str) -> list[Path]:
         weights = {name.removeprefix("transformer."): w.to(getattr(torch, dtype))
                    for name, w in to_hf(model).items()
                    if not (name == "lm_head.weight" and model.config.tied)}
-        save_file(weights, new / "model.safetensors", {"format": "pt"})
+        with library_errors():
+            save_file(weights, new / "model.safetensors", {"format": "pt"})
         ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eot)
         if template:
             ends["eos_token_id"] = [tokenizer.eot, answer_marks(template, tokenizer)["end"]]
@@ -357,26 +362,23 @@ def export_gguf(checkpoint: dict, path: Path, dtype: str) -> list[Path]:
     if c.arch == "gpt2" and c.gelu != "tanh":
         print("warning: llama.cpp has only OpenAI's approximate GELU for GPT-2; this model uses "
               "the exact one, so its samples may differ there", file=sys.stderr)
-    temporary = path.with_name(path.name + ".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
-    writer = gguf.GGUFWriter(temporary, c.arch)
-    try:
-        add_gguf_fields(writer, path.stem, model, dtype)
-        add_gguf_tokenizer(writer, tokenizer, c.vocab_size)
-        if template := checkpoint["meta"].get("chat_template"):
-            writer.add_chat_template(template)
-            # llama.cpp's end of turn
-            writer.add_eot_token_id(answer_marks(template, tokenizer)["end"])
-        add_gguf_tensors(writer, model, dtype)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export") as folder:
+        temporary = Path(folder, path.name)
+        # closed also after an error: Windows cannot remove an open file
+        with contextlib.closing(gguf.GGUFWriter(temporary, c.arch)) as writer:
+            add_gguf_fields(writer, path.stem, model, dtype)
+            add_gguf_tokenizer(writer, tokenizer, c.vocab_size)
+            if template := checkpoint["meta"].get("chat_template"):
+                writer.add_chat_template(template)
+                # llama.cpp's end of turn
+                writer.add_eot_token_id(answer_marks(template, tokenizer)["end"])
+            add_gguf_tensors(writer, model, dtype)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
         sync_file(temporary)
         replace_file(temporary, path)
-    finally:
-        writer.close()  # also after an error: Windows cannot remove an open file
-        temporary.unlink(missing_ok=True)
     return [path]
 
 
@@ -567,6 +569,15 @@ def needed(module: str):
         raise ValueError(f"--format={format} needs a package: pip install {package}") from None
 
 
+@contextlib.contextmanager
+def library_errors():
+    """Report a full disk as an OSError, also where a library has an exception of its own."""
+    try:
+        yield
+    except Exception as error:
+        raise OSError(f"the export could not be written ({one_line(error, 150)})") from None
+
+
 def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -626,6 +637,18 @@ def resolve_path(dtype: str) -> Path:
     return path
 
 
+def check_target(path: Path, source: Path) -> None:
+    """
+    Raise ValueError if an export would replace the model that it is made from.
+
+    source: what was loaded, a .pt or .gguf file or a Hugging Face folder.
+    """
+    places = [source, source.parent] if format == "int8" else [source]
+    if path.exists() and any(path.samefile(place) for place in places):
+        raise ValueError(f"{path} has the model that is exported, which would be lost: --to=OTHER "
+                         "writes elsewhere")
+
+
 if __name__ == "__main__":
     with user_errors():
         weight_dtype = resolve_weight_dtype()
@@ -633,18 +656,19 @@ if __name__ == "__main__":
             raise ValueError(f"push takes USER/NAME, got {push!r}")
         path = resolve_path(weight_dtype)
         checkpoint = load_checkpoint(out_dir)
+        check_target(path, Path(checkpoint["path"]))
         export = {"hf": export_hf, "gguf": export_gguf, "int8": export_int8,
                   "html": export_html}[format]
         files = export(checkpoint, path, weight_dtype)
         size = sum(file.stat().st_size for file in files) / 1e6
-        print(f"wrote {path} ({weight_dtype}, {size:,.1f} MB) from {checkpoint['path']}, step "
-              f"{checkpoint['step']:,}")
+        print(one_line(f"wrote {path} ({weight_dtype}, {size:,.1f} MB) from {checkpoint['path']}, "
+                       f"step {checkpoint['step']:,}"))
         if format == "gguf":
             print(f"note: with llama.cpp's parse_special, {EOT} in a prompt is read as the special "
                   "token; sample.py reads it as text")
         elif format == "html":
-            print(f"next: open {path} in a browser")
+            print(one_line(f"next: open {path} in a browser"))
         else:
-            print(f"next: python sample.py --out_dir={path}")
+            print(one_line(f"next: python sample.py --out_dir={path}"))
         if push:
             print(upload(files, push))

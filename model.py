@@ -42,6 +42,8 @@ class GPTConfig:
             # integers must be positive, except those whose default is 0
             if kind is int and value < (least := min(field.default, 1)):
                 raise ValueError(f"{field.name} must be at least {least}, got {value}")
+        if self.n_layer > 10_000:  # building it would take minutes
+            raise ValueError(f"n_layer must be at most 10,000, got {self.n_layer:,}")
         if self.arch not in ("gpt2", "qwen3", "llama"):
             raise ValueError(f"arch must be gpt2, qwen3 or llama, got {self.arch!r}")
         if self.gelu not in ("tanh", "none"):

@@ -21,10 +21,10 @@ import torch
 
 from lib import machine, scaling
 from lib.configurator import at_least, configure, one_of, user_errors
-from lib.console import duration, named_lines, print_table, progress
+from lib.console import duration, named_lines, print_table, progress, visible
 from lib.corpus import load_meta
 from lib.dataset import TokenStream
-from lib.files import write_atomically
+from lib.files import read_text, write_atomically
 from lib.loss import check_softmax_tokens
 from model import GPT, GPTConfig
 
@@ -71,6 +71,7 @@ config, given = configure(
     loss_chunk=at_least(-1))
 
 # -----------------------------------------------------------------------------
+LARGEST = 100e12  # bytes of weights that can be planned
 RUNTIME = 5e8  # bytes of CUDA's context and libraries on a GPU, of Python and torch on a CPU
 # share of memory lost between tensors: glibc leaves more gaps than torch's allocator for GPUs
 GAPS = {"cpu": 0.4, "cuda": 0.1, "mps": 0.1}
@@ -303,7 +304,8 @@ def print_notes(ladder: list[dict], best: dict, distinct: int, chip: str) -> Non
     if best is ladder[-1]:
         print("note: the best is the largest of these sizes; a larger one may be better")
     if epochs > 4:
-        print(f"note: {dataset} is read {epochs:.0f} times; more text would lower the loss")
+        print(f"note: {visible(dataset)} is read {epochs:.0f} times; more text would lower the "
+              "loss")
     if chip:
         print(f"note: all sizes are assumed to reach {mfu:.0%} of the GPU's peak; small ones will "
               "not")
@@ -311,7 +313,7 @@ def print_notes(ladder: list[dict], best: dict, distinct: int, chip: str) -> Non
 
 def check_replaceable(path: Path) -> None:
     """Raise ValueError if the file exists and is not one that plan.py wrote."""
-    if path.exists() and not path.read_text(encoding="utf-8").startswith("# The best model for"):
+    if path.exists() and not read_text(path).startswith("# The best model for"):
         raise ValueError(f"{path} exists and is not from plan.py: choose another name")
 
 
@@ -421,10 +423,14 @@ def main() -> None:
         folder = Path("data") / dataset
         meta = load_meta(folder) if (folder / "meta.json").exists() else None
         V = vocab_size or (meta["vocab_size"] if meta else 50257)
+        model_config = GPTConfig(
+            arch=arch, block_size=block_size, vocab_size=V, n_layer=n_layer, n_head=n_head,
+            n_kv_head=n_kv_head, n_embd=n_embd, dropout=dropout, bias=bias, tied=tied)
+        if machine.weight_bytes(model_config) > LARGEST:
+            raise ValueError("the weights of the model have more than 100 TB: choose a smaller one")
+        machine.check_memory(8 * block_size * model_config.head_dim)  # positions are computed
         with torch.device("meta"):
-            model = GPT(GPTConfig(
-                arch=arch, block_size=block_size, vocab_size=V, n_layer=n_layer, n_head=n_head,
-                n_kv_head=n_kv_head, n_embd=n_embd, dropout=dropout, bias=bias, tied=tied))
+            model = GPT(model_config)
     model.remat = remat
     n_params, n_params_in_blocks = model.num_params(), model.num_params(non_embedding=True)
     rows = batch_size * gradient_accumulation_steps
@@ -446,8 +452,8 @@ def main() -> None:
 
     epoch = meta["splits"].get("train", {}).get("tokens", 0) if meta else 0
     if max_epochs and not tokens and not epoch:
-        print(f"\nnote: {dataset} is not prepared, so the size of an epoch is unknown; the time is "
-              f"that\nof {max_iters:,} steps unless you give --tokens")
+        print(f"\nnote: {visible(dataset)} is not prepared, so the size of an epoch is unknown; "
+              f"the time is that\nof {max_iters:,} steps unless you give --tokens")
     trained = tokens
     if not trained:  # the nearest of the limits that are set
         limits = [max_iters * rows * block_size] * ("max_iters" in given or not max_epochs * epoch)

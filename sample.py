@@ -30,8 +30,10 @@ import torch
 
 from lib.chat import answer_marks, encode, render
 from lib.checkpoint import load_model
-from lib.configurator import at_least, configure, did_you_mean, one_of, user_errors
+from lib.configurator import at_least, configure, did_you_mean, one_line, one_of, user_errors
+from lib.console import for_output
 from lib.decoding import Sampling, beam_search, start_token
+from lib.files import read_text
 from lib.machine import explain_out_of_memory, keep_freed_memory, resolve_device
 from lib.tokenizer import BytePairTokenizer, get_tokenizer
 from model import GPT
@@ -72,8 +74,9 @@ if __name__ == "__main__":
         num_samples = 1
     if "out_dir" not in given and not Path(out_dir).exists() and Path(SHIPPED).exists():
         runs = sorted(str(path.parent) for path in Path().glob("*/best.pt"))
-        print(f"note: there is no folder {out_dir}; using {SHIPPED}"
-              f"{'; --out_dir can be ' if runs else ''}{', '.join(runs)}", file=sys.stderr)
+        others = f"; --out_dir can be {', '.join(runs)}" if runs else ""
+        print(one_line(f"note: there is no folder {out_dir}; using {SHIPPED}{others}"),
+              file=sys.stderr)
         out_dir = SHIPPED
 # -----------------------------------------------------------------------------
 
@@ -161,7 +164,7 @@ def check_prompt(model: GPT, tokenizer, prompt: str) -> str:
 
 def warn_of_unknown(model: GPT, tokenizer, prompt: str) -> None:
     if unknown := check_prompt(model, tokenizer, prompt):
-        print(f"warning: {unknown}", file=sys.stderr)
+        print(f"warning: {one_line(unknown)}", file=sys.stderr)
 
 
 def text_after(tokenizer, before: list[int], ids: list[int]) -> str:
@@ -247,7 +250,7 @@ def read_prompt(start: str) -> str:
             sys.stdin.reconfigure(encoding="utf-8-sig")  # Windows may add a byte order mark
             return sys.stdin.read()
         if start.startswith("FILE:"):
-            return Path(start[5:]).read_text(encoding="utf-8-sig")
+            return read_text(Path(start[5:]), encoding="utf-8-sig")
         only_newlines = not start.replace("\\n", "")
         return start.replace("\\n", "\n") if only_newlines else start
     except FileNotFoundError:
@@ -271,7 +274,7 @@ def describe(name: str, model: GPT, checkpoint: dict) -> str:
              f"{model.num_params():,} parameters{' in int8' if in_int8 else ''}",
              f"trained on {dataset}" if dataset else "",
              f"validation loss {loss:.4f}" if has_loss else ""]
-    return "model: " + ", ".join(filter(None, parts))
+    return one_line("model: " + ", ".join(filter(None, parts)))
 
 
 def print_samples(model: GPT, tokenizer, prompt: str, sampler: Sampling) -> None:
@@ -284,7 +287,7 @@ def print_samples(model: GPT, tokenizer, prompt: str, sampler: Sampling) -> None
             running = sum(not sample.ended for sample in samples)
             while row < num_samples:
                 text = prompt + samples[row].text
-                print(text[printed:], end="", flush=True)
+                print(for_output(text[printed:]), end="", flush=True)
                 printed = len(text)
                 if not samples[row].ended:
                     break
@@ -304,7 +307,7 @@ def print_most_probable(model: GPT, tokenizer, prompt: str, sampler: Sampling) -
     new = beam_search(model, idx, room, num_beams, length_penalty, sampler, tokenizer.eot)
     ids = [token for token in new[0, idx.size(1):].tolist() if token != tokenizer.eot]
     text = text_after(tokenizer, idx[0, -8:].tolist(), ids)
-    print(prompt + cut_at_stop(text, split_stop(stop)))
+    print(for_output(prompt + cut_at_stop(text, split_stop(stop))))
 
 
 def print_next_tokens(model: GPT, tokenizer, prompt: str) -> None:
@@ -339,7 +342,7 @@ def respond_to_all(model: GPT, tokenizer, sampler: Sampling) -> None:
         try:
             respond(model, tokenizer, prompt, sampler)
         except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {one_line(error)}", file=sys.stderr)
         except KeyboardInterrupt:
             print()
 
@@ -370,7 +373,7 @@ def print_answer(model: GPT, tokenizer, ids: list[int], end: int, sampler: Sampl
     try:
         for answer, in stream_ids(model, tokenizer, idx, torch.zeros_like(idx[:, 0]),
                                   min(max_new_tokens, room), sampler, stop, end):
-            print(answer.text[len(printed):], end="", flush=True)
+            print(for_output(answer.text[len(printed):]), end="", flush=True)
             printed = answer.text
     except KeyboardInterrupt:
         pass
@@ -398,7 +401,7 @@ def hold_conversation(model: GPT, tokenizer, template: str, sampler: Sampling, s
             answer = print_answer(model, tokenizer, ids, end, sampler)
             messages = [*asked, {"role": "assistant", "content": answer}]
         except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {one_line(error)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import torch
 from lib import checkpoint as ckpt
 from lib import lora, machine, optim, runlog
 from lib.configurator import at_least, configure, one_of, user_errors
-from lib.console import duration, named_lines
+from lib.console import duration, named_lines, visible
 from lib.corpus import check_once, load_meta
 from lib.dataset import TokenStream, TrainBatches, eval_batches, eval_spans, prefetch
 from lib.decoding import short_sample
@@ -164,7 +164,7 @@ def save(name: str, model: GPT, state: ckpt.RunState, meta: dict, optimizers: li
 # Ranks
 ranks = Ranks.from_environment()
 sys.stdout.reconfigure(line_buffering=True)  # a redirected log can be read while it grows
-say = print if ranks.master else lambda text: None
+say = (lambda text: print(visible(text))) if ranks.master else lambda text: None
 machine.explain_out_of_memory()
 with user_errors():
     device = machine.resolve_device(device)
@@ -241,6 +241,8 @@ if max_epochs:
     last_step = min(last_step, batches.steps_in(max_epochs))
 torch.manual_seed(seed)
 with ranks.user_errors():
+    # weights and, if all are trained, gradients and what the optimizer remembers
+    machine.check_memory(machine.weight_bytes(model_config) * (1 if lora_rank else 3), device)
     raw_model = (finetuned or GPT(model_config)).to(device)
     if lora_rank:
         lora.add_adapters(raw_model, lora_rank)
@@ -249,7 +251,7 @@ with ranks.user_errors():
     raw_model.loss_fn = make_loss(
         machine.resolve_loss_chunk(loss_chunk, device, vocab_size), softmax_tokens,
         streams["train"].token_counts(vocab_size).to(device) if softmax_tokens else None)
-    saved_dtype = saved_config.get("dtype", "") if saved_config.get("device") == "cpu" else ""
+    saved_dtype = str(saved_config.get("dtype", "")) if saved_config.get("device") == "cpu" else ""
     dtype = machine.resolve_dtype_for(raw_model, dtype, device, saved_dtype)
 dtype = ranks.gather(dtype)[0]  # ranks that share a CPU would measure differently
 autocast = machine.autocast(device, dtype)

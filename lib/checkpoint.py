@@ -15,7 +15,10 @@ into place once complete. Keys:
     step, best_val_loss, version
     optimizer, scaler   to resume; not in best.pt and step_001000.pt, like the rest of RunState
 """
+import json
 import math
+import pickletools
+import re
 import sys
 import zipfile
 from collections.abc import Iterable, Sequence
@@ -24,17 +27,19 @@ from pathlib import Path
 
 import torch
 
+from lib import machine
 from lib.configurator import one_line
 from lib.convert import (
     OPENAI,
     SkipNormal,
+    check_layers,
     download,
     from_nanogpt,
     is_hub_name,
     read_hf_tokenizer,
     read_hugging_face,
 )
-from lib.files import open_synced, replace_file
+from lib.files import check_regular, open_synced, replace_file
 from lib.lora import merge_adapters, rank_of
 from lib.quantize import prepare_for_inference, quantize_int8, use_int8_layers
 from lib.read_gguf import read_gguf, read_gguf_tokenizer
@@ -45,6 +50,10 @@ VERSION = 1
 RESUMABLE = ("last.pt", "stop.pt", "prev.pt")
 # the keys of every checkpoint and their types
 REQUIRED = dict(model=dict, model_args=dict, step=int, config=dict, meta=dict, version=int)
+
+# what torch.save asks for in a pickle of tensors and plain types
+PICKLED = (r"collections OrderedDict|torch \w+Storage|torch\.storage UntypedStorage"
+           r"|torch\._utils _rebuild_(tensor_v2|parameter)")
 
 
 @dataclass
@@ -90,6 +99,9 @@ class RunState:
         checkpoint = {"evaluated_at": checkpoint["step"]} | checkpoint  # not in older ones
         if "watch" in checkpoint:
             checkpoint = checkpoint | dict(zip(names, checkpoint["watch"].tolist()))
+        for name in names:
+            if not isinstance(checkpoint[name], int | float):
+                raise TypeError(f"{name} is {checkpoint[name]!r}")
         counters = [torch.tensor(float(checkpoint[name]), device=device) for name in names[:3]]
         return cls(*counters, *(checkpoint[name] for name in names[3:]))
 
@@ -138,12 +150,31 @@ def remove_run(out_dir: str | Path) -> None:
     remove_after(out_dir, 0)
 
 
+def check_archive(path: Path) -> None:
+    """
+    Raise ValueError unless a file is intact and could be one of torch.save.
+
+    Then reading it takes about as much memory as the file has bytes: the entries of the zip file
+    are not compressed, and its pickle calls no function that could make more of them.
+    """
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        if (any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+                or sum(entry.file_size for entry in entries) > path.stat().st_size):
+            raise ValueError("its parts are compressed or overlap")
+        if damaged := archive.testzip():
+            raise ValueError(f"checksum of {damaged} is wrong")
+        for name in (name for name in archive.namelist() if name.endswith(".pkl")):
+            for code, value, _ in pickletools.genops(archive.read(name)):
+                if code.name == "GLOBAL" and not re.fullmatch(PICKLED, value):
+                    raise ValueError(f"it asks for {value}")
+
+
 def read_checkpoint(path: Path) -> dict:
     """Read a checkpoint to the CPU. Raise ValueError if it is damaged."""
+    check_regular(path, machine.memory())
     try:
-        with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():
-                raise ValueError(f"checksum of {damaged} is wrong")
+        check_archive(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
@@ -153,22 +184,40 @@ def read_checkpoint(path: Path) -> dict:
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} is not a checkpoint: it holds a {type(checkpoint).__name__}")
     if "iter_num" in checkpoint:
-        checkpoint = from_nanogpt(checkpoint, path) | {"version": VERSION}
+        try:
+            checkpoint = from_nanogpt(checkpoint, path) | {"version": VERSION}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is not a checkpoint that nanoGPT wrote "
+                             f"({type(error).__name__}: {error})") from None
     check_checkpoint(checkpoint, path)
+    # many weights that share their bytes would need more memory than the file has
+    if sum(w.nbytes for name, w in checkpoint["model"].items()
+           if name != "lm_head.weight") > path.stat().st_size:
+        raise ValueError(f"{path} is damaged: its weights are larger than the file")
     return checkpoint
 
 
 def check_checkpoint(checkpoint: dict, path: Path) -> None:
-    """Raise ValueError unless a checkpoint has the keys that every checkpoint has."""
+    """Raise ValueError unless a checkpoint has what every checkpoint has, in the right types."""
     wrong = [name for name, kind in REQUIRED.items()
              if not isinstance(value := checkpoint.get(name), kind) or isinstance(value, bool)]
     if (wrong or checkpoint["step"] < 0
+            or not isinstance(checkpoint.get("best_val_loss", 0.0), int | float)
             or not isinstance(checkpoint["config"].get("dataset"), str)
-            or not isinstance(checkpoint["meta"].get("tokenizer"), dict)):
+            or not isinstance(checkpoint["meta"].get("tokenizer"), dict)
+            or not all(isinstance(checkpoint["meta"].get(name, ""), str)
+                       for name in ("base_model", "chat_template"))):
         raise ValueError(f"{path} is not a checkpoint of this program, or it is damaged: cannot "
                          f"read its {', '.join(wrong) or 'contents'}")
-    if not all(isinstance(weight, torch.Tensor) for weight in checkpoint["model"].values()):
-        raise ValueError(f"{path} is damaged: some of its weights are not tensors")
+    try:
+        json.dumps([checkpoint[name] for name in ("model_args", "config", "meta")])
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: not all of its settings are plain values "
+                         f"({error})") from None
+    for name, w in checkpoint["model"].items():
+        if not (isinstance(name, str) and isinstance(w, torch.Tensor)
+                and w.dim() > 0 and (w.is_floating_point() or w.dtype == torch.int8)):
+            raise ValueError(f"{path} is damaged: its weight {name!r} is not a tensor of floats")
     if checkpoint["version"] > VERSION:
         raise ValueError(f"{path} was written by a newer version of this program")
 
@@ -193,7 +242,8 @@ def find_resumable(out_dir: str | Path, names: Sequence[str] = RESUMABLE) -> dic
     if errors and newest is None:
         raise errors[0]
     for error in errors:
-        print(f"warning: {error}; continuing from step {newest['step']}", file=sys.stderr)
+        print(f"warning: {one_line(error)}; continuing from step {newest['step']}",
+              file=sys.stderr)
     return newest
 
 
@@ -321,7 +371,10 @@ def config_to_resume(checkpoint: dict, new: GPTConfig, settings: dict, given: se
     Raises ValueError if a given setting or the dataset contradicts the run.
     """
     out_dir, dataset = settings["out_dir"], settings["dataset"]
-    old = config_of(checkpoint, f"the checkpoint in {out_dir}")
+    where = f"the checkpoint in {out_dir}"
+    plain = {name: w for name, w in checkpoint["model"].items()
+             if not name.endswith((".lora_a", ".lora_b"))}
+    old = build_model(checkpoint | {"model": plain}, where).config  # compares all shapes
     wrong = [f"{name}={value}" for name, value in asdict(old).items()
              if name in given and name != "dropout" and value != getattr(new, name)]
     if "lora_rank" in given and settings["lora_rank"] != rank_of(checkpoint["model"]):
@@ -364,13 +417,34 @@ def restore(checkpoint: dict, model: GPT, optimizers: list[torch.optim.Optimizer
     try:
         model.load_state_dict(checkpoint["model"])
         for optimizer, saved in zip(optimizers, checkpoint["optimizer"], strict=True):
+            groups = [dict(group) for group in optimizer.param_groups]
             optimizer.load_state_dict(upgrade_groups(optimizer, saved))
+            check_optimizer(optimizer, groups)
         if checkpoint["scaler"]:  # empty unless the run was in float16
             scaler.load_state_dict(checkpoint["scaler"])
         return RunState.from_checkpoint(checkpoint, device)
-    except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+    except Exception as error:  # a damaged checkpoint can make torch fail in any way
+        if machine.is_out_of_memory(error):
+            raise
         raise ValueError(f"the checkpoint of step {checkpoint['step']} cannot be resumed "
-                         f"({type(error).__name__}: {error})") from None
+                         f"({type(error).__name__}: {one_line(error, 300)})") from None
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, groups: list[dict]) -> None:
+    """Raise TypeError unless what was loaded has the types of `groups` and of a state."""
+    def is_like(new: object, old: object) -> bool:
+        if isinstance(old, tuple):
+            return isinstance(new, tuple) and all(map(is_like, new, old))
+        return old is None or isinstance(new, int | float if isinstance(old, float) else type(old))
+
+    for new, old in zip(optimizer.param_groups, groups):
+        for name in old:
+            if name in new and not is_like(new[name], old[name]):
+                raise TypeError(f"{name} of the optimizer is {new[name]!r}")
+    for param, state in optimizer.state.items():
+        for name, value in state.items():
+            if not isinstance(value, torch.Tensor) or value.shape not in ((), param.shape):
+                raise TypeError(f"{name} of the optimizer is no tensor of the right shape")
 
 
 def upgrade_groups(optimizer: torch.optim.Optimizer, saved: dict) -> dict:
@@ -423,8 +497,9 @@ def build_model(checkpoint: dict, where: object, device: str = "cpu", **changes)
     """Return a checkpoint's model. Raise ValueError that names missing and misshapen weights."""
     config = config_of(checkpoint, where, **changes)
     try:
+        check_layers(config, checkpoint["model"])
         return model_from_weights(config, checkpoint["model"], device)
-    except (TypeError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
         reason = one_line(error, 300)
         raise ValueError(f"{where} does not fit the model: {reason}") from None
 

@@ -29,6 +29,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
+from lib.console import visible
+
 RENAMED = {"softmax_words": "softmax_tokens"}  # old names of settings
 # options of nanoGPT's scripts that do not exist here, with a hint; ignored in config files
 NANOGPT_ONLY = {
@@ -53,8 +55,8 @@ NANOGPT_DEFAULTS = dict(
 # Messages
 
 def one_line(message: object, length: int | None = None) -> str:
-    """Return a message, such as an exception, on one line of at most `length` characters."""
-    return " ".join(str(message).split())[:length]
+    """Return a message, such as an exception, as one visible() line, cut to `length`."""
+    return visible(" ".join(str(message).split()))[:length]
 
 
 def fail(message: object) -> NoReturn:
@@ -68,10 +70,14 @@ def fail(message: object) -> NoReturn:
 
 @contextlib.contextmanager
 def user_errors():
-    """Report a ValueError or OSError as one line: use it around code that reads user input."""
+    """
+    Report a ValueError or OSError as one line: use it around code that reads user input.
+
+    A RecursionError comes from input that is nested too deeply.
+    """
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         fail(error)
 
 
@@ -163,7 +169,7 @@ def read_config_file(path: str) -> dict[str, object]:
     namespace: dict[str, object] = {"__file__": path, "__name__": "config"}
     try:
         exec(compile(Path(path).read_text(encoding="utf-8"), path, "exec"), namespace)
-    except (Exception, SystemExit) as error:
+    except BaseException as error:  # also what exit() and Ctrl-C raise
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == path]
         line = lines[-1] if lines else getattr(error, "lineno", "?")
@@ -277,8 +283,8 @@ def configure(namespace: dict[str, object], skip_settings_of: str = "", announce
                 settings.update(more)
                 if more and rank0:
                     hint = "; add --logger=wandb to log to wandb" if values.get("wandb_log") else ""
-                    print(f"{arg} is a config file of nanoGPT: using nanoGPT's defaults for "
-                          f"{', '.join(more)}{hint}")
+                    print(f"{visible(arg)} is a config file of nanoGPT: using nanoGPT's defaults "
+                          f"for {', '.join(more)}{hint}")
         except (ValueError, OSError) as error:
             fail(f"{arg}: {error}")
     with user_errors():
@@ -286,7 +292,7 @@ def configure(namespace: dict[str, object], skip_settings_of: str = "", announce
             rule(name, settings[name])
     changed = [f"{name}={value}" for name, value in settings.items() if value != defaults[name]]
     if announce and changed and rank0:
-        print(textwrap.fill(", ".join(changed), 100, initial_indent="settings: ",
+        print(textwrap.fill(visible(", ".join(changed)), 100, initial_indent="settings: ",
                             subsequent_indent=" " * 10, break_long_words=False,
                             break_on_hyphens=False))
     namespace.update(settings)

@@ -2,14 +2,36 @@
 What the scripts print: progress, tables, aligned lines and times.
 """
 import sys
+import unicodedata
 from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 
 from tqdm import tqdm
 
 
+def visible(text: object) -> str:
+    """
+    Return a text whose control characters are written as in Python: \\x1b.
+
+    What a message quotes, from files and arguments, could otherwise rename a terminal's window or
+    hide a part of the message. Line ends, tabs and the joiners in words and emojis remain.
+    """
+    text = str(text)
+    if text.isprintable():
+        return text
+    return "".join(c.encode("unicode_escape").decode()
+                   if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+                   and c not in "\n\t\u200c\u200d" else c for c in text)
+
+
+def for_output(text: str) -> str:
+    """Return a generated text as it is, or, where standard output is a terminal, visible()."""
+    return visible(text) if sys.stdout.isatty() else text
+
+
 def progress(items: Iterable | None, task: str, **options) -> tqdm:
     """Show a progress bar. Where stderr is not a terminal, print one line instead."""
+    task = visible(task)
     if not sys.stderr.isatty():
         print(f"{task} ...", flush=True)
     # disable=None: no bar where stderr is not a terminal
@@ -31,6 +53,7 @@ def hide_hub_progress() -> None:
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
     """Print rows in columns, the first left-aligned, the others right-aligned."""
+    rows = [[visible(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
     for row in rows:
         cells = [f"{cell:>{width}}" if i else f"{cell:<{width}}"
@@ -40,7 +63,7 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
 
 def named_lines(**texts: str) -> str:
     """Return aligned lines `name  text`, without those whose text is empty."""
-    return "\n".join(f"{name:<8} " + text.replace("\n", "\n" + " " * 9)
+    return "\n".join(f"{name:<8} " + visible(text).replace("\n", "\n" + " " * 9)
                      for name, text in texts.items() if text)
 
 

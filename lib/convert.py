@@ -16,6 +16,8 @@ from torch.overrides import TorchFunctionMode
 
 from lib.configurator import one_line
 from lib.console import hide_hub_progress
+from lib.files import check_regular, load_json, read_text
+from lib.machine import memory
 from lib.tokenizer import meta_of, read_nanogpt_characters, read_tokenizer_json
 from model import GPT, GPTConfig
 
@@ -56,6 +58,23 @@ class SkipNormal(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return None if func.__name__ == "normal_" else func(*args, **(kwargs or {}))
+
+
+def check_layers(config: GPTConfig, weights: dict[str, torch.Tensor]) -> None:
+    """
+    Raise ValueError if a model would be larger than its weights, before it is built.
+
+    weights: under our names or those of Hugging Face. Once the number of layers fits, building the
+    model on the meta device is cheap and tells the shapes; only rotary positions take memory there.
+    """
+    numbers = (re.search(r"\b(?:h|layers)\.(\d+)\.", name) for name in weights)
+    layers = {number[1] for number in numbers if number}
+    if config.n_layer > len(layers):
+        raise ValueError(f"its n_layer is {config.n_layer:,}, and it has the weights of "
+                         f"{len(layers):,} layers")
+    positions = 4 * config.block_size * config.head_dim * (config.arch != "gpt2")
+    if positions > max(1 << 25, sum(w.nbytes for w in weights.values())):
+        raise ValueError(f"its block_size of {config.block_size:,} is too large for its weights")
 
 
 def hf_names(config: GPTConfig) -> dict[str, list[str]]:
@@ -110,6 +129,7 @@ def deinterleave(w: torch.Tensor, head_dim: int) -> torch.Tensor:
 
 def from_hf(weights: dict[str, torch.Tensor], config: GPTConfig) -> dict[str, torch.Tensor]:
     """Return our state dict. Raise ValueError that names missing, misshapen and unused weights."""
+    check_layers(config, weights)
     names = hf_names(config)
     with torch.device("meta"), SkipNormal():
         expected = {name: w.shape for name, w in to_hf(GPT(config)).items()}
@@ -276,7 +296,7 @@ def read_hf_tokenizer(folder: Path) -> dict:
         token = about.get(name) or ""
         return token["content"] if isinstance(token, dict) else token
 
-    files = {name: (folder / name).read_text(encoding="utf-8") for name in TOKENIZER_FILES
+    files = {name: read_text(folder / name) for name in TOKENIZER_FILES
              if (folder / name).exists()}
     about = json.loads(files.get("tokenizer_config.json", "{}"))
     bos, eos, spec = special("bos_token"), special("eos_token"), {"kind": "gpt2"}
@@ -303,14 +323,11 @@ def read_hugging_face(folder: Path) -> dict:
     except ImportError:
         raise ValueError(f"to read {folder} a package is needed: pip install safetensors") from None
 
-    def read(name: str) -> str:
-        return (folder / name).read_text(encoding="utf-8")
-
     try:
-        config = config_from_hf(json.loads(read("config.json")))
+        config = config_from_hf(load_json(folder / "config.json"))
         trained = {"step": 0, "config": {"dataset": ""}}
         if (folder / "meta.json").exists():
-            trained |= json.loads(read("meta.json"))
+            trained |= load_json(folder / "meta.json")
         else:
             trained["meta"] = read_hf_tokenizer(folder)
         tokens = trained["meta"]["vocab_size"]
@@ -319,6 +336,7 @@ def read_hugging_face(folder: Path) -> dict:
                              f"tokenizer ({tokens:,}), which without a tokenizer.json is GPT-2's")
         weights = {}
         for path in sorted(folder.glob("*.safetensors")):
+            check_regular(path, memory())
             weights |= load_file(path)
         if "wte.weight" in weights:  # OpenAI's own files have no prefix
             weights = {f"transformer.{name}": w for name, w in weights.items()}

@@ -22,9 +22,9 @@ from typing import IO
 import numpy as np
 
 from lib.configurator import one_line
-from lib.console import hide_hub_progress, progress
+from lib.console import hide_hub_progress, progress, visible
 from lib.dataset import TokenStream, split_files, token_dtype
-from lib.files import open_synced, replace_file, write_atomically
+from lib.files import load_json, open_synced, replace_file, write_atomically
 from lib.tokenizer import EOT, KINDS, leading, meta_of, read_nanogpt_characters
 
 FORMAT_VERSION = 1  # of meta.json
@@ -260,7 +260,7 @@ def ask_hub(name: str, subset: str = "", stream: bool = False):
 
     datasets = import_datasets()
     hide_hub_progress()
-    print(f"asking the Hugging Face hub for {name} ...", file=sys.stderr)
+    print(one_line(f"asking the Hugging Face hub for {name} ..."), file=sys.stderr)
     repo, _, revision = name.partition("@")
     try:
         builder = datasets.load_dataset_builder(repo, subset or None, revision=revision or None)
@@ -429,7 +429,8 @@ def finish_dataset(folder: Path, tokenizer, splits: dict[str, dict], **more) -> 
         names = [f"{split}.bin"]
         if "shards" in counts:  # the first and the last shard
             names = sorted({f"{split}_{i:03}.bin" for i in (0, counts["shards"] - 1)})
-        print(f"{folder / ' to '.join(names)}: {n:,} tokens, {documents:,} documents{note}")
+        where = visible(folder / " to ".join(names))
+        print(f"{where}: {n:,} tokens, {documents:,} documents{note}")
 
 
 # -----------------------------------------------------------------------------
@@ -460,7 +461,7 @@ def load_meta(folder: Path) -> dict:
         spec = read_nanogpt_characters(pickled) if pickled.is_file() else {"kind": "gpt2"}
         return {"format_version": FORMAT_VERSION} | meta_of(spec, folder.name)
     try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        meta = load_json(folder / "meta.json")
         check_meta(meta)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder}/meta.json is damaged ({error}): run `{prepare}` "
@@ -484,7 +485,7 @@ def check_once(stream: TokenStream, meta: dict) -> str:
                  "expected": meta["splits"].get(stream.split, {}).get("sha256")}
     path = folder / f"{stream.split}.checked.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        checked = json.loads(path.read_text(encoding="utf-8"))
+        checked = load_json(path)
         if checked["condition"] == condition:
             return checked["sha256"]
     sha256 = stream.check(meta)

@@ -1,7 +1,12 @@
 """
 Files that are never half written, the place of results, and the lock on a run.
+
+A folder may be one that a stranger made: nothing is written through a symbolic link, and only
+regular files of a sensible size are read.
 """
 import contextlib
+import json
+import math
 import os
 import sys
 import time
@@ -9,12 +14,53 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+LARGEST = 100_000_000  # bytes of a file that is read as a whole
+
+
+def check_regular(path: Path, largest: float = math.inf) -> None:
+    """Raise ValueError for a device or a pipe, which may never end, and for a larger file."""
+    size = path.stat().st_size
+    if not path.is_file():
+        raise ValueError(f"{path} is not a regular file")
+    if size > largest:
+        raise ValueError(f"{path} has {size:,} bytes; at most {largest:,} can be read")
+
+
+def read_text(path: Path, encoding: str = "utf-8") -> str:
+    """Return the text of a regular file of at most LARGEST bytes."""
+    check_regular(path, LARGEST)
+    return path.read_text(encoding=encoding)
+
+
+def load_json(path: Path) -> object:
+    """Return the value in a JSON file. Raise ValueError if it is damaged."""
+    try:
+        return json.loads(read_text(path))
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply") from None
+
+
+def open_new(path: Path, mode: str = "w") -> IO:
+    """Create a file to write, never through a symbolic link: an old file or link is removed."""
+    path.unlink(missing_ok=True)
+    # O_CREAT and O_EXCL, which also fail on a link
+    return open(path, mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8")
+
+
+def open_own(path: Path, mode: str, **how) -> IO:
+    """Open a file to append to or to lock. Raise ValueError if it is a symbolic link."""
+    if path.is_symlink():
+        raise ValueError(f"{path} is a symbolic link, which is not followed: remove it")
+    no_follow = getattr(os, "O_NOFOLLOW", 0)  # not on Windows
+    return open(path, mode, opener=lambda name, flags: os.open(name, flags | no_follow, 0o666),
+                **how)
+
 
 @contextlib.contextmanager
 def open_synced(path: Path, mode: str = "w") -> Iterator[IO]:
     """Open a file to write; at the end its content is on the disk. Remove it after an error."""
     try:
-        with open(path, mode, encoding=None if "b" in mode else "utf-8") as file:
+        with open_new(path, mode) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -81,7 +127,7 @@ def lock_run(out_dir: str | Path) -> IO[bytes]:
     the process id for the message to other processes. Raises ValueError where one holds the lock.
     """
     os.makedirs(out_dir, exist_ok=True)
-    file = open(Path(out_dir) / "lock", "ab+", buffering=0)
+    file = open_own(Path(out_dir) / "lock", "ab+", buffering=0)
     try:
         lock_file(file)
     except (BlockingIOError, PermissionError):  # Linux and macOS; Windows

@@ -3,6 +3,7 @@ The device: which one, its data type, its speed and its memory.
 """
 import contextlib
 import ctypes
+import math
 import os
 import re
 import sys
@@ -110,19 +111,28 @@ def resolve_loss_chunk(loss_chunk: int, device: str, vocab_size: int) -> int:
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or isinstance(error, RuntimeError) and any(
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(
         phrase in str(error).lower() for phrase in ("out of memory", "can't allocate memory"))
 
 
 def explain_out_of_memory(advice: str = SAVE_MEMORY) -> None:
-    """From now on, end this process with one line of advice when the device is out of memory."""
+    """
+    From now on, end this process with one line of advice when the device is out of memory.
+
+    Of many ranks, those that lose the connection to another one end with one line, too.
+    """
 
     def explain(kind: type, error: BaseException, trace: object) -> None:
-        if not is_out_of_memory(error):
-            return sys.__excepthook__(kind, error, trace)
         rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""  # any rank prints it
+        lost = rank and isinstance(error, RuntimeError) and re.search(
+            "connection (was )?(closed|reset)|remote process exited", str(error), re.IGNORECASE)
+        if not lost and not is_out_of_memory(error):
+            return sys.__excepthook__(kind, error, trace)
+        reason = "another rank has ended" if lost else f"out of memory: {advice}"
         sys.stdout.flush()
-        print(f"error: {rank}out of memory: {advice}", file=sys.stderr, flush=True)
+        print(f"error: {rank}{reason}", file=sys.stderr, flush=True)
         os._exit(2)
 
     sys.excepthook = explain
@@ -257,6 +267,35 @@ def peak_memory(device: str) -> int:
         return 0
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss: bytes on macOS, else kB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def memory() -> float:
+    """Return the bytes of this machine's memory, infinity where they are unknown, as on Windows."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return math.inf
+
+
+def weight_bytes(c) -> int:
+    """
+    Return the bytes in float32 of the matrices, embeddings and positions of a GPTConfig.
+
+    Counted without building the model, as a crafted config could be of any size.
+    """
+    q, kv = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
+    block = c.n_embd * (2 * q + 2 * kv + c.n_inner * (2 if c.arch == "gpt2" else 3))
+    tables = c.n_embd * c.vocab_size * (1 if c.tied else 2)
+    positions = c.block_size * (c.n_embd if c.arch == "gpt2" else c.head_dim)
+    return 4 * (c.n_layer * block + tables + positions)
+
+
+def check_memory(needed: int, device: str = "cpu") -> None:
+    """Raise ValueError if a model that needs so many bytes cannot fit into a device's memory."""
+    available = int(min(gpu_memory(device) or memory(), 1e15))
+    if needed > available:
+        raise ValueError(f"the model needs at least {needed // 10**9:,} GB of memory, and the "
+                         f"device {device} has {available // 10**9:,} GB: choose a smaller model")
 
 
 def gpu_memory(device: str) -> int:

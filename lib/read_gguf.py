@@ -27,6 +27,8 @@ from lib.convert import (
     hf_names,
     is_transposed,
 )
+from lib.files import check_regular
+from lib.machine import check_memory, memory, weight_bytes
 from lib.tokenizer import EOT, PATTERNS, PIECE, UNK, bpe_of_model, gpt2_pattern, meta_of
 from model import GPTConfig
 
@@ -52,6 +54,7 @@ def read_gguf(path: Path) -> dict:
     with open_gguf(path) as file:
         fields, tensors = read_header(file)
         config, meta = config_of(fields, tensors, file), meta_of_fields(fields)
+        check_memory(weight_bytes(config))
         if meta["vocab_size"] > config.vocab_size:
             raise ValueError(f"its tokenizer has {meta['vocab_size']:,} tokens, and its vocabulary "
                              f"{config.vocab_size:,}")
@@ -75,6 +78,7 @@ def open_gguf(path: Path) -> Iterator[BinaryIO]:
         import gguf  # noqa: F401
     except ImportError:
         raise ValueError(f"to read {path} a package is needed: pip install gguf") from None
+    check_regular(path, memory())
     with open(path, "rb") as file:
         try:
             yield file

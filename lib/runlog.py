@@ -14,7 +14,7 @@ from pathlib import Path
 from lib import machine
 from lib.configurator import one_line, user_errors
 from lib.console import duration
-from lib.files import replace_atomically, write_atomically
+from lib.files import LARGEST, check_regular, open_own, replace_atomically, write_atomically
 from lib.tokenizer import get_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -156,8 +156,13 @@ class RunLog:
         if not self.write:
             return
         metrics = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-        with user_errors(), open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        with user_errors():
+            try:
+                with open_own(self.path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps({"step": step, **metrics}) + "\n")
+            except OSError as error:
+                raise OSError(f"{self.path} could not be written ({error.strerror}); the "
+                              "checkpoints saved before are unchanged") from None
         self.send(step, metrics)
 
     def records(self) -> list[dict]:
@@ -165,10 +170,12 @@ class RunLog:
         found = []
         if not self.path.exists():
             return found
+        check_regular(self.path, 10 * LARGEST)
         for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError, TypeError):
+            with contextlib.suppress(ValueError, RecursionError):
                 record = json.loads(line)
-                if "step" in record:
+                if (isinstance(record, dict) and "step" in record
+                        and all(isinstance(x, float | int | None) for x in record.values())):
                     found.append(record)
         return found
 
@@ -245,6 +252,7 @@ def draw_losses(log: RunLog, title: str, floor: float | None = None, log_x: bool
     ax.yaxis.set_minor_locator(ticker.NullLocator())
     ax.legend()
     ax.grid(alpha=0.3)
-    with contextlib.suppress(PermissionError):  # on Windows, while a viewer has the file open
+    # PermissionError: on Windows, while a viewer has the file open
+    with user_errors(), contextlib.suppress(PermissionError):
         with replace_atomically(log.path.with_name("loss.png"), "wb", retries=1) as file:
             fig.savefig(file, format="png", dpi=120)

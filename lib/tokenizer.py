@@ -22,6 +22,7 @@ dictionary for meta.json and for checkpoints, from which get_tokenizer() builds 
 import functools
 import hashlib
 import importlib.metadata
+import io
 import json
 import multiprocessing
 import os
@@ -38,11 +39,13 @@ import numpy as np
 
 from lib.configurator import one_line
 from lib.console import progress
+from lib.files import check_regular
 
 EOT, LLAMA3_EOT = "<|endoftext|>", "<|end_of_text|>"
 PAD, UNK = "<PAD>", "<UNK>"
 KINDS = ("gpt2", "bpe", "char", "word", "pieces")
 SAMPLE = 200_000_000  # characters of a text that a vocabulary is learned from
+LARGEST_PICKLE = 10_000_000  # bytes of a meta.pkl
 CHUNK = 100_000  # characters that a thread encodes at a time
 
 # GPT-2's files write every byte as a visible character: as itself, or as one from 256 on
@@ -569,8 +572,12 @@ def pattern_of(pre_tokenizer: dict) -> str:
     raise ValueError(f"its pre-tokenizer ({', '.join(kinds)}) cannot be read")
 
 
-class PlainUnpickler(pickle.Unpickler):
-    """Reads plain values; a pickle that asks for a class or function raises ValueError."""
+class PlainUnpickler(pickle._Unpickler):
+    """
+    Reads plain values; a pickle that asks for a class or function raises ValueError.
+
+    It is the one in Python: in the one in C, ten bytes of a pickle can allocate 64 GB.
+    """
 
     def find_class(self, module: str, name: str):
         raise ValueError(f"it asks for {module}.{name}")
@@ -578,9 +585,9 @@ class PlainUnpickler(pickle.Unpickler):
 
 def read_nanogpt_characters(path: Path) -> dict:
     """Return the spec of the characters in the meta.pkl of a dataset that nanoGPT prepared."""
+    check_regular(path, LARGEST_PICKLE)
     try:
-        with open(path, "rb") as file:
-            itos = PlainUnpickler(file).load()["itos"]
+        itos = PlainUnpickler(io.BytesIO(path.read_bytes())).load()["itos"]
         vocab = [itos[i] for i in range(len(itos))]
         if not all(isinstance(token, str) and len(token) == 1 for token in vocab):
             raise ValueError("a token is not a character")

@@ -1,5 +1,7 @@
 """Checkpoints: their contents, damaged files, missing weights and missing runs."""
 
+import copy
+import functools
 import shutil
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from helpers import HERE, assert_same, damage_by, one_line_error, read_log, run,
 from lib.checkpoint import (
     RunState,
     build_model,
+    check_checkpoint,
     find_resumable,
     load_checkpoint,
     read_checkpoint,
@@ -260,3 +263,61 @@ def test_a_run_without_a_scaler_is_resumed_in_float16():
     restore(checkpoint | {"scaler": disabled.state_dict()}, model, optimizers, enabled, "cpu")
     assert enabled.get_scale() == 2.0**10
     restore(checkpoint | {"scaler": enabled.state_dict()}, model, optimizers, disabled, "cpu")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("damage", [
+    lambda saved: saved.update(lr_scale="x"), lambda saved: saved.update(stale=[1]),
+    lambda saved: saved.update(seconds=None), lambda saved: saved.update(optimizer=3),
+    lambda saved: saved["optimizer"][0]["param_groups"].__setitem__(0, "x"),
+    lambda saved: saved["optimizer"][0]["param_groups"][0].update(lr="x"),
+    lambda saved: saved["optimizer"][0]["param_groups"][0].update(weight_decay=None),
+    lambda saved: saved["optimizer"][0]["param_groups"][0].update(params=7),
+    lambda saved: [group.update(betas=(1, "x"), momentum="x")
+                   for group in saved["optimizer"][-1]["param_groups"]],
+    lambda saved: saved["optimizer"][0]["state"][0].update(momentum="x", exp_avg="x"),
+    lambda saved: saved["optimizer"][0]["state"].__setitem__(0, torch.zeros(3))])
+def test_wrong_types_in_what_is_resumed_are_named(damage, optimizer):
+    model = tiny()
+    optimizers = make_optimizers(model, optimizer, 0.1, 1e-3, (0.9, 0.95), "cpu")
+    model(*torch.zeros(2, 1, 4, dtype=torch.long))[1].backward()
+    for each in optimizers:
+        each.step()
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    saved = {"model": model.state_dict(), "optimizer": [o.state_dict() for o in optimizers],
+             "scaler": {}, **RunState.start("cpu").to_dict()}
+    restore(copy.deepcopy(saved), model, optimizers, scaler, "cpu")
+    damage(saved)
+    with pytest.raises(ValueError, match="the checkpoint of step 0 cannot be resumed"):
+        restore(saved, model, optimizers, scaler, "cpu")
+
+
+def test_a_best_loss_that_is_no_number_is_refused(tmp_path, trained):
+    checkpoint = read_checkpoint(trained / "best.pt")
+    for value in ("x", None, [1.0]):
+        save_checkpoint(tmp_path, "best.pt", checkpoint | {"best_val_loss": value})
+        with pytest.raises(ValueError, match="cannot read its contents"):
+            load_checkpoint(tmp_path)
+
+
+def test_adapters_that_do_not_fit_are_refused(tmp_path, trained):
+    """The product of a column and a row could be of any size."""
+    checkpoint = read_checkpoint(trained / "best.pt")
+    name = "transformer.h.0.attn.c_attn"
+    checkpoint["model"] |= {f"{name}.lora_a": torch.zeros(1, 50_000),
+                            f"{name}.lora_b": torch.zeros(50_000, 1)}
+    checkpoint["model"][f"{name}.weight"] = torch.zeros(1, 1)
+    save_checkpoint(tmp_path, "best.pt", checkpoint)
+    with pytest.raises(ValueError, match="adapter of .*c_attn.weight does not fit"):
+        load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda meta: meta.update(deep=functools.reduce(lambda x, _: [x], range(5000), [])),
+    lambda meta: meta.update(tensor=torch.zeros(3)), lambda meta: meta.update(chat_template=3),
+    lambda meta: meta.update(itself=meta)])
+def test_settings_that_are_not_plain_values_are_refused(tmp_path, trained, damage):
+    checkpoint = read_checkpoint(trained / "best.pt")
+    damage(checkpoint["meta"])
+    with pytest.raises(ValueError, match="here is damaged: not all|here is not a checkpoint"):
+        check_checkpoint(checkpoint, "here")

@@ -5,6 +5,7 @@ import io
 import math
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,8 +13,9 @@ import pytest
 import torch
 
 from helpers import HERE, SCRIPTS, TINY, one_line_error, run
-from lib.configurator import at_least, coerce, from_text, one_of, read_settings
-from lib.console import print_table, progress
+from lib.checkpoint import read_checkpoint, save_checkpoint
+from lib.configurator import at_least, coerce, from_text, one_line, one_of, read_settings
+from lib.console import for_output, print_table, progress, visible
 from lib.corpus import load_meta
 from lib.dataset import TokenStream
 
@@ -165,6 +167,7 @@ def test_options_of_nanogpts_sample_py_name_ours(tmp_path):
         ("x_ = 1\n\n1 / 0", "line 3: ZeroDivisionError"),
         ("import sys\nsys.exit(0)", "line 2: SystemExit"),
         ("open('nowhere')", "line 1: FileNotFound"),
+        ("raise KeyboardInterrupt", "line 1: KeyboardInterrupt"),
         ("n_layer = None", "n_layer takes int"),
         ("from math import pi", "there is no setting 'pi'"),
     ],
@@ -322,6 +325,48 @@ def test_tables_are_aligned(capsys):
 
 # -----------------------------------------------------------------------------
 # What was given
+
+
+ESCAPE = "\x1b]0;renamed\x07\u202e"  # a terminal would take it as the title of its window
+
+
+def test_control_characters_are_visible():
+    assert visible("a b\tc\nd \u00e9 \u3000 \U0001f469\u200d\U0001f4bb") == (
+        "a b\tc\nd \u00e9 \u3000 \U0001f469\u200d\U0001f4bb")
+    assert visible(ESCAPE) == "\\x1b]0;renamed\\x07\\u202e" and visible("\x85\x9b") == "\\x85\\x9b"
+    assert one_line(f"a{ESCAPE}\nb", 6) == "a\\x1b]"
+
+
+def test_what_messages_quote_is_visible(tmp_path, trained, fables_data):
+    """Arguments, names of files and what is in them reach a terminal without control characters."""
+    odd = tmp_path / ESCAPE
+    shutil.copytree(trained, odd)
+    shutil.copytree(fables_data, tmp_path / f"data{ESCAPE}")
+    checkpoint = read_checkpoint(trained / "best.pt")
+    checkpoint["config"]["dataset"] = ESCAPE
+    save_checkpoint(odd, "best.pt", checkpoint)
+    (odd / "prev.pt").write_text("damaged")
+    config = tmp_path / "config.py"
+    config.write_text(f"raise ValueError({ESCAPE!r})")
+    for command in (
+            ["sample.py", f"--out_dir={odd}", "--num_samples=1", "--max_new_tokens=2"],
+            ["sample.py", f"--out_dir={ESCAPE}"], ["sample.py", f"--{ESCAPE}=1"],
+            ["sample.py", f"--out_dir={odd}", f"--start={ESCAPE}zz", "--next_token=1"],
+            ["eval.py", f"--out_dir={odd}", f"--dataset={tmp_path}/data{ESCAPE}"],
+            ["export.py", f"--out_dir={odd}", f"--to={tmp_path}/to{ESCAPE}"],
+            ["train.py", str(config)], ["plan.py", f"--dataset={ESCAPE}", "--max_epochs=1"],
+            ["train.py", f"--dataset={tmp_path}/data{ESCAPE}", f"--out_dir={odd}",
+             "--init_from=resume", *TINY]):
+        done = run(*command)
+        shown = done.stdout + done.stderr
+        assert not set(shown) & set(ESCAPE) - set("]0;renamed"), (command, shown)
+        assert "\\x1b" in shown and "Traceback" not in shown, (command, shown)
+
+
+def test_samples_are_exact_unless_a_terminal_shows_them(monkeypatch):
+    assert for_output(ESCAPE) == ESCAPE
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    assert for_output(ESCAPE) == visible(ESCAPE)
 
 
 def test_what_differs_from_the_defaults_is_printed_once(tmp_path, fables_data):

@@ -172,6 +172,13 @@ def test_a_damaged_meta_json_is_named(tmp_path, damage):
         load_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("args", [{}, {"vocab_size": "x"}, {"vocab_size": None}, 7])
+def test_a_nanogpt_checkpoint_without_a_vocabulary_is_one_line(tmp_path, args):
+    torch.save({"model": {}, "model_args": args, "config": {}, "iter_num": 1}, tmp_path / "ckpt.pt")
+    with pytest.raises(ValueError, match="ckpt.pt is not a checkpoint that nanoGPT wrote"):
+        load_checkpoint(tmp_path)
+
+
 def test_nanogpt_characters(tmp_path):
     """The meta.pkl of nanoGPT is enough to train on its characters and to sample."""
     text = "to be, or not to be\n" * 40

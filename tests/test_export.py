@@ -1,6 +1,7 @@
 """export.py: what transformers and llama.cpp read, int8, errors, and uploads."""
 import json
 import random
+import resource
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from helpers import (
     make_run,
     one_line_error,
     run,
+    start,
     tokenizer_of,
     transformers_of,
 )
@@ -208,6 +210,35 @@ def test_errors_are_one_line_and_change_nothing(runs, tmp_path, args, says):
     assert done.returncode == 2 and says in done.stderr, done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
     assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == before
+
+
+def test_an_export_does_not_replace_its_own_model(runs, tmp_path):
+    """int8 to the run, float16 to the folder or file with the float32 weights."""
+    run_dir, hf, gguf = (tmp_path / name for name in ("run", "hf", "m.gguf"))
+    shutil.copytree(runs["qwen3-bpe"][0], run_dir)
+    export(run_dir, hf)
+    export(run_dir, gguf, "--format=gguf", "--dtype=float32")
+    (tmp_path / "link").symlink_to(run_dir)
+    for source, to, *args in ((run_dir, run_dir, "--format=int8"),
+                              (run_dir, tmp_path / "link", "--format=int8"),
+                              (run_dir / "best.pt", run_dir, "--format=int8"),
+                              (hf, hf, "--format=hf", "--dtype=float16"),
+                              (gguf, gguf, "--format=gguf")):
+        done = run("export.py", f"--out_dir={source}", f"--to={to}", "--overwrite=True", *args)
+        assert done.returncode == 2 and "has the model that is exported" in done.stderr, args
+    assert (run_dir / "best.pt").read_bytes() == (runs["qwen3-bpe"][0] / "best.pt").read_bytes()
+
+
+@pytest.mark.parametrize("size", [1_000, 60_000])
+def test_a_full_disk_is_one_line(runs, tmp_path, size):
+    """No file can be larger than `size`: neither tokenizer nor weights, or not the weights."""
+    process = start("export.py", f"--out_dir={runs['qwen3-bpe'][0]}", f"--to={tmp_path}/hf",
+                    "--format=hf")
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, size))
+    lines = process.communicate()[0].strip().splitlines()
+    assert process.returncode == 2 and len(lines) == 1, lines
+    assert lines[0].startswith("error: ") and "too large" in lines[0]
+    assert not any((tmp_path / "hf").iterdir())
 
 
 def test_git_ignores_what_is_written_by_default(monkeypatch, tmp_path):

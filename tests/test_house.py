@@ -25,9 +25,9 @@ FLOORS = [  # from top to bottom, as in CONTRIBUTING.md
     ["model"],
     ["lib/distributed"],
     ["lib/machine"],
-    ["lib/files"],
     ["lib/chat"],
     ["lib/tokenizer"],
+    ["lib/files"],
     ["lib/configurator"],
     ["lib/console"],
 ]

@@ -203,7 +203,7 @@ def test_dataset_in_use_is_an_error_that_says_what_to_do(results, folder):
 def test_unfinished_export_is_closed_and_removed(results, folder):
     done = results["full disk"]
     assert done.status == 2 and done.stderr == "error: the disk is full\n"
-    assert not (folder / "full.gguf.tmp").exists()
+    assert not [*folder.glob("full.gguf*"), *folder.glob(".export*")]
 
 
 def test_run_is_locked(results, folder):

@@ -31,7 +31,7 @@ from lib.corpus import (
     write_split,
     write_tokens,
 )
-from lib.files import write_atomically
+from lib.files import load_json, write_atomically
 from lib.tokenizer import get_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -81,7 +81,7 @@ def prepare(folder: Path, name: str, subset: str, source: str, kind: str, vocab_
     progress_file = folder / "progress.json.tmp"
     saved = {}
     if progress_file.exists():
-        saved = json.loads(progress_file.read_text(encoding="utf-8"))
+        saved = load_json(progress_file)
     where = source or name
     paths = sorted(Path(source).rglob("*")) if source else []
     files = [[path.name, path.stat().st_size] for path in paths]
