@@ -53,8 +53,13 @@ NANOGPT_DEFAULTS = dict(
 # Messages
 
 def one_line(message: object, length: int | None = None) -> str:
-    """Return a message, such as an exception, on one line of at most `length` characters."""
-    return " ".join(str(message).split())[:length]
+    """
+    Return a message, such as an exception, on one line of at most `length` characters.
+
+    Unprintable characters are escaped: names of files and arguments could control the terminal.
+    """
+    line = " ".join(str(message).split())[:length]
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
 
 
 def fail(message: object) -> NoReturn:
