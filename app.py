@@ -107,7 +107,7 @@ CSS = """
 .chart td:last-child {width: 4em; text-align: right; font-variant-numeric: tabular-nums}
 .bar {height: 14px; min-width: 1px; border-radius: 2px; background: var(--color-accent)}
 .waiting {color: var(--body-text-color-subdued)}
-@media (max-width: 640px) {#chart {order: -1}}
+@media (max-width: 640px) {#chart {order: -1} #model {flex-basis: 100%}}
 #model input {padding-right: 40px; text-overflow: ellipsis}
 #status {min-height: 1.5em; font-variant-numeric: tabular-nums}
 [role=alert] {color: var(--error-text-color)}
@@ -409,10 +409,10 @@ def make_page():
         with gr.Row():
             with gr.Column(scale=3):
                 with gr.Row():
-                    run = gr.Dropdown([], label="model", scale=3, min_width=260, elem_id="model")
+                    run = gr.Dropdown([], label="model", scale=3, elem_id="model")
                     where = gr.Radio(devices(), value=devices()[0], label="device",
                                      visible=len(devices()) > 1, scale=2)
-                    int8 = gr.Checkbox(quantize == "int8", label="int8", scale=2, min_width=160,
+                    int8 = gr.Checkbox(quantize == "int8", label="int8", scale=2,
                                        info="a quarter of the size")
                 prompt = gr.Textbox(EXAMPLES[0], label="prompt", info="Shift+Enter generates",
                                     lines=3, max_lines=8, elem_id="prompt")

@@ -87,7 +87,7 @@ def serve(log: Path, *command: str, **env: str):
         process = subprocess.Popen([sys.executable, *command, "--port=0"], cwd=HERE, stdout=file,
                                    stderr=subprocess.STDOUT, env={**os.environ, **env})
     try:
-        until(lambda: "Ctrl-C" in log.read_text() or process.poll() is not None)
+        until(lambda: "Ctrl-C" in log.read_text() or process.poll() is not None, seconds=300)
         port = re.search(r":(\d+) \(press", log.read_text())[1]
         url = f"http://127.0.0.1:{port}"
         with urllib.request.urlopen(f"{url}/config", timeout=30) as answer:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from helpers import HERE, SCRIPTS, TINY, one_line_error, run
-from lib.configurator import at_least, coerce, from_text, one_of, read_settings
+from lib.configurator import at_least, coerce, from_text, one_line, one_of, read_settings
 from lib.console import print_table, progress
 from lib.corpus import load_meta
 from lib.dataset import TokenStream
@@ -41,6 +41,15 @@ from lib.dataset import TokenStream
 def test_values_from_the_command_line(default, text, value):
     got = from_text("key", text, default)
     assert got == value and type(got) is type(value)
+
+
+def test_messages_are_one_line_without_control_characters():
+    """A file's name or an argument in a message must not set the title of the terminal."""
+    message = one_line("no \x1b]0;title\x07 in\n \u202e\udcff\u4e2d\u00e9")
+    assert message == "no \\x1b]0;title\\x07 in \\u202e\\udcff\u4e2d\u00e9" and message.isprintable()
+    done = run("train.py", "--out_dir=\x1b[2J", "--dataset=\x1b[31mred\x07")
+    assert done.returncode == 2 and "\\x1b[31mred\\x07" in done.stderr
+    assert done.stderr.removesuffix("\n").isprintable()
 
 
 @pytest.mark.parametrize(
