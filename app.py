@@ -27,6 +27,7 @@ import json
 import os
 import random
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -92,6 +93,7 @@ PATHS = ("/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/gradi
          "/gradio_api/startup-events", "/gradio_api/queue/join", "/gradio_api/queue/data",
          "/gradio_api/cancel", "/gradio_api/reset")
 FOLDERS = ("/assets/", "/static/", "/svelte/", "/gradio_api/heartbeat/")
+WAITING = '<div class="waiting">loading …</div>'  # until the server has answered
 CSS = """
 .gradio-container {max-width: 1200px !important; margin: 0 auto !important}
 .facts {border: 0 !important; border-collapse: collapse; width: 100%; table-layout: fixed;
@@ -105,6 +107,9 @@ CSS = """
            white-space: pre; text-overflow: ellipsis}
 .chart td:last-child {width: 4em; text-align: right; font-variant-numeric: tabular-nums}
 .bar {height: 14px; min-width: 1px; border-radius: 2px; background: var(--color-accent)}
+.waiting {color: var(--body-text-color-subdued)}
+@media (max-width: 640px) {#chart {order: -1} #model {flex-basis: 100%}}
+#model input {padding-right: 40px; text-overflow: ellipsis}
 #status {min-height: 1.5em; font-variant-numeric: tabular-nums}
 [role=alert] {color: var(--error-text-color)}
 .examples button {font-weight: 400}
@@ -124,8 +129,9 @@ def find_runs() -> dict[str, int]:
         weights = {"best.pt", "last.pt", "ckpt.pt"} & set(files)
         if "config.json" in files:
             weights |= {file for file in files if file.endswith(".safetensors")}
-        with contextlib.suppress(OSError):  # a file may be replaced or removed at this moment
-            if weights:
+        # a file may be replaced or removed at this moment, and a name may not be text
+        with contextlib.suppress(OSError, UnicodeError):
+            if weights and name.as_posix().encode():
                 found[name.as_posix()] = max(os.stat(Path(path, file)).st_mtime_ns
                                              for file in weights)
             for file in files:
@@ -134,19 +140,20 @@ def find_runs() -> dict[str, int]:
     return found
 
 
-@functools.lru_cache(maxsize=2)
 def load_version(run: str, device: str, quantize: str, written: int) -> tuple[GPT, object, dict]:
-    """Load a run; one that is `written` again is loaded again."""
+    """Load a run. One that is `written` again is another version."""
     began = time.perf_counter()
     model, checkpoint = load_model(Path(folder, run), device, quantize)
     keep_freed_memory()
     tokenizer = get_tokenizer(checkpoint["meta"])
     note = " in int8" if quantize else ""
-    print(f"loaded {run}{note} on {device} in {time.perf_counter() - began:.1f} s", flush=True)
+    seconds = time.perf_counter() - began
+    print(one_line(f"loaded {run}{note} on {device} in {seconds:.1f} s"), flush=True)
     return model, tokenizer, checkpoint
 
 
-LOADING = threading.Lock()  # so that two requests at once do not load the same run twice
+LOADED: dict[tuple, tuple[GPT, object, dict]] = {}  # the last two runs, least recently used first
+LOADING = threading.Lock()  # one run at a time; those who need no other run do not wait
 
 
 def load(run: str, device: str, int8: bool) -> tuple[GPT, object, dict]:
@@ -159,8 +166,15 @@ def load(run: str, device: str, int8: bool) -> tuple[GPT, object, dict]:
         raise ValueError(f"there is no run {run!r} here: choose one from the list")
     if device not in devices():
         raise ValueError(f"device must be {' or '.join(devices())}, got {device!r}")
-    with LOADING:
-        return load_version(run, device, "int8" if int8 else "", runs[run])
+    version = run, device, "int8" if int8 else "", runs[run]
+    if not (loaded := LOADED.get(version)):
+        with LOADING:
+            loaded = LOADED.get(version) or LOADED.setdefault(version, load_version(*version))
+    LOADED.pop(version, None)
+    LOADED[version] = loaded
+    for old in list(LOADED)[:-2]:
+        LOADED.pop(old, None)
+    return loaded
 
 
 @functools.lru_cache
@@ -169,7 +183,29 @@ def devices() -> list[str]:
 
 
 def run_label(run: str) -> str:
-    return run if run != "." else Path(folder).resolve().name
+    return one_line(run if run != "." else Path(folder).resolve().name)
+
+
+def read_summary(run: str) -> dict:
+    """Return what eval.py measured of a run, or {}."""
+    path = results_file(Path(folder, run), Path(folder, run), "metrics_summary.json")
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+@functools.lru_cache(maxsize=1000)
+def read_progress(run: str, written: int) -> dict:
+    """Return the step and validation loss of the best checkpoint, without reading its weights."""
+    checkpoint = torch.load(Path(folder, run, "best.pt"), weights_only=True, mmap=True)
+    return {"step": checkpoint["step"], "loss": checkpoint["best_val_loss"]}
+
+
+def describe_run(run: str, written: int) -> str:
+    """Return the name of a run, with its steps and loss where they can be read quickly."""
+    # a damaged file can make the reader fail in any way; it is reported when the run is chosen
+    with contextlib.suppress(Exception):
+        progress = read_summary(run) or read_progress(run, written)
+        return f"{run_label(run)}, step {progress['step']:,}, loss {progress['loss']:.2f}"
+    return run_label(run)
 
 
 # -----------------------------------------------------------------------------
@@ -233,13 +269,17 @@ def table(caption: str, rows: str, kind: str = "facts") -> str:
 
 def chart_after(model: GPT, tokenizer, ids: list[int]) -> str:
     """Return bars of the ten most probable tokens after ids."""
-    rows = ""
-    for token, p in sample.next_tokens(model, ids, 10):
+    rows, tokens = "", sample.next_tokens(model, ids, 10)
+    for token, p in tokens:
+        if f"{p:.1%}" == "0.0%":
+            continue
         is_end = token == tokenizer.eot
         name = html.escape("end of text" if is_end else repr(tokenizer.decode([token])))
         rows += (f'<tr><th scope="row" title="{name}">{name}</th>'
-                 f'<td><div class="bar" style="width: {p:.1%}"></div></td><td>{p:.1%}</td></tr>')
-    return table("Most probable next tokens", rows, "facts chart")
+                 f'<td><div class="bar" style="width: {p / tokens[0][1]:.1%}"></div></td>'
+                 f"<td>{p:.1%}</td></tr>")
+    return table("Most probable next tokens", rows or "<tr><td>all below 0.1%</td></tr>",
+                 "facts chart")
 
 
 def about(run: str, model: GPT, tokenizer, checkpoint: dict) -> str:
@@ -250,19 +290,18 @@ def about(run: str, model: GPT, tokenizer, checkpoint: dict) -> str:
              "tokenizer": f"{tokenizer.spec['kind']}, {tokenizer.vocab_size:,} tokens",
              "dataset": checkpoint["meta"].get("dataset") or "unknown",
              "steps": f"{checkpoint['step']:,}"}
-    path = results_file(Path(folder, run), Path(folder, run), "metrics_summary.json")
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-        if summary["step"] != checkpoint["step"]:
+        summary = read_summary(run)
+        if not summary:
+            facts["measured"] = f"not yet: python eval.py --out_dir={Path(folder, run)}"
+        elif summary["step"] != checkpoint["step"]:
             facts["measured at step"] = f"{summary['step']:,}"
         facts |= {name: form.format(summary[key]) for key, (name, form) in METRICS.items()
                   if summary.get(key) is not None}
-    except FileNotFoundError:
-        facts["measured"] = f"not yet: python eval.py --out_dir={Path(folder, run)}"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        facts["measured"] = f"{path.name} is damaged: eval.py can write it again"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        facts["measured"] = "metrics_summary.json is damaged: eval.py can write it again"
     rows = "".join(f'<tr><th scope="row">{html.escape(name)}</th>'
-                   f"<td>{html.escape(str(value))}</td></tr>" for name, value in facts.items())
+                   f"<td>{html.escape(one_line(value))}</td></tr>" for name, value in facts.items())
     return table(html.escape(run_label(run)), rows)
 
 
@@ -279,7 +318,8 @@ def list_runs():
     import gradio as gr
 
     found = find_runs()
-    return gr.Dropdown(choices=[(run_label(run), run) for run in found], value=first_run(found))
+    choices = [(describe_run(run, written), run) for run, written in found.items()]
+    return gr.Dropdown(choices=choices, value=first_run(found))
 
 
 def first_run(found: dict[str, int]) -> str | None:
@@ -320,17 +360,17 @@ def show_run(run, device, int8, prompt) -> list:
     return [about(run, model, tokenizer, checkpoint), chart, *buttons]
 
 
-def show_opening(run, device, int8, prompt) -> list:
-    """Show what show_run shows, and a sample of the model if its vocabulary has the prompt."""
+def show_opening(run, device, status) -> tuple:
+    """Show a sample of the model that the page opens with, if its vocabulary has the prompt."""
     import gradio as gr
 
-    facts, chart, *buttons = show_run(run, device, int8, prompt)
-    text, status = gr.skip(), gr.skip()
+    if status != WAITING:  # the user was faster
+        return gr.skip(), gr.skip(), gr.skip()
     # show_run reports what is wrong with the model
     with contextlib.suppress(ValueError, OSError, KeyError):
         if has_all_of(load(run, device, False)[1], EXAMPLES[0]):
-            text, chart, status = first_sample(run, device, find_runs()[run])
-    return [facts, chart, *buttons, text, status]
+            return first_sample(run, device, find_runs()[run])
+    return "", gr.skip(), ""
 
 
 def show_sample(**request) -> Iterator[tuple]:
@@ -354,7 +394,7 @@ def make_sampling_inputs() -> dict:
     comments = {setting.name: setting.comment for setting in settings}
     inputs = {"max_new_tokens": gr.Slider(
         1, max_tokens, min(300, max_tokens), step=1, label="max_new_tokens", min_width=280,
-        info="a sample ends earlier at the end of its document")}
+        info="fewer if its document ends")}
     for name, (least, most, step) in SLIDERS.items():
         inputs[name] = gr.Slider(least, most, getattr(sample, name), step=step, label=name,
                                  info=comments[name], min_width=280)
@@ -373,35 +413,38 @@ def make_page():
         with gr.Row():
             with gr.Column(scale=3):
                 with gr.Row():
-                    run = gr.Dropdown([], label="model", scale=3)
+                    run = gr.Dropdown([], label="model", scale=3, elem_id="model")
                     where = gr.Radio(devices(), value=devices()[0], label="device",
                                      visible=len(devices()) > 1, scale=2)
                     int8 = gr.Checkbox(quantize == "int8", label="int8", scale=2,
                                        info="a quarter of the size")
                 prompt = gr.Textbox(EXAMPLES[0], label="prompt", info="Shift+Enter generates",
                                     lines=3, max_lines=8, elem_id="prompt")
-                with gr.Row(elem_classes="examples"):
+                with gr.Row(elem_classes="examples", equal_height=True):
                     examples = [gr.Button(example, size="sm", min_width=100)
                                 for example in EXAMPLES]
                 with gr.Row():
                     go = gr.Button("Generate", variant="primary", min_width=100)
                     halt = gr.Button("Stop", min_width=100)
-                status = gr.HTML(elem_id="status")
+                status = gr.HTML(WAITING, elem_id="status")
                 text = gr.Textbox(label="sample", lines=12, max_lines=24, buttons=["copy"],
                                   elem_id="sample", interactive=False)
             with gr.Column(scale=2):
-                chart = gr.HTML(container=True)
-                facts = gr.HTML(container=True)
-        with gr.Accordion("Sampling"), gr.Row():
+                # the chart comes last, as its height changes
+                facts = gr.HTML(WAITING, container=True)
+                chart = gr.HTML(WAITING, container=True, elem_id="chart")
+        with gr.Accordion("Sampling", elem_id="sampling"), gr.Row():
             sampling = make_sampling_inputs()
 
         # preprocess=False: the functions report bad values in one line, Gradio in a traceback
         show = dict(fn=show_run, inputs=[run, where, int8, prompt], preprocess=False,
-                    outputs=[facts, chart, *examples], show_progress="hidden", api_name="show")
+                    outputs=[facts, chart, *examples], show_progress="hidden", api_name="show",
+                    concurrency_limit=None)  # clients that wait for a model delay no others
         listed = page.load(list_runs, None, run, show_progress="hidden", api_name="runs")
-        opened = listed.then(**show | dict(
-            fn=show_opening, outputs=[facts, chart, *examples, text, status], api_name="open",
-            concurrency_limit=at_once, concurrency_id="samples"))
+        shown = listed.then(**show | dict(api_name="first"))
+        opened = shown.then(show_opening, [run, where, status], [text, chart, status],
+                            preprocess=False, show_progress="hidden", api_name="open",
+                            concurrency_limit=at_once, concurrency_id="samples")
         generate_on = dict(fn=show_sample, outputs=[text, chart, status], preprocess=False,
                            inputs_kwargs=dict(run=run, device=where, int8=int8, prompt=prompt,
                                               **sampling),
@@ -412,12 +455,15 @@ def make_page():
         halt.click(None, cancels=samples)
         for button, example in zip(examples, EXAMPLES):
             button.click(None, None, prompt, js=f"() => {json.dumps(example)}")
-        gr.on([run.input, where.input, int8.input], **show)
-        # clear the sample of the previous model
-        run.input(None, None, [text, status], js="() => ['', '']", cancels=[opened, *samples])
-        # Gradio gives this textarea no label
-        page.load(None, js="() => {document.querySelector('#sample textarea').ariaLabel = "
-                           "'sample'}")
+        # first clear what belongs to the previous model
+        gr.on([run.input, where.input, int8.input], None, None, [text, status, chart, facts],
+              js=f"() => {json.dumps(['', '', WAITING, WAITING])}", show_progress="hidden",
+              cancels=[shown, opened, *samples]).then(**show, trigger_mode="always_last")
+        # Gradio gives this textarea no label; narrow windows begin without the sliders
+        page.load(None, js="""() => {
+            document.querySelector('#sample textarea').ariaLabel = 'sample';
+            if (innerWidth < 640) document.querySelector('#sampling button').click();
+        }""")
     page.queue(max_size=queue_size)
     return page
 
@@ -450,8 +496,13 @@ def clean_join(body: bytes, page) -> bytes:
     return json.dumps({key: sent[key] for key in ("data", "fn_index", "session_hash")}).encode()
 
 
-def gate(app, page):
-    """Wrap the ASGI app of Gradio so that only the requests of the page reach it."""
+def gate(app, page, names: list[bytes]):
+    """
+    Wrap the ASGI app of Gradio so that only the requests of the page reach it.
+
+    names: accepted Host headers (empty: all). Another site can let its own name resolve to this
+    machine, and a browser then regards the page as part of that site (DNS rebinding).
+    """
     from starlette.responses import PlainTextResponse
 
     async def gated(scope, receive, send):
@@ -459,8 +510,12 @@ def gate(app, page):
             await PlainTextResponse(reason, status)(scope, receive, send)
 
         path, method = scope.get("path", ""), scope.get("method")
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             return await app(scope, receive, send)
+        given = dict(scope["headers"])
+        origin = given.get(b"origin", b"").removeprefix(b"http://")
+        if names and (given.get(b"host") not in names or origin not in (*names, b"")):
+            return await refuse(403, "this page is served to this machine only, as localhost")
         if path not in PATHS and not path.startswith(FOLDERS) or method not in ("GET", "HEAD",
                                                                                 "POST"):
             return await refuse(403, "this page has nothing of that name")
@@ -488,6 +543,8 @@ def gate(app, page):
 def serve() -> None:
     """Serve the page until Ctrl-C."""
     listener = socket.create_server((host, port))
+    for name in [name for name in os.environ if name.startswith("GRADIO_")]:
+        del os.environ[name]  # Gradio would serve other addresses, paths or folders
     try:
         import fastapi
         import gradio as gr
@@ -502,8 +559,16 @@ def serve() -> None:
     app = gr.mount_gradio_app(fastapi.FastAPI(), page, "/", footer_links=[], run_history=False,
                               enable_monitoring=False, show_error=False, ssr_mode=False,
                               mcp_server=False, pwa=False, css=CSS, theme=theme)
-    print(f"http://{host}:{listener.getsockname()[1]} (press Ctrl-C to stop)", flush=True)
-    config = uvicorn.Config(gate(app, page), log_level="critical", timeout_graceful_shutdown=1)
+    address, bound = listener.getsockname()
+    names = [f"{name}:{bound}".removesuffix(":80").encode()
+             for name in ("localhost", "127.0.0.1", "[::1]", address)]
+    print(f"http://{host}:{bound} (press Ctrl-C to stop)", flush=True)
+    if not address.startswith("127."):
+        names = []
+        print(f"warning: --host={host} opens the page to the network, without login or encryption",
+              file=sys.stderr, flush=True)
+    config = uvicorn.Config(gate(app, page, names), log_level="critical",
+                            timeout_graceful_shutdown=1)
     uvicorn.Server(config).run([listener])
 
 

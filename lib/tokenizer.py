@@ -48,6 +48,11 @@ SAMPLE = 200_000_000  # characters of a text that a vocabulary is learned from
 LARGEST_PICKLE = 10_000_000  # bytes of a meta.pkl
 CHUNK = 100_000  # characters that a thread encodes at a time
 
+# tiktoken fails at a million white space characters before others. GPT-2's pattern divides them
+# before the last one, so a text may be cut there. \s of tiktoken is without \x1c-\x1f.
+MOST_SPACE = 500_000
+LONG_SPACE = re.compile(r"(?=[^\S\x1c-\x1f][\S\x1c-\x1f])(?<=[^\S\x1c-\x1f]{1000})")
+
 # GPT-2's files write every byte as a visible character: as itself, or as one from 256 on
 VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 HIDDEN = [byte for byte in range(256) if byte not in VISIBLE]
@@ -88,8 +93,10 @@ class BytePairTokenizer:
         self.eot = self.specials.get(spec.get("eot", EOT), -1)
 
     def encode(self, text: str) -> list[int]:
-        ids = self.encoding.encode_ordinary(text)
-        return ids if self.is_complete else [i for i in ids if i < self.vocab_size]
+        # encode_ordinary would panic, not raise ValueError, where the pattern fails
+        ids = chain.from_iterable(self.encoding.encode(part, disallowed_special=())
+                                  for part in self.divide(text))
+        return list(ids) if self.is_complete else [i for i in ids if i < self.vocab_size]
 
     def encode_many(self, texts: list[str]) -> list[np.ndarray]:
         """
@@ -101,11 +108,19 @@ class BytePairTokenizer:
             encoded = [self.encoding.encode_to_numpy(part, disallowed_special=()) for part in task]
             return encoded if self.is_complete else [ids[ids < self.vocab_size] for ids in encoded]
 
-        texts_in_parts = [list(chunks(text)) for text in texts]
+        texts_in_parts = [list(self.divide(text)) for text in texts]
         all_parts = chain.from_iterable(texts_in_parts)
         tasks = iter(lambda: list(leading(all_parts, CHUNK)), [])
         encoded = chain.from_iterable(thread_pool().map(encode_task, tasks))
         return [np.concatenate(list(islice(encoded, len(parts)))) for parts in texts_in_parts]
+
+    def divide(self, text: str) -> Iterator[str]:
+        """Divide a text into chunks; with GPT-2's pattern also in its longest white space."""
+        for part in chunks(text):
+            if len(part) > MOST_SPACE and self.encoding._pat_str == gpt2_pattern():
+                yield from LONG_SPACE.split(part)
+            else:
+                yield part
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids. Ids that only pad the vocabulary have no text."""

@@ -1,24 +1,40 @@
-"""app.py: over HTTP, as any client may speak to it, and in a browser, as a user sees it."""
+"""
+app.py: over HTTP, as any client may speak to it, and in a browser, as a user sees it.
+
+    python tests/test_app.py --minutes=2
+
+lets 60 clients use the page twice for that long and prints what they got and the server's memory.
+"""
+import argparse
+import contextlib
 import html
+import http.client
 import json
 import math
+import os
+import random
 import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
+import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent.parent))  # for `python tests/test_app.py`
+
 import app
-from helpers import HERE, run
+from helpers import HERE, run, train
 from lib.checkpoint import VERSION, load_model, save_checkpoint
 from lib.decoding import Sampling
 from lib.tokenizer import get_tokenizer
@@ -30,6 +46,9 @@ SERVER = ["--device=cpu", "--max_tokens=1000000", "--max_prompt=500", "--at_once
 REQUEST = dict(run="fables", device="cpu", int8=False, prompt="Once upon", max_new_tokens=40,
                temperature=0.8, top_k=0, top_p=1, min_p=0, repetition_penalty=1, no_repeat_ngram=0,
                seed=5, stop="")
+# what Gradio would read: every test shows that they change nothing
+EXPOSING = dict(GRADIO_ROOT_PATH="https://evil.example/x", GRADIO_ALLOWED_PATHS="/",
+                GRADIO_SHARE="True", GRADIO_MCP_SERVER="True", GRADIO_SSR_MODE="True")
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram")
 
 
@@ -42,7 +61,10 @@ def save_untrained(folder: Path, model: GPT, meta: dict) -> None:
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory, trained) -> Path:
     """A folder with a measured run, a slow one without end-of-text and a damaged one."""
-    folder = tmp_path_factory.mktemp("served") / "runs"
+    return make_runs(tmp_path_factory.mktemp("served") / "runs", trained)
+
+
+def make_runs(folder: Path, trained: Path) -> Path:
     shutil.copytree(trained, folder / "fables")
     summary = dict(loss=1.23456, perplexity=3.4369, bits_per_byte=0.71, accuracy=0.5,
                    valid_share=None, tokens=12345, step=6)
@@ -58,34 +80,39 @@ def runs(tmp_path_factory, trained) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def server(tmp_path_factory, runs):
-    """
-    The url of a running app.py and the numbers of its functions by name.
-
-    At the end its output must be the expected lines and no others.
-    """
-    log = tmp_path_factory.mktemp("log") / "log"
-    command = [sys.executable, "app.py", f"--folder={runs}", "--port=0", *SERVER]
+@contextlib.contextmanager
+def serve(log: Path, *command: str, **env: str):
+    """Start a server; give its url, the numbers of its functions by name, and its process."""
     with open(log, "w") as file:
-        process = subprocess.Popen(command, cwd=HERE, stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen([sys.executable, *command, "--port=0"], cwd=HERE, stdout=file,
+                                   stderr=subprocess.STDOUT, env={**os.environ, **env})
     try:
-        until(lambda: "\n" in log.read_text() or process.poll() is not None)
-        url = log.read_text().split()[0]
+        until(lambda: "Ctrl-C" in log.read_text() or process.poll() is not None, seconds=300)
+        port = re.search(r":(\d+) \(press", log.read_text())[1]
+        url = f"http://127.0.0.1:{port}"
         with urllib.request.urlopen(f"{url}/config", timeout=30) as answer:
             config = json.load(answer)
+        assert config["root"] == url
         fns = {fn["api_name"]: fn["id"] for fn in config["dependencies"]}
-        yield SimpleNamespace(url=url, fns=fns)
+        yield SimpleNamespace(url=url, fns=fns, process=process)
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 0
-        lines = log.read_text().splitlines()
-        assert re.fullmatch(r"http://127\.0\.0\.1:\d+ \(press Ctrl-C to stop\)", lines[0])
-        for line in lines[1:]:
-            loaded = r"loaded (fables|deep/letters)( in int8)? on cpu in [\d.]+ s"
-            assert re.fullmatch(loaded, line), line
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory, runs):
+    """A server whose output must be the expected lines and no others."""
+    log = tmp_path_factory.mktemp("log") / "log"
+    with serve(log, "app.py", f"--folder={runs}", *SERVER, **EXPOSING) as server:
+        yield server
+    lines = log.read_text().splitlines()
+    assert re.fullmatch(r"http://127\.0\.0\.1:\d+ \(press Ctrl-C to stop\)", lines[0])
+    for line in lines[1:]:
+        loaded = r"loaded (fables|deep/letters)( in int8)? on cpu in [\d.]+ s"
+        assert re.fullmatch(loaded, line), line
 
 
 def until(holds, seconds: float = 60) -> None:
@@ -166,7 +193,8 @@ def expected_rows(folder: Path, n: int = 0, **changes) -> list[tuple[str, str]]:
     top = p.argsort(descending=True)[:10].tolist()
     names = ["end of text" if token == tokenizer.eot else repr(tokenizer.decode([token]))
              for token in top]
-    return [(html.escape(name), f"{p[token]:.1%}") for name, token in zip(names, top)]
+    rows = [(html.escape(name), f"{p[token]:.1%}") for name, token in zip(names, top)]
+    return [row for row in rows if row[1] != "0.0%"]
 
 
 # -----------------------------------------------------------------------------
@@ -185,7 +213,8 @@ def test_runs_are_found_and_nothing_else(tmp_path, monkeypatch):
 
 def test_runs_are_listed_and_described(server, runs):
     update, = ask(server, "runs", [], "list")
-    assert [value for _, value in update["choices"]] == ["damaged", "deep/letters", "fables"]
+    assert update["choices"] == [["damaged", "damaged"], ["deep/letters", "deep/letters"],
+                                 ["fables, step 6, loss 1.23", "fables"]]
     facts, chart, *examples = ask(server, "show", ["fables", "cpu", False, "Once"], "facts")
     model, checkpoint = load_model(runs / "fables", "cpu")
     for fact in ("gpt2, 2 layers, 2 heads, width 16", f"{model.num_params():,}", "1.2346", "3.44",
@@ -233,6 +262,87 @@ def test_a_run_that_was_trained_further_is_loaded_again(tmp_path, runs, monkeypa
     assert app.load("run", "cpu", False)[2]["step"] == 7
 
 
+def test_the_list_says_steps_and_loss(tmp_path, trained, monkeypatch):
+    """Of metrics_summary.json, else of best.pt; nothing where neither can be read."""
+    monkeypatch.setattr(app, "folder", str(tmp_path))
+    shutil.copytree(trained, tmp_path / "run")
+    best = torch.load(tmp_path / "run/best.pt", weights_only=True)
+    assert app.describe_run("run", 1) == f"run, step 6, loss {best['best_val_loss']:.2f}"
+    (tmp_path / "run/metrics_summary.json").write_text('{"step": 1234, "loss": 0.987}')
+    assert app.describe_run("run", 1) == "run, step 1,234, loss 0.99"
+    (tmp_path / "run/metrics_summary.json").write_text("{" * 10**6)
+    assert app.describe_run("run", 1) == "run"
+    (tmp_path / "run/metrics_summary.json").unlink()
+    (tmp_path / "run/best.pt").write_bytes(b"PK\x03\x04 and then nothing")
+    assert app.describe_run("run", 2) == "run"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="file names are Unicode, without controls")
+def test_names_cannot_control_the_terminal_or_damage_the_page(tmp_path, trained, monkeypatch,
+                                                             capsys):
+    """A name with control characters is escaped; one that is not text is not listed."""
+    monkeypatch.setattr(app, "folder", str(tmp_path))
+    monkeypatch.setattr(app, "device", "cpu")
+    app.devices.cache_clear()
+    for name in (b"a\x1b]0;b\x07", b"a\xff"):
+        shutil.copytree(trained, tmp_path / os.fsdecode(name))
+    assert list(app.find_runs()) == ["a\x1b]0;b\x07"]
+    facts, *_ = app.show_run("a\x1b]0;b\x07", "cpu", False, "")
+    text = facts + app.describe_run("a\x1b]0;b\x07", 1) + capsys.readouterr().out
+    assert text.count(r"a\x1b]0;b\x07") == 4 and text.replace("\n", "").isprintable()
+
+
+def test_metrics_that_are_no_regular_file_are_not_read(tmp_path, monkeypatch):
+    (tmp_path / "metrics_summary.json").symlink_to("/dev/zero")
+    monkeypatch.setattr(app, "folder", str(tmp_path))
+    assert app.read_summary(".") == {}
+
+
+def test_a_model_that_loads_slowly_delays_only_those_who_want_it(tmp_path, runs, chromium):
+    """Loading waits here for a file. Also shows what a user sees who chooses another model then."""
+    program, go = tmp_path / "program.py", tmp_path / "go"
+    program.write_text(f"""
+import os, sys, time
+sys.path.insert(0, {str(HERE)!r})
+import lib.checkpoint
+real = lib.checkpoint.load_model
+def slow(name, *args):
+    while name.name == "letters" and not os.path.exists({str(go)!r}):
+        time.sleep(0.05)
+    return real(name, *args)
+lib.checkpoint.load_model = slow
+import runpy
+sys.argv[0] = "app.py"
+runpy.run_path("app.py", run_name="__main__")
+""")
+    with serve(tmp_path / "log", str(program), f"--folder={runs}", *SERVER) as slow:
+        assert sample_of(slow)[0] == expected(runs)
+        page = chromium.new_page()
+        page.goto(slow.url)
+        choose(page, "fables")
+        page.get_by_label("model").click()
+        page.get_by_role("option", name="deep/letters").click()
+        page.locator(".facts caption").first.wait_for(state="detached")
+        assert page.locator(".waiting").count() == 2
+        waiting = {f"wait{i}": threading.Thread(target=ask, args=[
+            slow, "show", ["deep/letters", "cpu", False, ""], f"wait{i}"]) for i in range(3)}
+        for thread in waiting.values():
+            thread.start()
+        assert sample_of(slow, "meanwhile", seed=6)[0] == expected(runs, seed=6)
+        facts, *_ = ask(slow, "show", ["fables", "cpu", False, ""], "facts")
+        assert "1.2346" in facts
+        page.get_by_label("model").click()
+        page.get_by_role("option", name="fables").click()
+        page.wait_for_timeout(300)
+        go.touch()
+        for thread in waiting.values():
+            thread.join()
+        page.locator(".facts caption", has_text=re.compile("^fables$")).wait_for()
+        page.wait_for_timeout(500)  # a late answer would replace it now
+        assert page.locator(".facts caption", has_text=re.compile("^fables$")).count()
+        page.close()
+
+
 # -----------------------------------------------------------------------------
 # Samples
 
@@ -277,6 +387,31 @@ def test_a_sample_grows_and_the_chart_follows(monkeypatch, runs):
     assert 3 < len(drawn) < len(steps) - 3 and drawn[-1] == len(steps)
     for n in drawn:
         assert chart_rows(steps[n - 1][1]) == expected_rows(runs, n)
+
+
+@pytest.mark.parametrize("probable, rows", [
+    ([0.5, 0.25, 0.00051, 0.00049], [("100.0%", "50.0%"), ("50.0%", "25.0%"), ("0.1%", "0.1%")]),
+    ([0.0004, 0.0003], []),
+])
+def test_bars_scale_to_the_most_probable_and_zeros_are_hidden(monkeypatch, probable, rows):
+    monkeypatch.setattr(app.sample, "next_tokens", lambda *_: [*enumerate(probable)])
+    chart = app.chart_after(None, SimpleNamespace(eot=-1, decode=str), [])
+    assert re.findall(r'width: ([\d.]+%).*?<td>([\d.]+%)', chart) == rows
+    assert ("all below 0.1%" in chart) == (not rows)
+
+
+def test_a_tokenizer_that_fails_is_reported(tmp_path, monkeypatch):
+    """tiktoken's PanicException is no Exception: Gradio would let the client wait for ever."""
+    spec = {"kind": "bpe", "pattern": r"(?:a+a+)+(?!\S)b|\S+|\s+", "vocab": [*map(chr, range(257))]}
+    model = GPT(GPTConfig(block_size=8, vocab_size=257, n_layer=1, n_head=1, n_embd=8))
+    save_untrained(tmp_path, model, {"dataset": "", "tokenizer": spec})
+    monkeypatch.setattr(app, "folder", str(tmp_path))
+    monkeypatch.setattr(app, "device", "cpu")
+    app.devices.cache_clear()
+    for prompt, fails in (("a b", False), ("a" * 40, True)):
+        *_, (_, _, status) = app.show_sample(**REQUEST | dict(run=".", prompt=prompt))
+        assert ("Regex error" in status) == fails == ("alert" in status), status
+        assert "measured" in app.show_run(".", "cpu", False, prompt)[0]
 
 
 def test_unknown_words_are_named(tmp_path, monkeypatch):
@@ -356,6 +491,94 @@ def test_a_full_queue_says_so(server, runs):
 
 
 # -----------------------------------------------------------------------------
+# Load
+
+CLIENTS = 20  # of each kind
+
+
+def be_honest(server, i: int, wanted: dict, done: Counter) -> None:
+    assert sample_of(server, f"honest{i}", seed=i)[0] == wanted[i]
+    done["samples, all those of their seeds"] += 1
+
+
+def leave(server, i: int, wanted: dict, done: Counter) -> None:
+    begin_endless(server, f"leaver{i}")[1].close()
+    done["clients that left half-way"] += 1
+
+
+def be_crafty(server, i: int, wanted: dict, done: Counter) -> None:
+    rng, data = random.Random(f"{i} {done}"), list(REQUEST.values())
+    bad = rng.choice([dict(run="../outside"), dict(prompt="\ud800"), dict(top_k=-1),
+                      dict(temperature=10**400), dict(prompt="x" * 501), dict(seed="x")])
+    session = f"crafty{i}"
+    rng.choice([
+        lambda: sample_of(server, session, **bad),
+        lambda: ask(server, "show", [rng.choice(["damaged", None, "x" * 99]), 3, 4, "\0"], session),
+        lambda: post(server, "/gradio_api/queue/join", dict(data=[data], fn_index=0)),
+        lambda: post(server, "/gradio_api/queue/join", "x" * 20_000),
+        lambda: post(server, "/gradio_api/cancel", dict(session_hash=session, fn_index=[])),
+        lambda: post(server, "/gradio_api/upload", {}),
+        lambda: answer_to(server, "evil.example"),
+        lambda: join(server, "generate", data, session),  # nobody reads the answer
+    ])()
+    with socket.create_connection(server.url.removeprefix("http://").split(":")) as raw:
+        raw.sendall(rng.randbytes(50) if rng.random() < 0.5 else b"POST /gradio_api/queue/join HT")
+    done["crafted requests"] += 1
+
+
+def use_by_all(server, wanted: dict[int, str], seconds: float) -> Counter:
+    """Let 60 clients use the page at once, each at least once. Return what they did."""
+    done, errors, end = Counter(), [], time.monotonic() + seconds
+
+    def repeat(client, i: int) -> None:
+        try:
+            client(server, i, wanted, done)
+            while time.monotonic() < end and not errors:
+                client(server, i, wanted, done)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=repeat, args=[client, i]) for i in range(CLIENTS)
+               for client in (be_honest, leave, be_crafty)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return done
+
+
+def resident(process) -> int:
+    """Return the MB of memory that a process occupies."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) >> 10
+
+
+def use_twice(runs: Path, log: Path, seconds: float) -> None:
+    """Let all clients use the page twice, check what is left, and print figures."""
+    wanted = {i: expected(runs, seed=i) for i in range(CLIENTS)}
+    with serve(log, "app.py", f"--folder={runs}", *SERVER, "--at_once=2",
+               "--queue_size=200") as server:
+        memory = []
+        for _ in range(2):
+            done = use_by_all(server, wanted, seconds)
+            both = [begin_endless(server, f"last{i}") for i in range(2)]  # no worker is busy
+            for i, (event, stream) in enumerate(both):
+                stop_event(server, f"last{i}", event)
+                stream.close()
+            memory.append(resident(server.process))
+            print(f"{dict(done)}, then {memory[-1]} MB", flush=True)
+            assert len(done) == 3
+        assert memory[1] <= 1.05 * memory[0]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from /proc")
+def test_sixty_clients_of_which_twenty_are_honest(runs, tmp_path):
+    use_twice(runs, tmp_path / "log", 5)
+
+
+# -----------------------------------------------------------------------------
 # Bad and hostile requests
 
 @pytest.mark.parametrize("changes, says", [
@@ -416,6 +639,52 @@ def test_uploads_and_other_calls_are_refused(server):
     for path in ("/gradio_api/upload", "/gradio_api/run/generate", "/gradio_api/call/generate",
                  "/gradio_api/component_server"):
         assert post(server, path, {})[0] == 403
+
+
+def answer_to(server, host: str, path: str = "/config", **headers: str) -> int:
+    """Return the status of a GET request with this Host header."""
+    connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=30)
+    with contextlib.closing(connection):
+        connection.putrequest("GET", path, skip_host=True)
+        for name, value in {"Host": host, **headers}.items():
+            connection.putheader(name, value)
+        connection.endheaders()
+        return connection.getresponse().status
+
+
+def test_only_names_of_this_machine_are_served(server):
+    """Else a site whose name resolves to 127.0.0.1 could use the page (DNS rebinding)."""
+    port = server.url.rpartition(":")[2]
+    for name in ("localhost", "127.0.0.1", "[::1]"):
+        own = f"{name}:{port}"
+        assert answer_to(server, own) == 200
+        assert answer_to(server, own, Origin=f"http://{own}") == 200
+        assert answer_to(server, name) == answer_to(server, f"{name}:1") == 403
+        for origin in ("http://evil.example", f"http://evil.example:{port}", "null",
+                       f"https://{own}"):
+            assert answer_to(server, own, Origin=origin) == 403
+    evil = f"evil.example:{port}"
+    for host in ("evil.example", evil, f"localhost:{port}.evil.example", ""):
+        assert answer_to(server, host) == answer_to(server, host, Origin=f"http://{host}") == 403
+    for path in ("/", "/gradio_api/queue/data?session_hash=x", "/gradio_api/heartbeat/x",
+                 "/assets/x.js", "/theme.css"):
+        assert answer_to(server, evil, path) == 403
+    request = urllib.request.Request(server.url + "/gradio_api/queue/join", b"{}", {"Host": evil})
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(request, timeout=30)
+    upgrade = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13",
+               "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA=="}
+    for host in (evil, f"localhost:{port}"):
+        assert answer_to(server, host, "/gradio_api/queue/join", **upgrade) in (403, 405)
+
+
+def test_on_the_network_a_warning_is_printed_and_all_names_are_served(tmp_path, runs):
+    log = tmp_path / "log"
+    with serve(log, "app.py", f"--folder={runs}", "--host=0.0.0.0") as server:
+        assert answer_to(server, "my-machine.example", Origin="https://my-machine.example") == 200
+    address, warning = log.read_text().splitlines()
+    assert address.startswith("http://0.0.0.0:")
+    assert warning.startswith("warning: --host=0.0.0.0 opens the page to the network")
 
 
 # -----------------------------------------------------------------------------
@@ -624,3 +893,47 @@ def test_a_sample_is_shown_at_first_and_leaves_with_its_model(chromium, server, 
     wait_for_sample(page, "")
     assert page.locator("#status").inner_text() == ""
     page.close()
+
+
+def test_it_says_loading_until_the_server_answers(chromium, server):
+    page = chromium.new_page()
+    page.route("**/queue/join*", lambda route: None)  # never answered
+    page.goto(server.url)
+    page.locator(".waiting").first.wait_for()
+    assert page.locator(".waiting").all_inner_texts() == ["loading …"] * 3
+    page.close()
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_narrow_window_has_room_for_what_matters(chromium, server, width):
+    """The name of the model ends before the arrow, the caption of int8 is one line."""
+    page = chromium.new_page(viewport={"width": width, "height": 900})
+    page.goto(server.url)
+    page.locator("#status", has_text="seed").wait_for()
+    assert page.get_by_label("number input for temperature").is_visible() == (width > 640)
+    box, arrow = (page.locator(x).bounding_box() for x in ("#model input", "#model .icon-wrap svg"))
+    style = "x => [parseFloat(getComputedStyle(x).paddingRight), getComputedStyle(x).textOverflow]"
+    padding, overflow = page.locator("#model input").evaluate(style)
+    assert box["x"] + box["width"] - padding <= arrow["x"] and overflow == "ellipsis"
+    assert page.get_by_text("a quarter of the size").bounding_box()["height"] < 25
+    assert page.locator("#model").bounding_box()["width"] > 250
+    page.close()
+
+
+# -----------------------------------------------------------------------------
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=2, help="of each of two identical runs")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        done = run("data/fables/prepare.py", f"--out_dir={folder / 'data'}", "--train_stories=60",
+                   "--val_stories=8")
+        assert done.returncode == 0, done.stderr
+        train(folder / "data", folder / "trained")
+        use_twice(make_runs(folder / "runs", folder / "trained"), folder / "log", args.minutes * 60)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,5 +1,6 @@
 """Tokenizers: round trips of any text, known ids, and errors."""
 import json
+import re
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -96,6 +97,41 @@ def test_long_texts_are_divided():
     assert len(chunks) == 6 and "".join(chunks) == text
     assert gpt2_tokenizer().encode_many([text])[0].tolist() == gpt2_tokenizer().encode(text)
     assert len(list(tokenizer_module.chunks("no end " * 100_000))) == 1
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from([*CHARACTERS, " " * 9, "\n\n", "\u3000 "])).map("".join))
+def test_text_cut_in_its_white_space_has_the_same_tokens(text):
+    """With every cut that is possible; the oracle is tiktoken with the whole text."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer_module, "MOST_SPACE", 0)
+        patch.setattr(tokenizer_module, "LONG_SPACE", re.compile(
+            tokenizer_module.LONG_SPACE.pattern.replace("{1000}", "{1}")))
+        whole = gpt2_tokenizer().encoding.encode_ordinary(text)
+        assert gpt2_tokenizer().encode(text) == whole
+        assert gpt2_tokenizer().encode_many([text])[0].tolist() == whole
+
+
+@pytest.mark.parametrize("end", ["x", "\nx", "", "\x1cx", "5" + " " * 900_000 + "y"])
+def test_long_white_space_is_encoded(end):
+    """tiktoken panics at a million characters of white space, but not at fewer: the oracle."""
+    for size in (900_000, 1_000_000):
+        text = "a" + " \t" * (size // 2) + end
+        ids = gpt2_tokenizer().encode(text)
+        assert gpt2_tokenizer().decode(ids) == text
+        assert gpt2_tokenizer().encode_many([text])[0].tolist() == ids
+        if size < 1_000_000:
+            assert ids == gpt2_tokenizer().encoding.encode_ordinary(text)
+
+
+def test_a_pattern_that_fails_is_a_value_error():
+    """Also another model's, which may be made for that."""
+    spec = SMALL_BPE.spec | {"pattern": r"(?:x+x+)+(?!\S)y|\s+(?!\S)|\S+|\s"}
+    tokenizer = get_tokenizer({"tokenizer": spec})
+    assert tokenizer.decode(tokenizer.encode("a xxx b")) == "a xxx b"
+    for encode in (tokenizer.encode, lambda text: tokenizer.encode_many([text, "a"])):
+        with pytest.raises(ValueError, match="Regex error"):
+            encode("x" * 40)
 
 
 @settings(max_examples=100, deadline=None)
