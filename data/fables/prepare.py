@@ -498,7 +498,8 @@ def facts_of(text: str) -> dict[str, str]:
 
 
 # -----------------------------------------------------------------------------
-# Requests: one of the first sentences, and one of the second that names other slots.
+# Requests: one of the first sentences, and one of the second that names other slots. Every fable
+# has all of these slots.
 
 FIRST = ["Tell me about [hero] the [animal] and the [thing].",
          "Tell me a fable about a [animal] named [hero] and the [thing].",
@@ -512,7 +513,6 @@ SECOND = ['The moral is "[moral]"',
           'It must end with "[moral]"',
           "Let [friend] the [helper] come by.",
           "A [helper] should help.",
-          "At the end there is [drink] and [food].",
           "It happens [place].",
           "The hero loves [hobby].",
           "It is about the [thing]."]
@@ -541,8 +541,7 @@ def chance(named: dict[str, str]) -> float:
             total += n / len(things) * math.prod((named[slot] in table) / len(table)
                                                  for slot, table in tables.items() if slot in named)
     others = [slot for slot in named if slot not in ("thing", "helper", "moral")]
-    sentences = len(BEGINNING[-1]) * (len(ENDING[-1]) if {"drink", "food"} & named.keys() else 1)
-    return total / sentences / math.prod(len(TABLES[slot]) for slot in others)
+    return total / len(BEGINNING[-1]) / math.prod(len(TABLES[slot]) for slot in others)
 
 
 def is_held_out(named: dict[str, str]) -> bool:
@@ -554,16 +553,14 @@ def write_conversations(seed: str, n: int, held_out: bool) -> list[tuple[str, st
     """
     Return n requests, fables that answer them, and -log p in nats of a fable given its request.
 
-    A kind of request is drawn first, then a fable that has these slots: all that have the named
-    facts are as probable as in the grammar, so their probability is divided by that of the facts.
+    Every kind of request is as probable for every fable. Given the request, the probability of a
+    fable is therefore its own divided by that of the named facts.
     """
     rng, conversations = random.Random(seed), []
     while len(conversations) < n:
-        request, facts = rng.choice(REQUESTS), {}
-        slots = SLOT.findall(request)
-        while not facts.keys() >= {*slots}:  # not every fable ends with food
-            fable, facts, nats = write_story(rng)
-        named = {slot: facts[slot] for slot in slots}
+        fable, facts, nats = write_story(rng)
+        request = rng.choice(REQUESTS)
+        named = {slot: facts[slot] for slot in SLOT.findall(request)}
         if is_held_out(named) == held_out:
             for slot, value in named.items():
                 request = request.replace(f"[{slot}]", value)
