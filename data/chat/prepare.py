@@ -29,7 +29,7 @@ from lib.corpus import hub_documents, hub_source, is_local, local_documents, wri
 # -----------------------------------------------------------------------------
 source = ""  # a file, a folder or a dataset on the hub: NAME or NAME@REVISION
 column = "messages"  # the column with the conversations
-tokenizer = "HuggingFaceTB/SmolLM2-135M"  # the model to tune, for its tokenizer and chat template
+tokenizer = ""  # the model to tune, for its tokenizer and chat template
 out_dir = ""  # where to write (empty: this folder)
 configure(globals())
 # -----------------------------------------------------------------------------
@@ -68,6 +68,8 @@ def stripped_messages(messages: object) -> object:
 with user_errors():
     if not source:
         raise ValueError("set --source to a file, a folder or the name of a Hugging Face dataset")
+    if not tokenizer:
+        raise ValueError("set --tokenizer to the model to tune, such as HuggingFaceTB/SmolLM2-135M")
     folder = Path(out_dir) if out_dir else HERE
     prepare(folder, source, column, tokenizer)
     inside = folder.resolve().parent == HERE.resolve().parent
