@@ -395,6 +395,8 @@ def hold_conversation(model: GPT, tokenizer, template: str, sampler: Sampling, s
         except (EOFError, KeyboardInterrupt):
             print()
             return
+        if not message.strip():
+            continue
         try:
             asked = [*messages, {"role": "user", "content": message}]
             asked, ids = fit_context(model, tokenizer, asked, template)

@@ -289,6 +289,9 @@ def load_tokenizer(name: str) -> tuple[object, str]:
 
     name: as in load_checkpoint().
     """
+    if not Path(name).exists() and not is_hub_name(name):
+        raise ValueError(f"tokenizer must be {', '.join(KINDS)}, or a model: a run, a Hugging Face "
+                         f"folder, a GGUF file or USER/NAME; got {name!r}")
     folder = download_model(name)[0] if is_hub_name(name) else Path(name)
     if (folder / "tokenizer.json").exists() and not (folder / "meta.json").exists():
         try:
@@ -307,9 +310,6 @@ def make_tokenizer(name: str, texts: Iterable[str], vocab_size: int = 0,
     """Return a tokenizer of a kind, see train_tokenizer(), or the tokenizer of a model."""
     if name in KINDS:
         return train_tokenizer(name, texts, vocab_size, specials)
-    if not Path(name).exists() and not is_hub_name(name):
-        raise ValueError(f"tokenizer must be {', '.join(KINDS)}, or a model: a run, a Hugging Face "
-                         f"folder, a GGUF file or USER/NAME; got {name!r}")
     if vocab_size:
         raise ValueError(f"vocab_size is for tokenizers that are learned; {name} has its own")
     return load_tokenizer(name)[0]

@@ -110,8 +110,8 @@ def held_out(texts: Iterator[str], split: str, can_split: bool = True) -> Iterat
     """
     first = list(islice(texts, 20))
     if len(first) < 20 and not can_split:
-        raise ValueError(f"every 20th document is held out for validation, and there are only "
-                         f"{len(first)}: add some, or name files train.jsonl and val.jsonl")
+        raise ValueError(f"there are only {len(first)} documents: 20 are needed to hold one out "
+                         "for validation, or two files named train.jsonl and val.jsonl")
     if len(first) == 20:
         return (text for i, text in enumerate(chain(first, texts))
                 if (i % 20 == 19) == (split == "val"))

@@ -126,7 +126,7 @@ def test_only_answers_are_targets(tuned):
     ('{"messages": [{"role": "tool", "content": "x"}]}', "3: each message needs a role"),
     ('{"messages": [{"role": "user", "content": 5}]}', "and text as its content"),
     ('{"text": "x"}', "has no column 'messages'"),
-    ("", "there are only 2"),
+    ("", "there are only 2 documents"),
 ])
 def test_bad_conversations_are_named(tuned, tmp_path, line, says):
     write_conversations(tmp_path / "talk.jsonl", 2)

@@ -25,11 +25,12 @@ from lib.chat import ChatTokenizer, chat_meta, ensure_template, render
 from lib.checkpoint import load_tokenizer
 from lib.configurator import configure, user_errors
 from lib.corpus import hub_documents, hub_source, is_local, local_documents, write_dataset
+from lib.tokenizer import KINDS
 
 # -----------------------------------------------------------------------------
 source = ""  # a file, a folder or a dataset on the hub: NAME or NAME@REVISION
 column = "messages"  # the column with the conversations
-tokenizer = "HuggingFaceTB/SmolLM2-135M"  # the model to tune, for its tokenizer and chat template
+tokenizer = ""  # the model to tune, for its tokenizer and chat template
 out_dir = ""  # where to write (empty: this folder)
 configure(globals())
 # -----------------------------------------------------------------------------
@@ -68,6 +69,9 @@ def stripped_messages(messages: object) -> object:
 with user_errors():
     if not source:
         raise ValueError("set --source to a file, a folder or the name of a Hugging Face dataset")
+    if not tokenizer or tokenizer in KINDS:
+        raise ValueError("set --tokenizer to the model to tune: a run, a Hugging Face folder, a "
+                         "GGUF file or USER/NAME")
     folder = Path(out_dir) if out_dir else HERE
     prepare(folder, source, column, tokenizer)
     inside = folder.resolve().parent == HERE.resolve().parent

@@ -497,7 +497,8 @@ def facts_of(text: str) -> dict[str, str]:
 
 
 # -----------------------------------------------------------------------------
-# Requests: one sentence of FIRST and one of SECOND that names other slots
+# Requests: one sentence of FIRST and one of SECOND that names other slots. Every fable has all of
+# these slots.
 
 FIRST = ["Tell me about [hero] the [animal] and the [thing].",
          "Tell me a fable about a [animal] named [hero] and the [thing].",
@@ -511,7 +512,6 @@ SECOND = ['The moral is "[moral]"',
           'It must end with "[moral]"',
           "Let [friend] the [helper] come by.",
           "A [helper] should help.",
-          "At the end there is [drink] and [food].",
           "It happens [place].",
           "The hero loves [hobby].",
           "It is about the [thing]."]
@@ -551,8 +551,6 @@ def probability_of(facts: dict[str, str]) -> float:
     for slot in facts:
         if slot not in ("thing", "helper", "moral"):
             p /= len(TABLES[slot])
-    if "drink" in facts or "food" in facts:  # only one of the last sentences has them
-        p /= len(ENDING[-1])
     return p
 
 
@@ -565,16 +563,14 @@ def write_conversations(seed: str, n: int, held_out: bool) -> list[tuple[str, st
     """
     Return n requests, fables that answer them, and -log p in nats of a fable given its request.
 
-    First a kind of request is sampled, then a fable that has its slots. Fables with the same named
-    facts keep their relative probabilities: p(fable | request) = p(fable) / p(facts).
+    Every kind of request is equally likely for every fable, so p(fable | request) is p(fable) /
+    p(facts).
     """
     rng, conversations = random.Random(seed), []
     while len(conversations) < n:
-        request, facts = rng.choice(REQUESTS), {}
-        slots = SLOT.findall(request)
-        while not facts.keys() >= {*slots}:  # not every fable ends with food
-            fable, facts, nats = write_story(rng)
-        named = {slot: facts[slot] for slot in slots}
+        fable, facts, nats = write_story(rng)
+        request = rng.choice(REQUESTS)
+        named = {slot: facts[slot] for slot in SLOT.findall(request)}
         if is_held_out(named) == held_out:
             for slot, value in named.items():
                 request = request.replace(f"[{slot}]", value)

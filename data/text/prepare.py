@@ -24,6 +24,7 @@ sys.path.insert(0, str(HERE.parents[1]))
 from lib.checkpoint import make_tokenizer
 from lib.configurator import at_least, configure, user_errors
 from lib.corpus import hub_documents, hub_source, is_local, local_documents, write_dataset
+from lib.tokenizer import KINDS
 
 # -----------------------------------------------------------------------------
 source = ""  # a file, a folder or a dataset on the hub: NAME or NAME@REVISION
@@ -44,10 +45,12 @@ def documents(split: str) -> Iterator[str]:
 
 
 def next_command(folder: Path) -> str:
-    """Return a command that trains a small model on the dataset."""
+    """Return a command that trains a small model, or the one that gave the tokenizer."""
     args = ["config/train_nano.py", "config/tuned.py", "--max_minutes=10"]
     if tokenizer in ("char", "word"):
         args = [f"config/train_{tokenizer}_nano.py"]
+    elif tokenizer not in KINDS:  # of a model
+        args = ["config/finetune.py", f"--init_from={tokenizer}"]
     inside = folder.parent == HERE.resolve().parent
     dataset = folder.name if inside else str(folder)
     return shlex.join(["python", "train.py", *args, f"--dataset={dataset}",
