@@ -46,7 +46,7 @@ def test_values_from_the_command_line(default, text, value):
 def test_messages_are_one_line_without_control_characters():
     """A file's name or an argument in a message must not set the title of the terminal."""
     message = one_line("no \x1b]0;title\x07 in\n \u202e\udcff\u4e2d\u00e9")
-    assert message == "no \\x1b]0;title\\x07 in \\u202e\\udcff\u4e2d\u00e9" and message.isprintable()
+    assert message == "no \\x1b]0;title\\x07 in \\u202e\\udcff\u4e2d\u00e9"
     done = run("train.py", "--out_dir=\x1b[2J", "--dataset=\x1b[31mred\x07")
     assert done.returncode == 2 and "\\x1b[31mred\\x07" in done.stderr
     assert done.stderr.removesuffix("\n").isprintable()
