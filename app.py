@@ -49,7 +49,7 @@ from lib.configurator import (
 )
 from lib.decoding import Sampling
 from lib.files import results_file
-from lib.machine import keep_freed_memory, resolve_device
+from lib.machine import keep_freed_memory, resolve_device, share_heaps
 from lib.tokenizer import get_tokenizer, has_all_of
 from model import GPT
 
@@ -496,6 +496,13 @@ def clean_join(body: bytes, page) -> bytes:
     return json.dumps({key: sent[key] for key in ("data", "fn_index", "session_hash")}).encode()
 
 
+def keep_waiting_sessions(queue) -> None:
+    """Make those who wait the newest of 2,000 sessions: Gradio stops if it has dropped one."""
+    for event in list(queue.event_ids_to_events.values()):
+        if event.session_hash in queue.pending_messages_per_session:
+            queue.pending_messages_per_session.move_to_end(event.session_hash)
+
+
 def gate(app, page, names: list[bytes]):
     """
     Wrap the ASGI app of Gradio so that only the requests of the page reach it.
@@ -528,6 +535,7 @@ def gate(app, page, names: list[bytes]):
                 body = clean_join(body, page)
             except (ValueError, KeyError, TypeError, RecursionError):
                 return await refuse(400, "this is not a request of this page")
+            keep_waiting_sessions(page._queue)
             headers = [pair for pair in scope["headers"] if pair[0] != b"content-length"]
             scope["headers"] = [*headers, (b"content-length", str(len(body)).encode())]
         replayed = iter([{"type": "http.request", "body": body}])
@@ -543,6 +551,7 @@ def gate(app, page, names: list[bytes]):
 def serve() -> None:
     """Serve the page until Ctrl-C."""
     listener = socket.create_server((host, port))
+    share_heaps(at_once)
     for name in [name for name in os.environ if name.startswith("GRADIO_")]:
         del os.environ[name]  # Gradio would serve other addresses, paths or folders
     try:

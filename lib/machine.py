@@ -198,6 +198,12 @@ def keep_freed_memory(keep: bool = True) -> None:
             libc.malloc_trim(0)
 
 
+def share_heaps(n: int) -> None:
+    """Let glibc use at most n heaps, as threads that come and go would keep the memory of each."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-8, n)  # M_ARENA_MAX
+
+
 def synchronize(device: str) -> None:
     """Wait until a GPU has finished its work."""
     if not device.startswith("cpu"):

@@ -578,6 +578,33 @@ def test_sixty_clients_of_which_twenty_are_honest(runs, tmp_path):
     use_twice(runs, tmp_path / "log", 5)
 
 
+def test_many_sessions_neither_stop_the_server_nor_replace_those_who_wait(tmp_path, runs):
+    """Gradio keeps the messages of 2,000 sessions, here of 20, and stops when it misses some."""
+    program = tmp_path / "program.py"
+    program.write_text(f"""
+import runpy, sys
+sys.path.insert(0, {str(HERE)!r})
+import gradio.queueing
+class Small(gradio.queueing.LRUCache):
+    def __init__(self, max_size):
+        super().__init__(20)
+gradio.queueing.LRUCache = Small
+sys.argv[0] = "app.py"
+runpy.run_path("app.py", run_name="__main__")
+""")
+    with serve(tmp_path / "log", str(program), f"--folder={runs}", *SERVER) as server:
+        event, stream = begin_endless(server, "first")
+        assert join(server, "generate", list(REQUEST.values()), "honest")[0] == 200
+        for i in range(30):
+            assert "no run" in ask(server, "show", ["nowhere", "cpu", False, ""], f"other{i}")[0]
+        stop_event(server, "first", event)
+        stream.close()
+        *_, last = (message["output"]["data"] for message in messages(server, "honest")
+                    if message["msg"] == "process_completed")
+        assert last[0] == expected(runs)
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
 # -----------------------------------------------------------------------------
 # Bad and hostile requests
 
