@@ -165,11 +165,11 @@ def save(name: str, model: GPT, state: ckpt.RunState, meta: dict, optimizers: li
 ranks = Ranks.from_environment()
 sys.stdout.reconfigure(line_buffering=True)  # a redirected log can be read while it grows
 say = (lambda text: print(visible(text))) if ranks.master else lambda text: None
-machine.explain_out_of_memory()
 with user_errors():
     device = machine.resolve_device(device)
     dtype = machine.resolve_dtype(dtype, device)
 ranks.start(device, backend)
+machine.explain_out_of_memory()
 device_type = device.split(":")[0]
 ranks.check_same({name: value for name, value in config.items() if name != "device"})
 with ranks.user_errors():

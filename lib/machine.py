@@ -121,15 +121,17 @@ def explain_out_of_memory(advice: str = SAVE_MEMORY) -> None:
     """
     From now on, end this process with one line of advice when the device is out of memory.
 
-    Of many ranks, those that lose the connection to another one end with one line, too.
+    Of many ranks, those that lose the connection to another one end with one line, too. Call it
+    after these are connected, as torch then sets a hook that collects what others print.
     """
+    before = sys.excepthook
 
     def explain(kind: type, error: BaseException, trace: object) -> None:
         rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""  # any rank prints it
         lost = rank and isinstance(error, RuntimeError) and re.search(
             "connection (was )?(closed|reset)|remote process exited", str(error), re.IGNORECASE)
         if not lost and not is_out_of_memory(error):
-            return sys.__excepthook__(kind, error, trace)
+            return before(kind, error, trace)
         reason = "another rank has ended" if lost else f"out of memory: {advice}"
         sys.stdout.flush()
         print(f"error: {rank}{reason}", file=sys.stderr, flush=True)
