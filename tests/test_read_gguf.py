@@ -216,7 +216,7 @@ EPS = "llama.attention.layer_norm_rms_epsilon"
     ({"general.architecture": ("mamba", STR)}, "its architecture is 'mamba', not 'gpt2' or"),
     ({"llama.block_count": None}, "it has no llama.block_count"),
     ({"llama.block_count": (1, U32)}, "it has blk.1.attn_k.weight, which the model does not have"),
-    ({"llama.block_count": (2**31, U32)}, "not those of a model of its size"),
+    ({"llama.block_count": (9_999, U32)}, "not those of a model of its size"),
     ({"llama.context_length": (2**31, U32)}, "not those of a model of its size"),
     ({"llama.attention.key_length": (2**31, U32)}, "its llama.attention.value_length is 10"),
     ({EPS: (float("nan"), F32)}, "norm_eps must be above 0"),
