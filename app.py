@@ -93,7 +93,7 @@ PATHS = ("/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/gradi
          "/gradio_api/startup-events", "/gradio_api/queue/join", "/gradio_api/queue/data",
          "/gradio_api/cancel", "/gradio_api/reset")
 FOLDERS = ("/assets/", "/static/", "/svelte/", "/gradio_api/heartbeat/")
-WAITING = '<div class="waiting">loading …</div>'  # until the server has answered
+WAITING = '<div class="waiting">loading ...</div>'  # until the server has answered
 CSS = """
 .gradio-container {max-width: 1200px !important; margin: 0 auto !important}
 .facts {border: 0 !important; border-collapse: collapse; width: 100%; table-layout: fixed;

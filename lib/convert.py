@@ -70,8 +70,8 @@ def check_layers(config: GPTConfig, weights: dict[str, torch.Tensor]) -> None:
     numbers = (re.search(r"\b(?:h|layers)\.(\d+)\.", name) for name in weights)
     layers = {number[1] for number in numbers if number}
     if config.n_layer > len(layers):
-        raise ValueError(f"its n_layer is {config.n_layer:,}, and it has the weights of "
-                         f"{len(layers):,} layers")
+        raise ValueError(f"weights are missing: its n_layer is {config.n_layer:,}, and it has "
+                         f"those of {len(layers):,} layers")
     positions = 4 * config.block_size * config.head_dim * (config.arch != "gpt2")
     if positions > max(1 << 25, sum(w.nbytes for w in weights.values())):
         raise ValueError(f"its block_size of {config.block_size:,} is too large for its weights")

@@ -927,7 +927,7 @@ def test_it_says_loading_until_the_server_answers(chromium, server):
     page.route("**/queue/join*", lambda route: None)  # never answered
     page.goto(server.url)
     page.locator(".waiting").first.wait_for()
-    assert page.locator(".waiting").all_inner_texts() == ["loading …"] * 3
+    assert page.locator(".waiting").all_inner_texts() == ["loading ..."] * 3
     page.close()
 
 

@@ -879,7 +879,7 @@ def bomb(victims: Victims, draw) -> None:
             os.mkfifo(path)
         else:
             with open(path, "wb") as file:
-                file.truncate(2**size * 1000)
+                file.truncate(2 ** (size // 2 + 23))
     elif name == "meta.json":
         assume(kind == "deep")
         path.write_text("[" * 2 ** (size // 2) + "]" * 2 ** (size // 2))

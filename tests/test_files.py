@@ -45,6 +45,15 @@ def test_temporary_files_do_not_follow_links(tmp_path):
     assert not (tmp_path / "out/a.tmp").is_symlink()
 
 
+def test_a_link_that_is_planted_after_the_old_one_was_removed(tmp_path, monkeypatch):
+    victim = plant(tmp_path / "out", "a.tmp")
+    monkeypatch.setattr("lib.files.Path.unlink", lambda path, missing_ok: None)
+    with pytest.raises(FileExistsError):
+        with open_synced(tmp_path / "out/a.tmp") as file:
+            file.write("new")
+    assert victim.read_text() == "mine"
+
+
 def test_a_log_that_is_a_link_is_refused(tmp_path, capsys):
     victim = plant(tmp_path / "out", "log.jsonl")
     with pytest.raises(SystemExit):
@@ -112,6 +121,9 @@ def test_a_compressed_checkpoint_is_refused(tmp_path, trained):
     rezip(path)
     assert read_checkpoint(path)["step"] == 6  # the same parts, stored
     rezip(path, zipfile.ZIP_DEFLATED)
+    with pytest.raises(ValueError, match="its parts are compressed"):
+        read_checkpoint(path)
+    path.write_bytes(bytes(1 << 20) + path.read_bytes())  # larger than all of its parts
     with pytest.raises(ValueError, match="its parts are compressed"):
         read_checkpoint(path)
 

@@ -217,6 +217,7 @@ EPS = "llama.attention.layer_norm_rms_epsilon"
     ({"llama.block_count": None}, "it has no llama.block_count"),
     ({"llama.block_count": (1, U32)}, "it has the unexpected tensor 'blk.1.attn_k.weight'"),
     ({"llama.block_count": (2**31, U32)}, "n_layer must be at most 10,000"),
+    ({"llama.block_count": (9_999, U32)}, "describe a larger model than the file holds"),
     ({"llama.context_length": (2**31, U32)}, "describe a larger model than the file holds"),
     ({"llama.attention.key_length": (2**31, U32)}, "'attention.value_length' is 10, which"),
     ({EPS: (float("nan"), F32)}, "norm_eps must be above 0"),
