@@ -49,7 +49,7 @@ from lib.configurator import (
 )
 from lib.decoding import Sampling
 from lib.files import results_file
-from lib.machine import keep_freed_memory, resolve_device, share_heaps
+from lib.machine import keep_freed_memory, resolve_device, share_heap
 from lib.tokenizer import get_tokenizer, has_all_of
 from model import GPT
 
@@ -551,7 +551,7 @@ def gate(app, page, names: list[bytes]):
 def serve() -> None:
     """Serve the page until Ctrl-C."""
     listener = socket.create_server((host, port))
-    share_heaps(at_once)
+    share_heap()
     for name in [name for name in os.environ if name.startswith("GRADIO_")]:
         del os.environ[name]  # Gradio would serve other addresses, paths or folders
     try:

@@ -200,10 +200,10 @@ def keep_freed_memory(keep: bool = True) -> None:
             libc.malloc_trim(0)
 
 
-def share_heaps(n: int) -> None:
-    """Let glibc use at most n heaps, as threads that come and go would keep the memory of each."""
+def share_heap() -> None:
+    """Let all threads share one heap of glibc, as each of many heaps keeps what it once had."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-8, n)  # M_ARENA_MAX
+        libc.mallopt(-8, 1)  # M_ARENA_MAX
 
 
 def synchronize(device: str) -> None:

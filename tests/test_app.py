@@ -96,7 +96,7 @@ def serve(log: Path, *command: str, **env: str):
         fns = {fn["api_name"]: fn["id"] for fn in config["dependencies"]}
         yield SimpleNamespace(url=url, fns=fns, process=process)
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 0
+        assert process.wait(300) == 0
     finally:
         process.kill()
         process.wait()
@@ -328,12 +328,16 @@ runpy.run_path("app.py", run_name="__main__")
             slow, "show", ["deep/letters", "cpu", False, ""], f"wait{i}"]) for i in range(3)}
         for thread in waiting.values():
             thread.start()
+        give_up = threading.Timer(200, go.touch)
+        give_up.start()
         assert sample_of(slow, "meanwhile", seed=6)[0] == expected(runs, seed=6)
         facts, *_ = ask(slow, "show", ["fables", "cpu", False, ""], "facts")
         assert "1.2346" in facts
         page.get_by_label("model").click()
         page.get_by_role("option", name="fables").click()
         page.wait_for_timeout(300)
+        give_up.cancel()
+        assert not go.exists()
         go.touch()
         for thread in waiting.values():
             thread.join()
