@@ -56,12 +56,12 @@ def ours(judge) -> tuple[GPT, object]:
     return model, get_tokenizer(checkpoint["meta"])
 
 
-def llama_of(path: Path, n_ctx: int = 512, threads: int = 1, **kwargs):
-    """Return llama.cpp with keys and values in float32 (type 0)."""
+def llama_of(path: Path, n_ctx: int = 512, **kwargs):
+    """Return llama.cpp on one thread, as torch in the tests, with keys and values in float32."""
     from llama_cpp import Llama
 
     return Llama(str(path), n_ctx=n_ctx, n_batch=n_ctx, logits_all=True, verbose=False, type_k=0,
-                 type_v=0, flash_attn=False, n_threads=threads, n_threads_batch=threads, **kwargs)
+                 type_v=0, flash_attn=False, n_threads=1, n_threads_batch=1, **kwargs)
 
 
 def llama_logits(llama, ids: list[int]) -> torch.Tensor:
@@ -71,11 +71,10 @@ def llama_logits(llama, ids: list[int]) -> torch.Tensor:
     return torch.tensor(llama.scores[:len(ids)])
 
 
-def llama_greedy(llama, ids: list[int], n: int) -> tuple[list[int], torch.Tensor]:
-    """Return n tokens that llama.cpp generates at temperature 0, and the logits until the last."""
+def llama_greedy(llama, ids: list[int], n: int) -> list[int]:
+    """Return the n tokens that llama.cpp generates at temperature 0."""
     llama.reset()
-    tokens = [token for token, _ in zip(llama.generate(ids, temp=0), range(n))]
-    return tokens, torch.tensor(llama.scores[:len(ids) + n - 1])
+    return [token for token, _ in zip(llama.generate(ids, temp=0), range(n))]
 
 
 @torch.no_grad()
@@ -83,8 +82,12 @@ def our_logits(model: GPT, ids: list[int]) -> torch.Tensor:
     return model(torch.tensor([ids]))[0][0]
 
 
-def our_greedy(model: GPT, ids: list[int], n: int) -> list[int]:
-    return model.generate(torch.tensor([ids]), n, temperature=0)[0, len(ids):].tolist()
+def our_greedy(model: GPT, prompts: list[list[int]], n: int) -> list[list[int]]:
+    """Return the n tokens after each prompt at temperature 0, generated in one batch."""
+    T = max(map(len, prompts))
+    idx = torch.tensor([[0] * (T - len(ids)) + ids for ids in prompts])
+    pad = torch.tensor([T - len(ids) for ids in prompts])
+    return model.generate(idx, n, temperature=0, pad=pad)[:, T:].tolist()
 
 
 def chunks_of_text(tokenizer, n: int = 8, size: int = 512) -> list[list[int]]:
@@ -101,7 +104,7 @@ def mean_loss(logits_of, chunks: list[list[int]]) -> float:
                            for ids in chunks)
 
 
-def tokens_per_second(generate, n: int = 64) -> float:
+def tokens_per_second(generate, n: int = 32) -> float:
     """Return the median of five runs."""
     generate(8)
     times = []
@@ -138,31 +141,35 @@ def test_token_ids_are_those_of_llama_cpp(judge, ours):
         assert ours[1].decode(theirs) == line or "\ufffd" in ours[1].decode(theirs), repr(line)
 
 
-def test_logits_and_greedy_samples_are_those_of_llama_cpp(float32, ours):
-    (model, tokenizer), llama, largest = ours, llama_of(float32), 0.0
-    for i, prompt in enumerate(PROMPTS):
-        ids = [tokenizer.eot, *tokenizer.encode(prompt)]
-        tokens, theirs = llama_greedy(llama, ids, 50)
-        logits = our_logits(model, ids + tokens[:-1])
-        largest = max(largest, (logits - theirs).abs().max().item())
-        assert logits[len(ids) - 1:].argmax(dim=1).tolist() == tokens, prompt
-        if i < 3:  # the same token by token
-            assert our_greedy(model, ids, 50) == tokens
+@pytest.fixture(scope="module")
+def samples(ours) -> list[tuple[list[int], list[int]]]:
+    """Return the ids of each prompt and our 50 tokens after it."""
+    prompts = [[ours[1].eot, *ours[1].encode(prompt)] for prompt in PROMPTS]
+    return list(zip(prompts, our_greedy(ours[0], prompts, 50)))
+
+
+def test_logits_and_greedy_samples_are_those_of_llama_cpp(float32, ours, samples):
+    """What llama.cpp would generate next is compared after each of our tokens, and 3 samples."""
+    model, llama, largest = ours[0], llama_of(float32), 0.0
+    for i, (ids, tokens) in enumerate(samples):
+        theirs = llama_logits(llama, ids + tokens[:-1])
+        largest = max(largest, (our_logits(model, ids + tokens[:-1]) - theirs).abs().max().item())
+        assert theirs[len(ids) - 1:].argmax(dim=1).tolist() == tokens, PROMPTS[i]
+        if i < 3:
+            assert llama_greedy(llama, ids, 50) == tokens, PROMPTS[i]
     print(f"largest difference of a logit: {largest:.2g}")
     assert largest < 1e-2
 
 
-def test_the_quantized_file_in_llama_cpp_is_similar(judge, ours):
+def test_the_quantized_file_in_llama_cpp_is_similar(judge, samples):
     """llama.cpp also rounds the activations to 8 bits where the weights are quantized."""
-    (model, tokenizer), llama, same, equal = ours, llama_of(judge), 0, []
-    for prompt in PROMPTS:
-        ids = [tokenizer.eot, *tokenizer.encode(prompt)]
-        tokens, theirs = llama_greedy(llama, ids, 50)
-        top = our_logits(model, ids + tokens[:-1]).argmax(dim=1)
-        same += top[len(ids) - 1:].tolist() == tokens
-        equal += (top == theirs.argmax(dim=1)).tolist()
+    llama, same, equal = llama_of(judge), 0, []
+    for ids, tokens in samples:
+        top = llama_logits(llama, ids + tokens[:-1])[len(ids) - 1:].argmax(dim=1)
+        same += top.tolist() == tokens
+        equal += (top == torch.tensor(tokens)).tolist()
     share = sum(equal) / len(equal)
-    print(f"{same} of {len(PROMPTS)} samples and {share:.1%} of the tokens are the same")
+    print(f"{same} of {len(PROMPTS)} samples and {share:.1%} of their tokens are the same")
     assert share > 0.8
 
 
@@ -203,19 +210,21 @@ def test_exports_compute_the_same(judge, float32, ours, tmp_path):
     print(f"with float16: {(our_logits(again, ids) - expected).abs().max().item():.2g}")
 
 
-def test_int8_loses_little(judge, float32, ours):
-    """Also prints tokens per second, and those of llama.cpp."""
-    (model, tokenizer), threads = ours, torch.get_num_threads()
+def test_int8_is_similar(judge, float32, ours):
+    """
+    Also prints tokens per second, and those of llama.cpp.
+
+    Most of the difference is from the activations, which fbgemm rounds to 7 bits.
+    """
+    model, tokenizer = ours
     int8 = load_model(judge, "cpu", "int8")[0]
     chunks, ids = chunks_of_text(tokenizer, 4), [tokenizer.eot, *tokenizer.encode(PROMPT)]
     losses = [mean_loss(lambda ids, m=m: our_logits(m, ids), chunks) for m in (model, int8)]
     print(f"loss in float32 {losses[0]:.4f}, in int8 {losses[1]:.4f}")
-    torch.set_num_threads(2)
     for name, m in (("float32", model), ("int8", int8)):
-        print(f"{name}: {tokens_per_second(lambda n, m=m: our_greedy(m, ids, n)):.1f} tokens/s")
-    torch.set_num_threads(threads)
+        print(f"{name}: {tokens_per_second(lambda n, m=m: our_greedy(m, [ids], n)):.1f} tokens/s")
     for path in (float32, judge):
-        llama = llama_of(path, threads=2)
+        llama = llama_of(path)
         speed = tokens_per_second(lambda n, llama=llama: llama_greedy(llama, ids, n))
         print(f"llama.cpp, {path.name}: {speed:.1f} tokens/s")
     assert abs(losses[1] - losses[0]) < 0.3  # measured: 0.14, much more than for our own models
