@@ -76,7 +76,7 @@ def training_waits(arch: str, optimizer: str, dtype: str, loss_chunk: int, softm
     model.loss_fn = make_loss(loss_chunk, softmax_tokens, counts if softmax_tokens else None)
     optimizers = optim.make_optimizers(model, optimizer, 0.1, 1e-3, (0.9, 0.95), GPU)
     scaler = torch.amp.GradScaler(GPU, enabled=dtype == "float16")
-    cpu = torch.zeros(4, 16, dtype=torch.long)
+    cpu = torch.zeros(4, 8, dtype=torch.long)
     with Waits(float64=dtype == "float16") as waits:  # torch's own scaler uses it
         loss = torch.zeros((), device=GPU)
         for x, y, weight in prefetch([(cpu, cpu, torch.ones(()))] * 2, GPU):
@@ -90,7 +90,7 @@ def training_waits(arch: str, optimizer: str, dtype: str, loss_chunk: int, softm
 
 
 def make_model(arch: str) -> GPT:
-    config = GPTConfig(arch=arch, block_size=16, vocab_size=300, n_layer=2, n_head=2, n_embd=32,
+    config = GPTConfig(arch=arch, block_size=8, vocab_size=300, n_layer=1, n_head=2, n_embd=32,
                        dropout=0.1)
     with torch.device(GPU):
         model = GPT(config)
@@ -100,10 +100,10 @@ def make_model(arch: str) -> GPT:
 
 
 def decoding_waits(model: GPT, sampler: Sampling, pad: torch.Tensor | None, stop_token: int) -> int:
-    """Generate 14 tokens after 6, beyond block_size; return the waits after the first token."""
-    idx = torch.zeros(4, 6, dtype=torch.long, device=GPU)
+    """Generate 6 tokens after 4, beyond block_size; return the waits after the first token."""
+    idx = torch.zeros(4, 4, dtype=torch.long, device=GPU)
     with Waits() as waits:
-        columns = model.stream(idx, 14, sampler, stop_token=stop_token, pad=pad)
+        columns = model.stream(idx, 6, sampler, stop_token=stop_token, pad=pad)
         assert next(columns).device.type == GPU
         waits.count = 0
         for column in columns:
@@ -123,7 +123,7 @@ def mistakes_found(model: GPT) -> int:
     """Return how many planted mistakes are noticed: a tensor on the CPU, waits, float64."""
     found = 0
     try:
-        model(torch.zeros(4, 16, dtype=torch.long))
+        model(torch.zeros(4, 8, dtype=torch.long))
     except RuntimeError as error:
         found += "same device" in str(error)
     with Waits() as waits:

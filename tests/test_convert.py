@@ -63,7 +63,7 @@ def test_hugging_face_folders_load(openai_folder, tmp_path):
     config = json.loads((openai_folder / "config.json").read_text())
     for change, says in (({"model_type": "mamba"}, "'mamba'"),
                          ({"vocab_size": 99}, "vocabulary of 99"),
-                         ({"n_layer": 3}, "weights of 2 layers"), ({"n_embd": "x"}, "n_embd")):
+                         ({"n_layer": 3}, "those of 2 layers"), ({"n_embd": "x"}, "n_embd")):
         (tmp_path / "bad").mkdir(exist_ok=True)
         shutil.copy(openai_folder / "model.safetensors", tmp_path / "bad")
         (tmp_path / "bad/config.json").write_text(json.dumps(config | change))

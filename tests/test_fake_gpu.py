@@ -31,7 +31,7 @@ def test_decoding_waits_only_for_the_end(waits):
     of_decoding = {name: n for name, n in waits.items() if name.startswith("decode")}
     assert len(of_decoding) == 96
     for name, n in of_decoding.items():
-        per_token = 14 if "stop" in name else 13 if "penalties" in name else 0
+        per_token = 6 if "stop" in name else 5 if "penalties" in name else 0
         assert n == per_token + ("pad" in name), name
 
 
