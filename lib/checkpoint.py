@@ -262,9 +262,13 @@ def load_checkpoint(name: str | Path) -> dict:
     for path in [Path(name)] if is_file else [Path(name) / file for file in names]:
         if path.exists():
             checkpoint = read_checkpoint(path)
+            try:
+                weights = merge_adapters(checkpoint["model"])
+            except ValueError as error:
+                raise ValueError(f"{path} is damaged: {error}") from None
             kept = (*REQUIRED, "best_val_loss")
             return {key: checkpoint[key] for key in kept if key in checkpoint} | {
-                "model": merge_adapters(checkpoint["model"]), "path": str(path)}
+                "model": weights, "path": str(path)}
     if is_file:
         others = ", ".join(sorted(path.name for path in Path(name).parent.glob("*.pt")))
         raise ValueError(f"there is no file {name}: {Path(name).parent} has "

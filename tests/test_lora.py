@@ -226,7 +226,13 @@ def test_what_does_not_fit_is_one_line(tmp_path, fables_data, trained):
     for rank in (0, 3):
         assert "has lora_rank=2" in one_line_error(run(*again, f"--lora_rank={rank}"))
     assert run(*again, "--lora_rank=2").returncode == 0
-    assert read_checkpoint(out / "last.pt")["step"] == 4
+    last = read_checkpoint(out / "last.pt")
+    assert last["step"] == 4
+    for part, shape in (("a", (3, 16)), ("a", (2, 8)), ("b", (48, 1)), ("b", (48,))):
+        damaged = last["model"] | {f"transformer.h.1.attn.c_attn.lora_{part}": torch.ones(shape)}
+        torch.save(last | {"model": damaged}, tmp_path / "last.pt")
+        with pytest.raises(ValueError, match="last.pt is damaged: the adapter of transformer.h.1"):
+            load_checkpoint(tmp_path)
 
     train(fables_data, tmp_path / "old", "--max_iters=3")
     old = read_checkpoint(tmp_path / "old/last.pt")
