@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import sample
 from export import export_html
 from helpers import PROMPT, TEXT, make_run, one_line_error, run, tokenizer_of
 from lib.chat import PLAIN_TEMPLATE, PLAIN_TOKENS
@@ -249,9 +250,46 @@ def test_a_conversation_goes_on_until_a_new_one(tmp_path, open_page):
     first = send("the dogs")
     assert first.startswith("the dogs\n") and len(first) > len("the dogs\n")
     assert send("12 cats").startswith(first)
-    page.get_by_role("button", name="New conversation").click()
+    page.get_by_role("button", name="Start over").click()
     page.locator("#text:empty").wait_for(state="attached")
     assert send("the dogs") == first  # with the same seed, and without the earlier messages
+
+
+def test_a_long_conversation_forgets_its_oldest_messages(tmp_path, monkeypatch):
+    """The page and sample.py give the model the same ids."""
+    tokenizer = add_specials(tokenizer_of("char"), PLAIN_TOKENS)
+    save_run(tmp_path, tokenizer.spec, tokenizer.vocab_size, tokenizer.eot,
+             **SMALL | dict(block_size=64))
+    checkpoint = load_checkpoint(tmp_path)
+    checkpoint["meta"]["chat_template"] = PLAIN_TEMPLATE
+    checkpoint["model"]["transformer.wte.weight"][-4:] = 0  # control tokens are never sampled
+    path, = export_html(checkpoint, tmp_path / "page.html", "int8")
+    messages = ["the dogs", "12 cats", "a" * 30, "", "the owner", "the cat's owner said"]
+    drive = """async (call, {messages, most}) => {
+      const turns = [];
+      for (const prompt of messages) {
+        const {ids} = await call("begin", {prompt, seed: 0, most});
+        const answer = [];
+        for (let i = 0; i < 5; i++) {
+          while ((await call("read")).left);
+          answer.push((await call("sample", {temperature: 0, topK: 0})).id);
+        }
+        turns.push({ids, answer});
+      }
+      return turns;
+    }"""
+    model = build_model(checkpoint, "run")
+    for most in (5, 500):
+        monkeypatch.setattr(sample, "max_new_tokens", most)
+        history = []
+        turns = run_in_node(path, {"messages": messages, "most": most}, drive)
+        for message, turn in zip(messages, turns, strict=True):
+            history.append({"role": "user", "content": message})
+            history, ids = sample.fit_context(model, tokenizer, history, PLAIN_TEMPLATE)
+            assert turn["ids"] == ids
+            answer = tokenizer.decode(turn["answer"])
+            history.append({"role": "assistant", "content": answer})
+        assert len(history) < 2 * len(messages)
 
 
 def test_stop_ends_generation(tmp_path, open_page):
