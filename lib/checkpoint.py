@@ -526,18 +526,23 @@ def model_from_weights(config: GPTConfig, weights: dict[str, torch.Tensor],
 
 
 def add_embeddings(weights: dict[str, torch.Tensor], old: int,
-                   new: int) -> dict[str, torch.Tensor]:
+                   tokenizer: dict) -> dict[str, torch.Tensor]:
     """
-    Return the weights with embeddings for the tokens old to new - 1.
+    Return the weights with embeddings for the ids of a tokenizer from `old` on.
 
-    They start as the mean of all others, so that they are about as probable.
+    Control tokens start as copies of the end-of-text token, which also comes before and after
+    texts. Other tokens start as the mean of all, so that they are about as probable.
     """
+    new, eot = (meta_of(tokenizer)[key] for key in ("vocab_size", "eot"))
     if new <= old:
         return weights
+    controls = [i for i in tokenizer.get("specials", {}).values() if i >= old]
     tables = {}
     for name in ("transformer.wte.weight", "lm_head.weight"):
         w = weights[name].float()  # (V, C), possibly with unused rows from `old` on
         tables[name] = torch.cat((w[:old], w[:old].mean(dim=0).expand(new - old, -1), w[new:]))
+        if eot in range(old):
+            tables[name][controls] = w[eot]
     return weights | tables
 
 
@@ -558,7 +563,7 @@ def model_to_finetune(checkpoint: dict, name: str, tokenizer: dict, block_size: 
         raise ValueError(f"{name} is in int8, which cannot be trained: start from the run that it "
                          "was made of")
     old = meta_of(checkpoint["meta"]["tokenizer"])["vocab_size"]
-    weights = add_embeddings(checkpoint["model"], old, meta_of(tokenizer)["vocab_size"])
+    weights = add_embeddings(checkpoint["model"], old, tokenizer)
     changes["vocab_size"] = len(weights["transformer.wte.weight"])
     model = build_model(checkpoint | {"model": weights}, name, **changes)
     if block_size > model.config.block_size:

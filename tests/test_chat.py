@@ -8,10 +8,10 @@ import torch
 from export import export_html, write_hf_tokenizer
 from helpers import PROMPT, TEXT, export, make_run, one_line_error, run, tokenizer_of, train
 from lib.chat import PLAIN_TEMPLATE, PLAIN_TOKENS, answer_marks, encode, page_frames, render
-from lib.checkpoint import load_checkpoint, model_to_finetune
+from lib.checkpoint import add_embeddings, load_checkpoint, model_to_finetune
 from lib.corpus import load_meta
 from lib.dataset import TokenStream, TrainBatches, eval_batches, eval_spans
-from lib.tokenizer import add_specials, get_tokenizer
+from lib.tokenizer import add_specials, add_tokens, get_tokenizer, train_tokenizer
 from test_page import run_in_node
 
 CHATML = (  # that of SmolLM2-Instruct
@@ -146,8 +146,22 @@ def test_new_control_tokens_leave_the_model_unchanged(tuned):
     with torch.no_grad():
         expected = old(idx)[0]
         assert torch.allclose(model(idx)[0][..., :-4], expected, atol=1e-5)
-        assert torch.allclose(model(idx)[0][..., -4:], expected.mean(dim=-1, keepdim=True),
-                              atol=1e-4)
+        assert torch.allclose(model(idx)[0][..., -4:], expected[..., meta["eot"], None], atol=1e-5)
+
+
+def test_new_tokens_start_as_end_of_text_or_as_the_mean():
+    tokenizer = train_tokenizer("word", ["a b a b"], 0)
+    old = tokenizer.vocab_size
+    spec = add_specials(add_tokens(tokenizer, ["c"]), PLAIN_TOKENS).spec
+    w = torch.randn(old + 9, 4)  # with unused rows
+    for eot, expected in ((tokenizer.eot, w[tokenizer.eot]), (-1, w[:old].mean(dim=0))):
+        spec = spec if eot >= 0 else spec | {"eot": "none"}
+        weights = {"transformer.wte.weight": w, "lm_head.weight": 2 * w}
+        for scale, table in zip((1, 2), add_embeddings(weights, old, spec).values(), strict=True):
+            assert torch.equal(table[:old], scale * w[:old])
+            assert torch.allclose(table[old], scale * w[:old].mean(dim=0))
+            assert torch.allclose(table[old + 1:old + 5], scale * expected.expand(4, -1))
+            assert torch.equal(table[old + 5:], scale * w[old + 5:])
 
 
 # -----------------------------------------------------------------------------
@@ -200,9 +214,9 @@ def test_the_page_encodes_a_conversation_as_python(tuned, tmp_path):
     page, = export_html(checkpoint, tmp_path / "page.html", "int8")
     tokenizer = get_tokenizer(checkpoint["meta"])
     drive = """async (call, {messages}) => {
-      const ids = [];
+      let ids = [];
       for (const prompt of messages) {
-        ids.push(...(await call("begin", {prompt, seed: 0})).ids);
+        ids = (await call("begin", {prompt, seed: 0})).ids;
         while ((await call("read")).left);
         ids.push((await call("sample", {temperature: 0, topK: 0})).id);
       }
