@@ -36,7 +36,7 @@ from pathlib import Path
 import torch
 
 import sample
-from lib.checkpoint import load_model
+from lib.checkpoint import check_archive, load_model
 from lib.configurator import (
     at_least,
     coerce,
@@ -48,7 +48,7 @@ from lib.configurator import (
     user_errors,
 )
 from lib.decoding import Sampling
-from lib.files import results_file
+from lib.files import load_json, results_file
 from lib.machine import keep_freed_memory, resolve_device, share_heap
 from lib.tokenizer import get_tokenizer, has_all_of
 from model import GPT
@@ -131,7 +131,8 @@ def find_runs() -> dict[str, int]:
             weights |= {file for file in files if file.endswith(".safetensors")}
         # a file may be replaced or removed at this moment, and a name may not be text
         with contextlib.suppress(OSError, UnicodeError):
-            if weights and name.as_posix().encode():
+            name.as_posix().encode()
+            if weights:
                 found[name.as_posix()] = max(os.stat(Path(path, file)).st_mtime_ns
                                              for file in weights)
             for file in files:
@@ -141,7 +142,7 @@ def find_runs() -> dict[str, int]:
 
 
 def load_version(run: str, device: str, quantize: str, written: int) -> tuple[GPT, object, dict]:
-    """Load a run. One that is `written` again is another version."""
+    """Load a run. written: when its files were, which only makes it another cache entry."""
     began = time.perf_counter()
     model, checkpoint = load_model(Path(folder, run), device, quantize)
     keep_freed_memory()
@@ -153,7 +154,7 @@ def load_version(run: str, device: str, quantize: str, written: int) -> tuple[GP
 
 
 LOADED: dict[tuple, tuple[GPT, object, dict]] = {}  # the last two runs, least recently used first
-LOADING = threading.Lock()  # one run at a time; those who need no other run do not wait
+LOADING = threading.Lock()  # one run is loaded at a time; requests for a cached one do not wait
 
 
 def load(run: str, device: str, int8: bool) -> tuple[GPT, object, dict]:
@@ -167,10 +168,13 @@ def load(run: str, device: str, int8: bool) -> tuple[GPT, object, dict]:
     if device not in devices():
         raise ValueError(f"device must be {' or '.join(devices())}, got {device!r}")
     version = run, device, "int8" if int8 else "", runs[run]
-    if not (loaded := LOADED.get(version)):
+    loaded = LOADED.get(version)
+    if not loaded:
         with LOADING:
-            loaded = LOADED.get(version) or LOADED.setdefault(version, load_version(*version))
-    LOADED.pop(version, None)
+            loaded = LOADED.get(version)  # another thread may have loaded it
+            if not loaded:
+                loaded = LOADED[version] = load_version(*version)
+    LOADED.pop(version, None)  # the most recently used is the last
     LOADED[version] = loaded
     for old in list(LOADED)[:-2]:
         LOADED.pop(old, None)
@@ -189,13 +193,15 @@ def run_label(run: str) -> str:
 def read_summary(run: str) -> dict:
     """Return what eval.py measured of a run, or {}."""
     path = results_file(Path(folder, run), Path(folder, run), "metrics_summary.json")
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return load_json(path) if path.is_file() else {}
 
 
 @functools.lru_cache(maxsize=1000)
 def read_progress(run: str, written: int) -> dict:
     """Return the step and validation loss of the best checkpoint, without reading its weights."""
-    checkpoint = torch.load(Path(folder, run, "best.pt"), weights_only=True, mmap=True)
+    path = Path(folder, run, "best.pt")
+    check_archive(path, checksums=False)
+    checkpoint = torch.load(path, weights_only=True, mmap=True)
     return {"step": checkpoint["step"], "loss": checkpoint["best_val_loss"]}
 
 
@@ -213,19 +219,19 @@ def describe_run(run: str, written: int) -> str:
 
 def check_request(request: dict) -> dict:
     """
-    Return what a client sent, in the types of the settings.
+    Check what a client sent, which can be anything. Return it in the types of the settings.
 
-    A client may send anything. Raises ValueError for bad values that Sampling does not check.
+    Raises ValueError for bad values, except for those that Sampling checks.
     """
-    kinds = dict(run="", device="", int8=False, prompt="", stop="", seed=0, max_new_tokens=0)
-    kinds |= {name: getattr(sample, name) for name in SLIDERS}
+    defaults = dict(run="", device="", int8=False, prompt="", stop="", seed=0, max_new_tokens=0)
+    defaults |= {name: getattr(sample, name) for name in SLIDERS}
     request = request | {"seed": -1 if request["seed"] is None else request["seed"]}
     try:
-        given = {name: coerce(name, request[name], default) for name, default in kinds.items()}
+        given = {name: coerce(name, request[name], default) for name, default in defaults.items()}
     except OverflowError:
         raise ValueError("a number is too large") from None
     text = given["prompt"] + given["stop"]
-    text.encode()  # half of a UTF-16 pair is not text
+    text.encode()  # raises ValueError for half of a UTF-16 pair
     if len(text) > max_prompt:
         raise ValueError(f"prompt and stop may have {max_prompt:,} characters together, these have "
                          f"{len(text):,}")
@@ -244,17 +250,18 @@ def generate(request: dict) -> Iterator[tuple[str, str, str]]:
     unknown = sample.check_prompt(model, tokenizer, given["prompt"])
     note = "<br>" + html.escape(unknown) if unknown else ""
     began = shown = time.perf_counter()
-    chart, charted, cost = "", began, 0.05  # cost: seconds that a chart takes
+    chart, chart_at, chart_seconds = "", began, 0.05
     steps = sample.stream_text(model, tokenizer, [given["prompt"]], given["max_new_tokens"],
                                sampler, given["stop"])
-    for n, ((text, ended, tokens),) in enumerate(steps, 1):
+    for n, [(text, ended, tokens)] in enumerate(steps, 1):
         now = time.perf_counter()
         if not ended and n > 1 and now - shown < 0.04:  # faster than the eye
             continue
-        if ended or now - charted > max(0.25, 5 * cost):  # so at most a sixth of the time
+        # charts take at most a sixth of the time
+        if ended or now - chart_at > max(0.25, 5 * chart_seconds):
             chart = chart_after(model, tokenizer, tokens)
-            charted = time.perf_counter()
-            cost = charted - now
+            chart_at = time.perf_counter()
+            chart_seconds = chart_at - now
         shown = time.perf_counter()
         speed = f"{n} token{'s' if n > 1 else ''}, {n / (now - began):,.0f} tokens/s"
         yield given["prompt"] + text, chart, f"{speed}, seed {seed}{note}"
@@ -335,7 +342,7 @@ def first_sample(run: str, device: str, written: int) -> tuple[str, str, str]:
     """
     Return what `generate` yields last for the sample that the page opens with.
 
-    All visitors share it; a run that is `written` again has a new one.
+    All visitors share it. written: when the run was, which only makes it another cache entry.
     """
     sampling = {name: getattr(sample, name) for name in SLIDERS}
     *_, last = generate(dict(run=run, device=device, int8=False, prompt=EXAMPLES[0], stop="",
@@ -364,7 +371,7 @@ def show_opening(run, device, status) -> tuple:
     """Show a sample of the model that the page opens with, if its vocabulary has the prompt."""
     import gradio as gr
 
-    if status != WAITING:  # the user was faster
+    if status != WAITING:  # the user has already asked for a sample
         return gr.skip(), gr.skip(), gr.skip()
     # show_run reports what is wrong with the model
     with contextlib.suppress(ValueError, OSError, KeyError):
@@ -394,7 +401,7 @@ def make_sampling_inputs() -> dict:
     comments = {setting.name: setting.comment for setting in settings}
     inputs = {"max_new_tokens": gr.Slider(
         1, max_tokens, min(300, max_tokens), step=1, label="max_new_tokens", min_width=280,
-        info="fewer if its document ends")}
+        info="fewer if the text ends")}
     for name, (least, most, step) in SLIDERS.items():
         inputs[name] = gr.Slider(least, most, getattr(sample, name), step=step, label=name,
                                  info=comments[name], min_width=280)
@@ -414,8 +421,8 @@ def make_page():
             with gr.Column(scale=3):
                 with gr.Row():
                     run = gr.Dropdown([], label="model", scale=3, elem_id="model")
-                    where = gr.Radio(devices(), value=devices()[0], label="device",
-                                     visible=len(devices()) > 1, scale=2)
+                    device_choice = gr.Radio(devices(), value=devices()[0], label="device",
+                                             visible=len(devices()) > 1, scale=2)
                     int8 = gr.Checkbox(quantize == "int8", label="int8", scale=2,
                                        info="a quarter of the size")
                 prompt = gr.Textbox(EXAMPLES[0], label="prompt", info="Shift+Enter generates",
@@ -424,8 +431,8 @@ def make_page():
                     examples = [gr.Button(example, size="sm", min_width=100)
                                 for example in EXAMPLES]
                 with gr.Row():
-                    go = gr.Button("Generate", variant="primary", min_width=100)
-                    halt = gr.Button("Stop", min_width=100)
+                    generate_button = gr.Button("Generate", variant="primary", min_width=100)
+                    stop_button = gr.Button("Stop", min_width=100)
                 status = gr.HTML(WAITING, elem_id="status")
                 text = gr.Textbox(label="sample", lines=12, max_lines=24, buttons=["copy"],
                                   elem_id="sample", interactive=False)
@@ -437,28 +444,30 @@ def make_page():
             sampling = make_sampling_inputs()
 
         # preprocess=False: the functions report bad values in one line, Gradio in a traceback
-        show = dict(fn=show_run, inputs=[run, where, int8, prompt], preprocess=False,
-                    outputs=[facts, chart, *examples], show_progress="hidden", api_name="show",
-                    concurrency_limit=None)  # clients that wait for a model delay no others
+        to_show = dict(fn=show_run, inputs=[run, device_choice, int8, prompt], preprocess=False,
+                       outputs=[facts, chart, *examples], show_progress="hidden", api_name="show",
+                       concurrency_limit=None)  # clients that wait for a model delay no others
         listed = page.load(list_runs, None, run, show_progress="hidden", api_name="runs")
-        shown = listed.then(**show | dict(api_name="first"))
-        opened = shown.then(show_opening, [run, where, status], [text, chart, status],
+        shown = listed.then(**to_show | dict(api_name="first"))
+        opened = shown.then(show_opening, [run, device_choice, status], [text, chart, status],
                             preprocess=False, show_progress="hidden", api_name="open",
                             concurrency_limit=at_once, concurrency_id="samples")
-        generate_on = dict(fn=show_sample, outputs=[text, chart, status], preprocess=False,
-                           inputs_kwargs=dict(run=run, device=where, int8=int8, prompt=prompt,
-                                              **sampling),
+        to_generate = dict(fn=show_sample, outputs=[text, chart, status], preprocess=False,
+                           inputs_kwargs=dict(run=run, device=device_choice, int8=int8,
+                                              prompt=prompt, **sampling),
                            concurrency_limit=at_once, concurrency_id="samples",
                            show_progress_on=text, cancels=opened)
-        samples = [go.click(**generate_on, api_name="generate"),
-                   prompt.submit(**generate_on, api_name="submit")]
-        halt.click(None, cancels=samples)
+        samples = [generate_button.click(**to_generate, api_name="generate"),
+                   prompt.submit(**to_generate, api_name="submit")]
+        stop_button.click(None, cancels=samples)
         for button, example in zip(examples, EXAMPLES):
             button.click(None, None, prompt, js=f"() => {json.dumps(example)}")
         # first clear what belongs to the previous model
-        gr.on([run.input, where.input, int8.input], None, None, [text, status, chart, facts],
-              js=f"() => {json.dumps(['', '', WAITING, WAITING])}", show_progress="hidden",
-              cancels=[shown, opened, *samples]).then(**show, trigger_mode="always_last")
+        changed = gr.on([run.input, device_choice.input, int8.input], None, None,
+                        [text, status, chart, facts], show_progress="hidden",
+                        js=f"() => {json.dumps(['', '', WAITING, WAITING])}",
+                        cancels=[shown, opened, *samples])
+        changed.then(**to_show, trigger_mode="always_last")
         # Gradio gives this textarea no label; narrow windows begin without the sliders
         page.load(None, js="""() => {
             document.querySelector('#sample textarea').ariaLabel = 'sample';
@@ -497,17 +506,21 @@ def clean_join(body: bytes, page) -> bytes:
 
 
 def keep_waiting_sessions(queue) -> None:
-    """Make those who wait the newest of 2,000 sessions: Gradio stops if it has dropped one."""
+    """
+    Make the sessions of waiting clients the newest ones.
+
+    Gradio keeps the messages of 2,000 sessions and fails if those of a waiting one are missing.
+    """
     for event in list(queue.event_ids_to_events.values()):
         if event.session_hash in queue.pending_messages_per_session:
             queue.pending_messages_per_session.move_to_end(event.session_hash)
 
 
-def gate(app, page, names: list[bytes]):
+def gate(app, page, hosts: list[bytes]):
     """
     Wrap the ASGI app of Gradio so that only the requests of the page reach it.
 
-    names: accepted Host headers (empty: all). Another site can let its own name resolve to this
+    hosts: accepted Host headers (empty: all). Another site can let its own name resolve to this
     machine, and a browser then regards the page as part of that site (DNS rebinding).
     """
     from starlette.responses import PlainTextResponse
@@ -521,10 +534,10 @@ def gate(app, page, names: list[bytes]):
             return await app(scope, receive, send)
         given = dict(scope["headers"])
         origin = given.get(b"origin", b"").removeprefix(b"http://")
-        if names and (given.get(b"host") not in names or origin not in (*names, b"")):
+        if hosts and (given.get(b"host") not in hosts or origin not in (*hosts, b"")):
             return await refuse(403, "this page is served to this machine only, as localhost")
-        if path not in PATHS and not path.startswith(FOLDERS) or method not in ("GET", "HEAD",
-                                                                                "POST"):
+        is_known = path in PATHS or path.startswith(FOLDERS)
+        if not is_known or method not in ("GET", "HEAD", "POST"):
             return await refuse(403, "this page has nothing of that name")
         if method != "POST":
             return await app(scope, receive, send)
@@ -569,14 +582,14 @@ def serve() -> None:
                               enable_monitoring=False, show_error=False, ssr_mode=False,
                               mcp_server=False, pwa=False, css=CSS, theme=theme)
     address, bound = listener.getsockname()
-    names = [f"{name}:{bound}".removesuffix(":80").encode()
+    hosts = [f"{name}:{bound}".removesuffix(":80").encode()
              for name in ("localhost", "127.0.0.1", "[::1]", address)]
     print(f"http://{host}:{bound} (press Ctrl-C to stop)", flush=True)
     if not address.startswith("127."):
-        names = []
+        hosts = []
         print(f"warning: --host={host} opens the page to the network, without login or encryption",
               file=sys.stderr, flush=True)
-    config = uvicorn.Config(gate(app, page, names), log_level="critical",
+    config = uvicorn.Config(gate(app, page, hosts), log_level="critical",
                             timeout_graceful_shutdown=1)
     uvicorn.Server(config).run([listener])
 

@@ -32,7 +32,7 @@ import torch
 
 from lib import configurator, machine, optim
 from lib.checkpoint import load_model, model_from_weights
-from lib.configurator import at_least, configure, one_of, user_errors
+from lib.configurator import at_least, configure, one_line, one_of, user_errors
 from lib.console import print_table, progress, visible
 from lib.corpus import check_once, load_meta
 from lib.dataset import TokenStream, TrainBatches, eval_batches, prefetch
@@ -168,7 +168,7 @@ def our_side(c: SimpleNamespace, model_seed: int, token_counts: torch.Tensor) ->
 
 def their_name() -> str:
     """Return the end of --against, such as nanoGPT/model.py."""
-    return "/".join(Path(against).parts[-2:])
+    return one_line("/".join(Path(against).parts[-2:]))
 
 
 def peer_side(peer: ModuleType | SimpleNamespace, c: SimpleNamespace, model_seed: int) -> Side:

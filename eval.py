@@ -16,7 +16,7 @@ import math
 import textwrap
 import time
 from collections.abc import Iterable
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,7 @@ from lib.convert import is_hub_name
 from lib.corpus import check_once, load_meta
 from lib.dataset import TokenStream, collate, eval_batches, prefetch
 from lib.decoding import Sampling
-from lib.files import load_json, results_file, write_atomically
+from lib.files import is_number, load_json, results_file, write_atomically
 from lib.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
 
@@ -382,7 +382,9 @@ def reusable(path: Path, sources: list[Path],
     with contextlib.suppress(OSError, ValueError):
         summary = load_json(path)
         is_newer = path.stat().st_mtime_ns > max(file.stat().st_mtime_ns for file in sources)
-        if is_newer and isinstance(summary, dict) and conditions.items() <= summary.items():
+        numbers = ["step", "tokens", "floor", *chain.from_iterable(METRICS.values())]
+        if (is_newer and isinstance(summary, dict) and conditions.items() <= summary.items()
+                and all(summary.get(key) is None or is_number(summary[key]) for key in numbers)):
             # summaries of older versions do not have above_floor
             return {"above_floor": above_floor(summary.get("loss"), summary.get("floor"))} | summary
     return None

@@ -303,10 +303,10 @@ def measured_table(summary: dict) -> str:
     """Return measurements as a table in Markdown, or ''."""
     rows = [f"| {key} | {summary[key]:.4f} |" for key in METRICS
             if isinstance(summary.get(key), float)]
-    if not rows:
+    if not rows or type(summary.get("tokens")) is not int:
         return ""
-    head = (f"\nMeasured over {summary['tokens']:,} tokens of {summary['dataset']}, split "
-            f"{summary['split']}; the loss is in nats per token:\n")
+    head = (f"\nMeasured over {summary['tokens']:,} tokens of {summary.get('dataset')}, split "
+            f"{summary.get('split')}; the loss is in nats per token:\n")
     return "\n".join([head, "| | |", "|---|---|", *rows, ""])
 
 

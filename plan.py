@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from lib import machine, scaling
-from lib.configurator import at_least, configure, one_of, user_errors
+from lib.configurator import at_least, configure, one_line, one_of, user_errors
 from lib.console import duration, named_lines, print_table, progress, visible
 from lib.corpus import load_meta
 from lib.dataset import TokenStream
@@ -332,17 +332,19 @@ def write_config(path: Path, size: dict, settings: dict[str, object], where: str
     """Write a config file that states the prediction."""
     options = {"minutes": f"{minutes:g}", "dataset": dataset} | {
         name: config[name] for name in sorted(given - {"minutes", "dataset", "to"})}
-    command = " ".join(["python plan.py", *(f"--{name}={shlex.quote(str(value))}"
-                                            for name, value in options.items())])
+    # one_line: a line break in a name would end the comment
+    command = one_line(" ".join(["python plan.py", *(f"--{name}={shlex.quote(str(value))}"
+                                                     for name, value in options.items())]))
+    shown = one_line(path)
     millions, in_blocks = size["parameters"] / 1e6, size["parameters_non_embedding"] / 1e6
     text = f"""\
 # The best model for {minutes:g} minute{'s' if minutes != 1 else ''} on {where}, chosen by
-#     {command} --to={path}
+#     {command} --to={shown}
 # {millions:.2f}M parameters, {in_blocks:.2f}M of them in the blocks; \
 {size["memory_bytes"] / 1e9:.1f} GB of memory.
 # Predicted: {size["bits_per_byte"]:.3f} bits per byte after {size["tokens"] / 1e6:.1f}M tokens \
 ({size["tokens"] / distinct:.1f} epochs). Train it with
-#     python train.py {path}
+#     python train.py {shown}
 exec(open("config/tuned.py").read())
 
 """

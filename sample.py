@@ -91,7 +91,7 @@ class Continuation(NamedTuple):
 def load(out_dir: str, device: str, quantize: str = "") -> tuple[GPT, object, dict]:
     """Return the model and the tokenizer of a run, and the rest of its checkpoint."""
     model, checkpoint = load_model(out_dir, resolve_device(device), quantize)
-    keep_freed_memory()  # not before: it would also keep what loading took
+    keep_freed_memory()  # only now, so that the memory of loading is returned
     return model, get_tokenizer(checkpoint["meta"]), checkpoint
 
 
@@ -103,10 +103,11 @@ def generate_text(prompt: str = "", max_length: int = 100, temperature: float = 
     """
     Return the prompt and up to max_length tokens that follow it.
 
-    The model stays in memory for the next call. seed: None for a new one. Raises ValueError
+    The model stays in memory for the next call. seed: None draws a new one. Raises ValueError
     for bad input.
     """
-    for name in unknown:
+    if unknown:
+        name = next(iter(unknown))
         names = [key for key in generate_text.__annotations__ if key != "return"]
         hint = did_you_mean(name, names) or f"; it has {', '.join(names)}"
         raise TypeError(f"generate_text has no argument {name!r}{hint}")
@@ -117,7 +118,7 @@ def generate_text(prompt: str = "", max_length: int = 100, temperature: float = 
     sampler = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, no_repeat_ngram,
                        generator=generator)
     text = ""
-    for sample, in stream_text(model, tokenizer, [prompt], max_length, sampler, stop):
+    for [sample] in stream_text(model, tokenizer, [prompt], max_length, sampler, stop):
         text = sample.text
     return prompt + text
 
@@ -127,7 +128,7 @@ def generate_text(prompt: str = "", max_length: int = 100, temperature: float = 
 
 def encode_prompts(prompts: list[str], tokenizer, device: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Return token ids (B, T), padded at the left, and the number of padding tokens (B,)."""
-    if tokenizer.eot >= 0:  # in training every document follows it
+    if tokenizer.eot >= 0:  # in training it comes before every document
         rows = [[tokenizer.eot, *tokenizer.encode(prompt)] for prompt in prompts]
     else:
         rows = [tokenizer.encode(prompt) or [start_token(tokenizer)] for prompt in prompts]
@@ -139,7 +140,7 @@ def encode_prompts(prompts: list[str], tokenizer, device: str) -> tuple[torch.Te
 def example_prompt(model: GPT, tokenizer) -> str:
     """Return the longest encodable start of the most probable text, or ''."""
     longest = ""
-    for row, in stream_text(model, tokenizer, [""], 10, Sampling(temperature=0)):
+    for [row] in stream_text(model, tokenizer, [""], 10, Sampling(temperature=0)):
         for text in (row.text, row.text.strip()):
             if text and not tokenizer.unknown(tokenizer.split(text)):
                 longest = text
@@ -235,6 +236,7 @@ def stream_ids(model: GPT, tokenizer, idx: torch.Tensor, pad: torch.Tensor, max_
 def next_tokens(model: GPT, ids: list[int], n: int) -> list[tuple[int, float]]:
     """Return the n most probable tokens after ids with their probabilities, in their order."""
     idx = torch.tensor([ids[-model.config.block_size:]], device=model.device)
+    model.check_prompt(idx)
     x = model.hidden(idx)[:, -1]  # (1, C)
     top = model.lm_head(x)[0].float().softmax(dim=-1).topk(min(n, model.config.vocab_size))
     return list(zip(top.indices.tolist(), top.values.tolist()))
@@ -279,7 +281,8 @@ def describe(name: str, model: GPT, checkpoint: dict) -> str:
 
 def print_samples(model: GPT, tokenizer, prompt: str, sampler: Sampling) -> None:
     """Generate all samples at once; print each as it grows once those before it have ended."""
-    began, tokens, running, row, printed = time.time(), 0, num_samples, 0, 0
+    began, tokens, running = time.time(), 0, num_samples
+    row, printed = 0, 0  # the sample that is being printed, and its characters printed so far
     prompts = [prompt] * num_samples
     try:
         for samples in stream_text(model, tokenizer, prompts, max_new_tokens, sampler, stop):
@@ -301,7 +304,8 @@ def print_samples(model: GPT, tokenizer, prompt: str, sampler: Sampling) -> None
         print(f"{tokens:,} tokens, {speed:,.0f} tokens/s", file=sys.stderr)
 
 
-def print_most_probable(model: GPT, tokenizer, prompt: str, sampler: Sampling) -> None:
+def print_beam_search(model: GPT, tokenizer, prompt: str, sampler: Sampling) -> None:
+    """Print the most probable text that beam search finds."""
     idx, _ = encode_prompts([prompt], tokenizer, model.device)
     room = min(max_new_tokens, max(1, model.config.block_size - idx.size(1)))
     new = beam_search(model, idx, room, num_beams, length_penalty, sampler, tokenizer.eot)
@@ -311,6 +315,7 @@ def print_most_probable(model: GPT, tokenizer, prompt: str, sampler: Sampling) -
 
 
 def print_next_tokens(model: GPT, tokenizer, prompt: str) -> None:
+    """Print the most probable next tokens and their probabilities."""
     idx, _ = encode_prompts([prompt], tokenizer, model.device)
     for token, p in next_tokens(model, idx[0].tolist(), next_token):
         note = "  (end of text)" if token == tokenizer.eot else ""
@@ -323,22 +328,28 @@ def respond(model: GPT, tokenizer, prompt: str, sampler: Sampling) -> None:
     if next_token:
         print_next_tokens(model, tokenizer, prompt)
     elif num_beams:
-        print_most_probable(model, tokenizer, prompt, sampler)
+        print_beam_search(model, tokenizer, prompt, sampler)
     else:
         print_samples(model, tokenizer, prompt, sampler)
 
 
-def respond_to_all(model: GPT, tokenizer, sampler: Sampling) -> None:
-    """Ask for prompts until standard input ends. Ctrl-C ends a sample, or at the prompt all."""
+def typed_lines(what: str, answer: str, label: str) -> Iterator[str]:
+    """Yield typed lines until standard input ends or Ctrl-C is pressed at the label."""
     sys.stdin.reconfigure(errors="replace")
-    print("Type a prompt and press Enter. Ctrl-C stops a sample.\n"
+    print(f"Type a {what} and press Enter. Ctrl-C stops {answer}.\n"
           "To leave, press Ctrl-C at the prompt, or Ctrl-D (on Windows Ctrl-Z and Enter).")
     while True:
         try:
-            prompt = input("prompt> ")
+            line = input(label)
         except (EOFError, KeyboardInterrupt):
             print()
             return
+        yield line
+
+
+def respond_to_all(model: GPT, tokenizer, sampler: Sampling) -> None:
+    """Answer prompts from the terminal. Ctrl-C stops a sample."""
+    for prompt in typed_lines("prompt", "a sample", "prompt> "):
         try:
             respond(model, tokenizer, prompt, sampler)
         except ValueError as error:
@@ -371,7 +382,7 @@ def print_answer(model: GPT, tokenizer, ids: list[int], end: int, sampler: Sampl
     idx, printed = torch.tensor([ids], device=model.device), ""
     room = model.config.block_size - len(ids)
     try:
-        for answer, in stream_ids(model, tokenizer, idx, torch.zeros_like(idx[:, 0]),
+        for [answer] in stream_ids(model, tokenizer, idx, torch.zeros_like(idx[:, 0]),
                                   min(max_new_tokens, room), sampler, stop, end):
             print(for_output(answer.text[len(printed):]), end="", flush=True)
             printed = answer.text
@@ -383,18 +394,10 @@ def print_answer(model: GPT, tokenizer, ids: list[int], end: int, sampler: Sampl
 
 
 def hold_conversation(model: GPT, tokenizer, template: str, sampler: Sampling, system: str) -> None:
-    """Answer messages until standard input ends. Ctrl-C ends an answer or, at the prompt, all."""
-    sys.stdin.reconfigure(errors="replace")
-    print("Type a message and press Enter. Ctrl-C stops an answer.\n"
-          "To leave, press Ctrl-C at the prompt, or Ctrl-D (on Windows Ctrl-Z and Enter).")
-    messages = [{"role": "system", "content": system}] if system else []
+    """Chat in the terminal. Ctrl-C stops an answer."""
     end = answer_marks(template, tokenizer)["end"]
-    while True:
-        try:
-            message = input("you> ")
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
+    messages = [{"role": "system", "content": system}] if system else []
+    for message in typed_lines("message", "an answer", "you> "):
         if not message.strip():
             continue
         try:
@@ -419,7 +422,8 @@ if __name__ == "__main__":
     print(describe(out_dir, model, checkpoint), file=sys.stderr, flush=True)
     sampler.generator = torch.Generator(model.device).manual_seed(seed)
     if chat:
-        hold_conversation(model, tokenizer, template, sampler, prompt)
+        with user_errors():
+            hold_conversation(model, tokenizer, template, sampler, prompt)
     elif interactive:
         respond_to_all(model, tokenizer, sampler)
     else:

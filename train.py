@@ -309,13 +309,14 @@ with ranks.user_errors():
             ckpt.remove_run(out_dir)
             write_atomically(log.path, "")
         log.send = runlog.open_logger(logger, out_dir, config, state.step)
+    recent = log.recent_losses()
 
 # -----------------------------------------------------------------------------
 # Loop
 raw_model.train()
 prefetched = prefetch(micro_batches(batches, state.step, ranks), device)
 timer = runlog.StepTimer(state.step, state.seconds, device)
-recent, stopping, first_step = log.recent_losses(), False, state.step
+stopping, first_step = False, state.step
 while True:
     out_of_time = max_minutes > 0 and state.seconds >= 60 * max_minutes
     at_end = state.step >= last_step or out_of_time or eval_only

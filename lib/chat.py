@@ -85,10 +85,10 @@ def encode(text: str, tokenizer) -> list[int]:
 
 def answer_marks(template: str, tokenizer) -> dict[str, list[int] | int]:
     """
-    Return the ids that mark an answer: `answer` precedes it, `end` is its last token.
+    Return the ids that mark answers, such as {"answer": [5, 3], "end": 6}.
 
-    Training ignores all other tokens. Raises ValueError if the template marks answers with ordinary
-    text, which a message could contain.
+    answer: the ids right before an answer. end: the token that ends it and is a part of it. Raises
+    ValueError if the template marks answers with ordinary text, which a message could contain.
     """
     def ids(messages: list[dict], prompted: bool = False) -> list[int]:
         return encode(render(template, messages, tokenizer, prompted), tokenizer)
@@ -105,13 +105,14 @@ def answer_marks(template: str, tokenizer) -> dict[str, list[int] | int]:
 
 def page_frames(template: str, tokenizer) -> dict[str, str | int]:
     """
-    Return the fixed text around the messages of a dialog, and the id that ends an answer.
+    Return the text that a template puts before each message, for lib/page.html.
 
-    For lib/page.html. A conversation is first, a request, answer, an answer, next, a request,
-    answer, ... Raises ValueError if the template depends on more than the order of the messages.
+    first: before the first request. answer: before each answer. next: before each later request.
+    end: the id that ends an answer. Raises ValueError if the text depends on more than the order
+    of the messages.
     """
     def text(n: int) -> str:
-        """Return a dialog of n messages, which are [0], [1], ..., and the prompt for an answer."""
+        """Return a conversation of the messages [0] to [n - 1] and the prompt for an answer."""
         messages = [{"role": ("user", "assistant")[i % 2], "content": f"[{i}]"} for i in range(n)]
         return render(template, messages, tokenizer, add_generation_prompt=True)
 

@@ -39,7 +39,7 @@ from lib.convert import (
     read_hf_tokenizer,
     read_hugging_face,
 )
-from lib.files import check_regular, open_synced, replace_file
+from lib.files import check_regular, is_number, open_synced, replace_file
 from lib.lora import merge_adapters, rank_of
 from lib.quantize import prepare_for_inference, quantize_int8, use_int8_layers
 from lib.read_gguf import read_gguf, read_gguf_tokenizer
@@ -100,8 +100,9 @@ class RunState:
         if "watch" in checkpoint:
             checkpoint = checkpoint | dict(zip(names, checkpoint["watch"].tolist()))
         for name in names:
-            if not isinstance(checkpoint[name], int | float):
-                raise TypeError(f"{name} is {checkpoint[name]!r}")
+            value = checkpoint[name]
+            if not is_number(value) or name in ("seconds", "lr_scale") and math.isinf(value):
+                raise TypeError(f"{name} is {str(value)[:20]}")
         counters = [torch.tensor(float(checkpoint[name]), device=device) for name in names[:3]]
         return cls(*counters, *(checkpoint[name] for name in names[3:]))
 
@@ -150,19 +151,21 @@ def remove_run(out_dir: str | Path) -> None:
     remove_after(out_dir, 0)
 
 
-def check_archive(path: Path) -> None:
+def check_archive(path: Path, checksums: bool = True) -> None:
     """
     Raise ValueError unless a file is intact and could be one of torch.save.
 
     Then reading it takes about as much memory as the file has bytes: the entries of the zip file
-    are not compressed, and its pickle calls no function that could make more of them.
+    are not compressed, and its pickle calls no function that could make more of them. checksums:
+    compare them too, which reads the whole file.
     """
+    check_regular(path)
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         if (any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
                 or sum(entry.file_size for entry in entries) > path.stat().st_size):
             raise ValueError("its parts are compressed or overlap")
-        if damaged := archive.testzip():
+        if checksums and (damaged := archive.testzip()):
             raise ValueError(f"checksum of {damaged} is wrong")
         for name in (name for name in archive.namelist() if name.endswith(".pkl")):
             for code, value, _ in pickletools.genops(archive.read(name)):
@@ -172,7 +175,7 @@ def check_archive(path: Path) -> None:
 
 def read_checkpoint(path: Path) -> dict:
     """Read a checkpoint to the CPU. Raise ValueError if it is damaged."""
-    check_regular(path, machine.memory())
+    check_regular(path, machine.system_memory())
     try:
         check_archive(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -186,25 +189,34 @@ def read_checkpoint(path: Path) -> dict:
     if "iter_num" in checkpoint:
         try:
             checkpoint = from_nanogpt(checkpoint, path) | {"version": VERSION}
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"{path} is not a checkpoint that nanoGPT wrote "
                              f"({type(error).__name__}: {error})") from None
     check_checkpoint(checkpoint, path)
-    # many weights that share their bytes would need more memory than the file has
+    # weights that share their bytes would need more memory than the file has
     if sum(w.nbytes for name, w in checkpoint["model"].items()
-           if not name.startswith("lm_head.")) > path.stat().st_size:
+           if not is_tied(checkpoint["model"], name)) > path.stat().st_size:
         raise ValueError(f"{path} is damaged: its weights are larger than the file")
     return checkpoint
+
+
+def is_tied(weights: dict[str, torch.Tensor], name: str) -> bool:
+    """Return whether a weight of the head is the same tensor as that of the token embedding."""
+    w, embedding = weights[name], weights.get(name.replace("lm_head.", "transformer.wte."))
+    return (name.startswith("lm_head.") and embedding is not None
+            and w.data_ptr() == embedding.data_ptr() and w.shape == embedding.shape)
 
 
 def check_checkpoint(checkpoint: dict, path: Path) -> None:
     """Raise ValueError unless a checkpoint has what every checkpoint has, in the right types."""
     wrong = [name for name, kind in REQUIRED.items()
              if not isinstance(value := checkpoint.get(name), kind) or isinstance(value, bool)]
-    if (wrong or checkpoint["step"] < 0
-            or not isinstance(checkpoint.get("best_val_loss", 0.0), int | float)
+    if (wrong or checkpoint["step"] < 0 or not is_number(checkpoint["step"])
+            or not is_number(checkpoint.get("best_val_loss", 0.0))
             or not isinstance(checkpoint["config"].get("dataset"), str)
             or not isinstance(checkpoint["meta"].get("tokenizer"), dict)
+            or not isinstance(splits := checkpoint["meta"].get("splits", {}), dict)
+            or not all(isinstance(counts, dict) for counts in splits.values())
             or not all(isinstance(checkpoint["meta"].get(name, ""), str)
                        for name in ("base_model", "chat_template"))):
         raise ValueError(f"{path} is not a checkpoint of this program, or it is damaged: cannot "
@@ -264,8 +276,8 @@ def load_checkpoint(name: str | Path) -> dict:
             checkpoint = read_checkpoint(path)
             try:
                 weights = merge_adapters(checkpoint["model"])
-            except ValueError as error:
-                raise ValueError(f"{path} is damaged: {error}") from None
+            except (ValueError, RuntimeError) as error:  # a shape or a type
+                raise ValueError(f"{path} is damaged: {one_line(error, 300)}") from None
             kept = (*REQUIRED, "best_val_loss")
             return {key: checkpoint[key] for key in kept if key in checkpoint} | {
                 "model": weights, "path": str(path)}
@@ -300,7 +312,7 @@ def load_tokenizer(name: str) -> tuple[object, str]:
     if (folder / "tokenizer.json").exists() and not (folder / "meta.json").exists():
         try:
             meta = read_hf_tokenizer(folder)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"the tokenizer of {name} cannot be read: {error}") from None
     elif is_gguf_file(name):
         meta = read_gguf_tokenizer(Path(name))
@@ -420,6 +432,10 @@ def restore(checkpoint: dict, model: GPT, optimizers: list[torch.optim.Optimizer
     """Load a last.pt into model, optimizers and scaler. Return the state of the run."""
     try:
         model.load_state_dict(checkpoint["model"])
+        states = [state for saved in checkpoint["optimizer"] for state in saved["state"].values()]
+        n_bytes = sum(x.nbytes for state in states for x in state.values() if torch.is_tensor(x))
+        if n_bytes > 2 * sum(p.nbytes for p in model.parameters()) + 1_000_000:  # AdamW has two
+            raise ValueError("the state of the optimizer is larger than that of its weights")
         for optimizer, saved in zip(optimizers, checkpoint["optimizer"], strict=True):
             groups = [dict(group) for group in optimizer.param_groups]
             optimizer.load_state_dict(upgrade_groups(optimizer, saved))
@@ -562,6 +578,8 @@ def model_to_finetune(checkpoint: dict, name: str, tokenizer: dict, block_size: 
     if any(w.dtype == torch.int8 for w in checkpoint["model"].values()):
         raise ValueError(f"{name} is in int8, which cannot be trained: start from the run that it "
                          "was made of")
+    if missing := {"transformer.wte.weight", "lm_head.weight"} - checkpoint["model"].keys():
+        raise ValueError(f"{name} does not fit the model: it has no {min(missing)}")
     old = meta_of(checkpoint["meta"]["tokenizer"])["vocab_size"]
     weights = add_embeddings(checkpoint["model"], old, tokenizer)
     changes["vocab_size"] = len(weights["transformer.wte.weight"])

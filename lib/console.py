@@ -11,10 +11,10 @@ from tqdm import tqdm
 
 def visible(text: object) -> str:
     """
-    Return a text whose control characters are written as in Python: \\x1b.
+    Return a text with control characters escaped as in Python, such as \\x1b.
 
-    What a message quotes, from files and arguments, could otherwise rename a terminal's window or
-    hide a part of the message. Line ends, tabs and the joiners in words and emojis remain.
+    A quoted file or argument could otherwise rename the terminal's window or hide a part of the
+    message. Line breaks, tabs and the joiners in words and emojis are kept.
     """
     text = str(text)
     if text.isprintable():
@@ -25,7 +25,7 @@ def visible(text: object) -> str:
 
 
 def for_output(text: str) -> str:
-    """Return a generated text as it is, or, where standard output is a terminal, visible()."""
+    """Return a generated text to print, escaped by visible() if stdout is a terminal."""
     return visible(text) if sys.stdout.isatty() else text
 
 
@@ -39,11 +39,7 @@ def progress(items: Iterable | None, task: str, **options) -> tqdm:
 
 
 def hide_hub_progress() -> None:
-    """
-    Switch off what the library of the Hugging Face hub prints about each of its retries.
-
-    Where stderr is not a terminal, also its progress bars.
-    """
+    """Hide what huggingface_hub prints about retries and, outside of a terminal, its progress."""
     from huggingface_hub.utils import disable_progress_bars, logging
 
     logging.set_verbosity_error()

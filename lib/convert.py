@@ -15,9 +15,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from lib.configurator import one_line
-from lib.console import hide_hub_progress
+from lib.console import hide_hub_progress, visible
 from lib.files import check_regular, load_json, read_text
-from lib.machine import memory
+from lib.machine import system_memory
 from lib.tokenizer import meta_of, read_nanogpt_characters, read_tokenizer_json
 from model import GPT, GPTConfig
 
@@ -252,7 +252,7 @@ def download(name: str) -> tuple[Path, str]:
     page, is_first_rank = f"https://huggingface.co/{model}", os.environ.get("RANK", "0") == "0"
     hide_hub_progress()
     if is_first_rank:
-        print(f"asking the Hugging Face hub for {name} ...", file=sys.stderr)
+        print(f"asking the Hugging Face hub for {visible(name)} ...", file=sys.stderr)
     try:
         folder = Path(snapshot_download(model, revision=revision or None, allow_patterns=HUB_FILES,
                                         ignore_patterns="*/*"))  # no files in subfolders
@@ -336,7 +336,7 @@ def read_hugging_face(folder: Path) -> dict:
                              f"tokenizer ({tokens:,}), which without a tokenizer.json is GPT-2's")
         weights = {}
         for path in sorted(folder.glob("*.safetensors")):
-            check_regular(path, memory())
+            check_regular(path, system_memory())
             weights |= load_file(path)
         if "wte.weight" in weights:  # OpenAI's own files have no prefix
             weights = {f"transformer.{name}": w for name, w in weights.items()}

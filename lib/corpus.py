@@ -24,7 +24,7 @@ import numpy as np
 from lib.configurator import one_line
 from lib.console import hide_hub_progress, progress, visible
 from lib.dataset import TokenStream, split_files, token_dtype
-from lib.files import load_json, open_synced, replace_file, write_atomically
+from lib.files import is_number, load_json, open_synced, replace_file, write_atomically
 from lib.tokenizer import EOT, KINDS, leading, meta_of, read_nanogpt_characters
 
 FORMAT_VERSION = 1  # of meta.json
@@ -511,11 +511,16 @@ def check_meta(meta: dict) -> None:
     size = len(tokenizer.get("vocab", range(vocab_size)))
     if tokenizer["kind"] not in KINDS or size != vocab_size:
         raise ValueError("its tokenizer is unknown or has another vocabulary")
-    if chat := meta.get("chat"):
+    if type(meta["dataset"]) is not str or not is_number(meta.get("floor", 0.0)):
+        raise ValueError("dataset must be a name, and floor a number")
+    if "chat" in meta:
+        chat = meta["chat"]
         ids = [chat["end"], *chat["answer"]]
         if chat.keys() != {"answer", "end"} or not all(type(i) is int for i in ids):
             raise ValueError("chat must have the ids of `answer` and `end`")
     for counts in (meta["splits"]["train"], meta["splits"]["val"]):
-        if not (type(counts["tokens"]) is int and counts["tokens"] > 0
+        numbers = [counts[name] for name in ("tokens", "bytes", "words", "characters")
+                   if name in counts or name in ("tokens", "bytes")]
+        if not (all(type(n) is int and 0 < n <= 2**53 for n in numbers)
                 and type(counts["sha256"]) is str):
-            raise ValueError("the token count or the checksum of a split is missing")
+            raise ValueError("a count or the checksum of a split is missing")

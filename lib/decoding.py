@@ -188,7 +188,7 @@ def beam_search(model: GPT, idx: torch.Tensor, max_new_tokens: int, num_beams: i
 
 def start_token(tokenizer) -> int:
     """Return the token before an empty prompt: end of text, else a newline, a space or token 0."""
-    if tokenizer.eot >= 0:  # in training every document follows it
+    if tokenizer.eot >= 0:  # in training it comes before every document
         return tokenizer.eot
     return tokenizer.ids.get("\n", tokenizer.ids.get(" ", 0))
 

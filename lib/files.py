@@ -1,7 +1,7 @@
 """
-Files that are never half written, the place of results, and the lock on a run.
+Files that are never half written, the paths of results, and the lock on a run.
 
-A folder may be one that a stranger made: nothing is written through a symbolic link, and only
+A folder may come from a stranger: nothing is written through a symbolic link, and only
 regular files of a sensible size are read.
 """
 import contextlib
@@ -40,6 +40,11 @@ def load_json(path: Path) -> object:
         raise ValueError(f"{path} is nested too deeply") from None
 
 
+def is_number(value: object) -> bool:
+    """Return whether a value of a file is a float, or an integer that a float holds exactly."""
+    return isinstance(value, float) or isinstance(value, int) and abs(value) <= 2**53
+
+
 def open_new(path: Path, mode: str = "w") -> IO:
     """Create a file to write, never through a symbolic link: an old file or link is removed."""
     path.unlink(missing_ok=True)
@@ -47,18 +52,18 @@ def open_new(path: Path, mode: str = "w") -> IO:
     return open(path, mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8")
 
 
-def open_own(path: Path, mode: str, **how) -> IO:
+def open_to_append(path: Path, mode: str, **options) -> IO:
     """Open a file to append to or to lock. Raise ValueError if it is a symbolic link."""
     if path.is_symlink():
         raise ValueError(f"{path} is a symbolic link, which is not followed: remove it")
     no_follow = getattr(os, "O_NOFOLLOW", 0)  # not on Windows
     return open(path, mode, opener=lambda name, flags: os.open(name, flags | no_follow, 0o666),
-                **how)
+                **options)
 
 
 @contextlib.contextmanager
 def open_synced(path: Path, mode: str = "w") -> Iterator[IO]:
-    """Open a file to write; at the end its content is on the disk. Remove it after an error."""
+    """Open a file to write, and sync it to the disk at the end. Remove it after an error."""
     try:
         with open_new(path, mode) as file:
             yield file
@@ -71,7 +76,7 @@ def open_synced(path: Path, mode: str = "w") -> Iterator[IO]:
 
 @contextlib.contextmanager
 def replace_atomically(path: Path, mode: str = "w", retries: int = 100) -> Iterator[IO]:
-    """Open a file to write that gets its name only when it is complete and on the disk."""
+    """Open a temporary file to write; when it is complete and synced, rename it to path."""
     temporary = path.with_name(path.name + ".tmp")
     with open_synced(temporary, mode) as file:
         yield file
@@ -83,7 +88,7 @@ def replace_file(source: Path, target: Path, retries: int = 100) -> None:
     Rename a file, replacing an existing one.
 
     On Windows this fails while another program has either file open. A virus scanner or sample.py
-    closes it soon, so this retries 100 times in 20 seconds.
+    closes it soon, so this tries again every 0.2 seconds.
     """
     if sys.platform != "win32":
         return os.replace(source, target)
@@ -127,7 +132,7 @@ def lock_run(out_dir: str | Path) -> IO[bytes]:
     the process id for the message to other processes. Raises ValueError where one holds the lock.
     """
     os.makedirs(out_dir, exist_ok=True)
-    file = open_own(Path(out_dir) / "lock", "ab+", buffering=0)
+    file = open_to_append(Path(out_dir) / "lock", "ab+", buffering=0)
     try:
         lock_file(file)
     except (BlockingIOError, PermissionError):  # Linux and macOS; Windows

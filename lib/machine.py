@@ -53,9 +53,9 @@ def resolve_device(device: str) -> str:
 
 def resolve_dtype(dtype: str, device: str) -> str:
     """
-    Return the data type that 'auto' stands for: the fastest in which training is safe.
+    Check dtype and replace 'auto' by the fastest type in which training is safe.
 
-    On a CPU it stays 'auto', as only a measurement can tell: see resolve_dtype_for().
+    On a CPU 'auto' stays, as only a measurement can decide: see resolve_dtype_for().
     """
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
@@ -121,8 +121,8 @@ def explain_out_of_memory(advice: str = SAVE_MEMORY) -> None:
     """
     From now on, end this process with one line of advice when the device is out of memory.
 
-    Of many ranks, those that lose the connection to another one end with one line, too. Call it
-    after these are connected, as torch then sets a hook that collects what others print.
+    A rank that loses its connection to another one ends with one line, too. Call this after the
+    ranks are connected: torch then sets a hook of its own, which must be the earlier one.
     """
     before = sys.excepthook
 
@@ -201,7 +201,7 @@ def keep_freed_memory(keep: bool = True) -> None:
 
 
 def share_heap() -> None:
-    """Let all threads share one heap of glibc, as each of many heaps keeps what it once had."""
+    """Let all threads share one heap of glibc: the heap of each thread keeps its freed memory."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-8, 1)  # M_ARENA_MAX
 
@@ -261,7 +261,7 @@ def peak_flops(device: str, dtype: str) -> tuple[float, str]:
 
 def peak_memory(device: str) -> int:
     """
-    Return the most memory in bytes that was used so far: of the GPU, else of this process.
+    Return the peak memory use so far in bytes, of the GPU or else of this process.
 
     0 if it is unknown, as on Windows.
     """
@@ -277,8 +277,8 @@ def peak_memory(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def memory() -> float:
-    """Return the bytes of this machine's memory, infinity where they are unknown, as on Windows."""
+def system_memory() -> float:
+    """Return the memory of this machine in bytes, infinity if it is unknown, as on Windows."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
@@ -300,7 +300,7 @@ def weight_bytes(c) -> int:
 
 def check_memory(needed: int, device: str = "cpu") -> None:
     """Raise ValueError if a model that needs so many bytes cannot fit into a device's memory."""
-    available = int(min(gpu_memory(device) or memory(), 1e15))
+    available = int(min(gpu_memory(device) or system_memory(), 1e15))
     if needed > available:
         raise ValueError(f"the model needs at least {needed // 10**9:,} GB of memory, and the "
                          f"device {device} has {available // 10**9:,} GB: choose a smaller model")
@@ -315,5 +315,5 @@ def gpu_memory(device: str) -> int:
 
 def describe_peak_memory(device: str) -> str:
     """Return text such as ', 0.6 GB peak memory', or '' if it is unknown."""
-    memory = peak_memory(device)
-    return f", {memory / 1e9:.1f} GB peak memory" if memory else ""
+    peak = peak_memory(device)
+    return f", {peak / 1e9:.1f} GB peak memory" if peak else ""

@@ -28,7 +28,7 @@ from lib.convert import (
     is_transposed,
 )
 from lib.files import check_regular
-from lib.machine import check_memory, memory, weight_bytes
+from lib.machine import check_memory, system_memory, weight_bytes
 from lib.tokenizer import EOT, PATTERNS, PIECE, UNK, bpe_of_model, gpt2_pattern, meta_of
 from model import GPTConfig
 
@@ -53,7 +53,7 @@ def read_gguf(path: Path) -> dict:
     """Read a GGUF file as a checkpoint with weights in float32. Raise ValueError if it is bad."""
     with open_gguf(path) as file:
         fields, tensors = read_header(file)
-        config, meta = config_of(fields, tensors, file), meta_of_fields(fields)
+        config, meta = config_of_fields(fields, tensors, file), meta_of_fields(fields)
         check_memory(weight_bytes(config))
         if meta["vocab_size"] > config.vocab_size:
             raise ValueError(f"its tokenizer has {meta['vocab_size']:,} tokens, and its vocabulary "
@@ -78,7 +78,7 @@ def open_gguf(path: Path) -> Iterator[BinaryIO]:
         import gguf  # noqa: F401
     except ImportError:
         raise ValueError(f"to read {path} a package is needed: pip install gguf") from None
-    check_regular(path, memory())
+    check_regular(path, system_memory())
     with open(path, "rb") as file:
         try:
             yield file
@@ -178,40 +178,43 @@ def place_tensors(tensors: dict[str, TensorInfo], header_bytes: int, file_bytes:
     return placed
 
 
-def config_of(fields: dict, tensors: dict[str, TensorInfo], file: BinaryIO) -> GPTConfig:
-    """Return the config of a model. Raise ValueError for settings that we do not have."""
+def config_of_fields(fields: dict, tensors: dict[str, TensorInfo], file: BinaryIO) -> GPTConfig:
+    """Return the config of a model. Raise ValueError for unsupported fields."""
     arch = fields.get("general.architecture")
     if arch not in CLASSES:
         raise ValueError(f"its architecture is {arch!r}, not {' or '.join(map(repr, CLASSES))}")
-    theirs = {name.removeprefix(f"{arch}."): value for name, value in fields.items()
+    values = {name.removeprefix(f"{arch}."): value for name, value in fields.items()
               if name.startswith(f"{arch}.")}
     eps = "attention.layer_norm_epsilon" if arch == "gpt2" else "attention.layer_norm_rms_epsilon"
     required = REQUIRED | {"norm_eps": eps}
-    if missing := [name for name in required.values() if name not in theirs]:
+    if missing := [name for name in required.values() if name not in values]:
         raise ValueError(f"it has no {arch}.{missing[0]}")
     if "token_embd.weight" not in tensors:
         raise ValueError("it has no token_embd.weight")
     names = required | OPTIONAL
-    args = {ours: theirs[name] for ours, name in names.items() if name in theirs}
+    args = {ours: values[name] for ours, name in names.items() if name in values}
     config = GPTConfig(arch, **args, vocab_size=tensors["token_embd.weight"].shape[0],
                        tied=arch == "gpt2" or "output.weight" not in tensors)
-    known = {"vocab_size": config.vocab_size, "attention.value_length": config.head_dim,
-             "rope.dimension_count": config.head_dim, "rope.scaling.type": "none"}
-    for name in sorted(theirs.keys() - set(names.values())):
-        if str(theirs[name]) != str(known.get(name, 0)):
-            raise ValueError(f"its {arch} field {name!r} is {theirs[name]!r}, which is not "
+    # any other field must have the value that the config implies, or be 0: not used
+    implied = {"vocab_size": config.vocab_size, "attention.value_length": config.head_dim,
+               "rope.dimension_count": config.head_dim, "rope.scaling.type": "none"}
+    for name in sorted(values.keys() - set(names.values())):
+        if str(values[name]) != str(implied.get(name, 0)):
+            raise ValueError(f"its {arch} field {name!r} is {values[name]!r}, which is not "
                              "supported")
+    if not config.rope_theta < 1e12 or not config.norm_eps < 1:
+        raise ValueError(f"its rope_theta is {config.rope_theta:g} and its norm_eps "
+                         f"{config.norm_eps:g}, which is too large")
     # a damaged header must not make us allocate far more than the file holds
     positions, size = 4 * config.block_size * config.head_dim, os.fstat(file.fileno()).st_size
-    if (config.n_layer > len(tensors) / 8 or positions > max(size, 1 << 25)
-            or not config.rope_theta < 1e12 or not config.norm_eps < 1):
+    if config.n_layer > len(tensors) / 8 or positions > max(size, 1 << 25):  # 8 in each layer
         raise ValueError(f"its {arch}.* fields describe a larger model than the file holds")
     return config
 
 
 def read_weights(file: BinaryIO, tensors: dict[str, TensorInfo],
                  config: GPTConfig) -> dict[str, torch.Tensor]:
-    """Return our state dict in float32. Only one tensor at a time is in memory twice."""
+    """Return our state dict in float32. Read one tensor at a time, to save memory."""
     import gguf
 
     table = gguf.get_tensor_name_map(gguf.MODEL_ARCH[config.arch.upper()], config.n_layer)
@@ -219,18 +222,18 @@ def read_weights(file: BinaryIO, tensors: dict[str, TensorInfo],
     if "output.weight" not in tensors:
         del stacked["lm_head.weight"]
     names = {name: table.get_name(name, try_suffixes=(".weight", ".bias"))
-             for theirs in stacked.values() for name in theirs}
+             for hf_parts in stacked.values() for name in hf_parts}
     if unknown := sorted(set(tensors) - set(names.values())):
         if "rope_freqs.weight" in unknown:
             raise ValueError("it uses the rope scaling of Llama 3.1, which is not supported")
         raise ValueError(f"it has the unexpected tensor {unknown[0]!r}")
     # check all names and shapes before reading any weights
-    shapes = {theirs: torch.empty(tensors[name].shape, device="meta")
-              for theirs, name in names.items() if name in tensors}
+    shapes = {hf_name: torch.empty(tensors[name].shape, device="meta")
+              for hf_name, name in names.items() if name in tensors}
     from_hf({name: w.t() if is_transposed(name) else w for name, w in shapes.items()}, config)
 
-    def read(theirs: str) -> torch.Tensor:
-        name, tensor = names[theirs], tensors[names[theirs]]
+    def read(hf_name: str) -> torch.Tensor:
+        name, tensor = names[hf_name], tensors[names[hf_name]]
         file.seek(tensor.offset)
         data = np.fromfile(file, np.uint8, tensor.size).reshape(*tensor.shape[:-1], -1)
         with np.errstate(all="ignore"):
@@ -239,13 +242,12 @@ def read_weights(file: BinaryIO, tensors: dict[str, TensorInfo],
         if not is_finite:
             raise ValueError(f"{name} has values that are not finite")
         is_interleaved = (config.arch == "llama"
-                          and theirs.endswith(("q_proj.weight", "k_proj.weight")))
+                          and hf_name.endswith(("q_proj.weight", "k_proj.weight")))
         w = torch.from_numpy(w)
         return deinterleave(w, config.head_dim) if is_interleaved else w
 
-    weights = {}
-    for ours, theirs in stacked.items():
-        weights[ours] = torch.cat([read(name) for name in theirs])
+    weights = {name: torch.cat([read(part) for part in hf_parts])
+               for name, hf_parts in stacked.items()}
     embedding = weights["transformer.wte.weight"]
     head = weights.setdefault("lm_head.weight", embedding)
     if config.tied and not head.equal(embedding):  # older files of GPT-2 repeat it
@@ -287,7 +289,8 @@ def meta_of_fields(fields: dict) -> dict:
     template = fields.get("tokenizer.chat_template")
     if not template:
         return meta_of(spec)
-    bos = tokens[bos] if (bos := about.get("bos_token_id")) in range(len(tokens)) else ""
+    bos_id = about.get("bos_token_id")
+    bos = tokens[bos_id] if bos_id in range(len(tokens)) else ""
     template = complete_template(str(template), bos_token=bos, eos_token=tokens[eos])
     return meta_of(spec) | {"chat_template": template}
 

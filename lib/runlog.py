@@ -14,7 +14,14 @@ from pathlib import Path
 from lib import machine
 from lib.configurator import one_line, user_errors
 from lib.console import duration
-from lib.files import LARGEST, check_regular, open_own, replace_atomically, write_atomically
+from lib.files import (
+    LARGEST,
+    check_regular,
+    is_number,
+    open_to_append,
+    replace_atomically,
+    write_atomically,
+)
 from lib.tokenizer import get_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -158,7 +165,7 @@ class RunLog:
         metrics = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
         with user_errors():
             try:
-                with open_own(self.path, "a", encoding="utf-8") as file:
+                with open_to_append(self.path, "a", encoding="utf-8") as file:
                     file.write(json.dumps({"step": step, **metrics}) + "\n")
             except OSError as error:
                 raise OSError(f"{self.path} could not be written ({error.strerror}); the "
@@ -174,8 +181,8 @@ class RunLog:
         for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(ValueError, RecursionError):
                 record = json.loads(line)
-                if (isinstance(record, dict) and "step" in record
-                        and all(isinstance(x, float | int | None) for x in record.values())):
+                if (isinstance(record, dict) and type(record.get("step")) is int
+                        and all(x is None or is_number(x) for x in record.values())):
                     found.append(record)
         return found
 

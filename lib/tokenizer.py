@@ -52,6 +52,7 @@ CHUNK = 100_000  # characters that a thread encodes at a time
 # before the last one, so a text may be cut there. \s of tiktoken is without \x1c-\x1f.
 MOST_SPACE = 500_000
 LONG_SPACE = re.compile(r"(?=[^\S\x1c-\x1f][\S\x1c-\x1f])(?<=[^\S\x1c-\x1f]{1000})")
+LONGEST_TOKEN = 1000  # bytes, as byte_level() takes the square of the time
 
 # GPT-2's files write every byte as a visible character: as itself, or as one from 256 on
 VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -93,10 +94,16 @@ class BytePairTokenizer:
         self.eot = self.specials.get(spec.get("eot", EOT), -1)
 
     def encode(self, text: str) -> list[int]:
-        # encode_ordinary would panic, not raise ValueError, where the pattern fails
-        ids = chain.from_iterable(self.encoding.encode(part, disallowed_special=())
-                                  for part in self.divide(text))
-        return list(ids) if self.is_complete else [i for i in ids if i < self.vocab_size]
+        return [i for part in self.divide(text) for i in self.encode_part(part).tolist()]
+
+    def encode_part(self, text: str) -> np.ndarray:
+        try:
+            ids = self.encoding.encode_to_numpy(text, disallowed_special=())
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # tiktoken's, which is no Exception
+                raise
+            raise ValueError("the pattern of the tokenizer cannot divide this text") from None
+        return ids if self.is_complete else ids[ids < self.vocab_size]
 
     def encode_many(self, texts: list[str]) -> list[np.ndarray]:
         """
@@ -105,8 +112,7 @@ class BytePairTokenizer:
         Each task has about CHUNK characters, which takes half the time of one task per text.
         """
         def encode_task(task: list[str]) -> list[np.ndarray]:
-            encoded = [self.encoding.encode_to_numpy(part, disallowed_special=()) for part in task]
-            return encoded if self.is_complete else [ids[ids < self.vocab_size] for ids in encoded]
+            return [self.encode_part(part) for part in task]
 
         texts_in_parts = [list(self.divide(text)) for text in texts]
         all_parts = chain.from_iterable(texts_in_parts)
@@ -343,6 +349,8 @@ def byte_level(tokenizer: BytePairTokenizer) -> tuple[list[str], list[tuple[str,
     earlier merges. If more remain, it has no merge and only encodes a whole part of a text.
     """
     ranks = tokenizer.encoding._mergeable_ranks
+    if max(map(len, ranks)) > LONGEST_TOKEN:
+        raise ValueError(f"the tokenizer has a token of more than {LONGEST_TOKEN} bytes")
     vocab, merges = [""] * tokenizer.vocab_size, []
     for token, rank in sorted(ranks.items(), key=lambda pair: pair[1]):
         if rank >= tokenizer.vocab_size:  # a missing byte
@@ -459,6 +467,8 @@ def check_specials(spec: dict) -> None:
             raise ValueError(f"the control token {token!r} has the id {i!r}")
         if vocab and vocab[i] != token:
             raise ValueError(f"the control token {token!r} is not token {i}")
+    if specials and not vocab and len(specials) <= max(specials.values()) - 50256:
+        raise ValueError("there is an id without a token")
 
 
 def add_specials(tokenizer, names: Iterable[str]):

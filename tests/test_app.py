@@ -24,6 +24,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import zipfile
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -275,6 +276,26 @@ def test_the_list_says_steps_and_loss(tmp_path, trained, monkeypatch):
     (tmp_path / "run/metrics_summary.json").unlink()
     (tmp_path / "run/best.pt").write_bytes(b"PK\x03\x04 and then nothing")
     assert app.describe_run("run", 2) == "run"
+
+
+def test_the_list_reads_no_file_without_end(tmp_path, trained, monkeypatch):
+    monkeypatch.setattr(app, "folder", str(tmp_path))
+    read, real = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *args, **how: read.append(args) or real(*args, **how))
+    shutil.copytree(trained, tmp_path / "run")
+    with open(tmp_path / "run/metrics_summary.json", "wb") as file:
+        file.truncate(10**10)
+    with pytest.raises(ValueError, match="at most 100,000,000 can be read"):
+        app.read_summary("run")
+    with zipfile.ZipFile(tmp_path / "run/best.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("best/data.pkl", bytes(10**6))
+    with pytest.raises(ValueError, match="its parts are compressed"):
+        app.read_progress("run", 3)
+    (tmp_path / "run/best.pt").unlink()
+    (tmp_path / "run/best.pt").symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match="not a regular file"):
+        app.read_progress("run", 4)
+    assert not read
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="file names are Unicode, without controls")

@@ -296,6 +296,8 @@ def test_out_of_memory_is_one_line(tmp_path):
         (["--mode=generate", "--run=none"], "no checkpoint in none"),
         (["--texts=1;8"], "texts takes numbers"),
         (["--texts=0"], "texts takes numbers"),
+        (["--mode=generate", "--beta2=1e9"], "beta2 must be at least 0 and below 1"),
+        (["--mode=loss", "--device=meta"], "device must be auto, cpu, cuda"),
         (["--mode=plan"], "python plan.py"),
         (["--mode=plan", "--gpu=T4"], "python plan.py"),
     ],

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from lib.checkpoint import (
     check_checkpoint,
     find_resumable,
     load_checkpoint,
+    model_to_finetune,
     read_checkpoint,
     remove_run,
     restore,
@@ -24,6 +26,7 @@ from lib.checkpoint import (
 )
 from lib.corpus import load_meta
 from lib.optim import make_optimizers, set_lr
+from lib.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
 
 
@@ -269,6 +272,8 @@ def test_a_run_without_a_scaler_is_resumed_in_float16():
 @pytest.mark.parametrize("damage", [
     lambda saved: saved.update(lr_scale="x"), lambda saved: saved.update(stale=[1]),
     lambda saved: saved.update(seconds=None), lambda saved: saved.update(optimizer=3),
+    lambda saved: saved.update(seconds=10**400), lambda saved: saved.update(lr_scale=math.inf),
+    lambda saved: saved["optimizer"][0]["state"][0].update(a=torch.zeros(1).expand(1 << 40)),
     lambda saved: saved["optimizer"][0]["param_groups"].__setitem__(0, "x"),
     lambda saved: saved["optimizer"][0]["param_groups"][0].update(lr="x"),
     lambda saved: saved["optimizer"][0]["param_groups"][0].update(weight_decay=None),
@@ -294,10 +299,32 @@ def test_wrong_types_in_what_is_resumed_are_named(damage, optimizer):
 
 def test_a_best_loss_that_is_no_number_is_refused(tmp_path, trained):
     checkpoint = read_checkpoint(trained / "best.pt")
-    for value in ("x", None, [1.0]):
+    for value in ("x", None, [1.0], 10**400):
         save_checkpoint(tmp_path, "best.pt", checkpoint | {"best_val_loss": value})
         with pytest.raises(ValueError, match="cannot read its contents"):
             load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("changes, says", [
+    (dict(step=10**400), "cannot read its contents"),
+    (dict(meta=dict(splits=5)), "cannot read its contents"),
+    (dict(meta=dict(splits=dict(train=5))), "cannot read its contents"),
+    (dict(meta=dict(tokenizer={})), "unknown tokenizer None"),
+    (dict(meta=dict(tokenizer=dict(kind="gpt2", specials=5))), "control tokens are not a dict"),
+    (dict(meta=dict(tokenizer=dict(kind="gpt2", specials={"a": 50256, "b": 60000}))),
+     "an id without a token")])
+def test_odd_values_are_one_line(tmp_path, trained, changes, says):
+    checkpoint = read_checkpoint(trained / "best.pt")
+    checkpoint |= changes | {"meta": checkpoint["meta"] | changes.get("meta", {})}
+    save_checkpoint(tmp_path, "best.pt", checkpoint)
+    with pytest.raises(ValueError, match=says):
+        get_tokenizer(load_checkpoint(tmp_path)["meta"])
+
+
+def test_a_model_without_weights_cannot_be_tuned(trained):
+    checkpoint = read_checkpoint(trained / "best.pt") | {"model": {}}
+    with pytest.raises(ValueError, match="out does not fit the model: it has no lm_head.weight"):
+        model_to_finetune(checkpoint, "out", checkpoint["meta"]["tokenizer"])
 
 
 def test_adapters_that_do_not_fit_are_refused(tmp_path, trained):

@@ -18,6 +18,7 @@ from lib.configurator import at_least, coerce, from_text, one_line, one_of, read
 from lib.console import for_output, print_table, progress, visible
 from lib.corpus import load_meta
 from lib.dataset import TokenStream
+from test_bench import BENCH
 
 
 @pytest.mark.parametrize(
@@ -348,12 +349,19 @@ def test_what_messages_quote_is_visible(tmp_path, trained, fables_data):
     (odd / "prev.pt").write_text("damaged")
     config = tmp_path / "config.py"
     config.write_text(f"raise ValueError({ESCAPE!r})")
+    against = tmp_path / f"peer{ESCAPE}"
+    against.mkdir()
+    shutil.copy(HERE / "model.py", against)
     for command in (
             ["sample.py", f"--out_dir={odd}", "--num_samples=1", "--max_new_tokens=2"],
             ["sample.py", f"--out_dir={ESCAPE}"], ["sample.py", f"--{ESCAPE}=1"],
             ["sample.py", f"--out_dir={odd}", f"--start={ESCAPE}zz", "--next_token=1"],
             ["eval.py", f"--out_dir={odd}", f"--dataset={tmp_path}/data{ESCAPE}"],
             ["export.py", f"--out_dir={odd}", f"--to={tmp_path}/to{ESCAPE}"],
+            ["sample.py", f"--out_dir=gpt2@{ESCAPE}"],
+            ["bench.py", *BENCH, f"--against={against}/model.py"],
+            ["data/text/prepare.py", f"--source={against}/model.py", "--tokenizer=char",
+             f"--out_dir={tmp_path}/text{ESCAPE}"],
             ["train.py", str(config)], ["plan.py", f"--dataset={ESCAPE}", "--max_epochs=1"],
             ["train.py", f"--dataset={tmp_path}/data{ESCAPE}", f"--out_dir={odd}",
              "--init_from=resume", *TINY]):

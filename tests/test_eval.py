@@ -503,7 +503,7 @@ def test_compare_reuses_a_summary_that_is_up_to_date(trained, fables_data, tmp_p
     assert is_reused() and is_reused(continuations=5, tokens_per_second=1.0)
     for key, value in dict(step=5, dataset="tales", folder="data/x", split="train",
                            batching="by_length", stride=8, quantize="int8", eval_iters=None,
-                           valid_share=None).items():
+                           valid_share=None, tokens=10**400, perplexity="x").items():
         assert not is_reused(**{key: value}), key
     monkeypatch.setattr(evaluation, "valid_samples", 0)
     assert is_reused(valid_share=None)

@@ -163,6 +163,7 @@ SHARED = torch.zeros(20_000)
 @pytest.mark.parametrize("more, says", [
     ({"a": torch.zeros(1).expand(1 << 40)}, "larger than the file"),
     ({f"a{i}": SHARED for i in range(1000)}, "larger than the file"),
+    ({"lm_head.weight": torch.zeros(1, 1).expand(1 << 14, 1 << 14)}, "larger than the file"),
     ({"a": torch.zeros(2, dtype=torch.complex64)}, "its weight 'a' is not a tensor of floats"),
     ({7: torch.zeros(2)}, "its weight 7 is not a tensor of floats"),
     ({"a": "text"}, "its weight 'a' is not a tensor of floats")])
@@ -315,6 +316,7 @@ def test_a_folder_of_a_crafted_size_is_refused(tmp_path, openai_folder, built, n
     path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
     with pytest.raises(ValueError, match="is not a Hugging Face model that can be read here"):
         load_checkpoint(tmp_path / "model")
+    assert max(built, default=0) < 20
 
 
 @pytest.mark.parametrize("command, says", [

@@ -268,7 +268,7 @@ def test_a_long_conversation_forgets_its_oldest_messages(tmp_path, monkeypatch):
     drive = """async (call, {messages, most}) => {
       const turns = [];
       for (const prompt of messages) {
-        const {ids} = await call("begin", {prompt, seed: 0, most});
+        const {ids} = await call("begin", {prompt, seed: 0, maxTokens: most});
         const answer = [];
         for (let i = 0; i < 5; i++) {
           while ((await call("read")).left);

@@ -134,6 +134,22 @@ def test_a_pattern_that_fails_is_a_value_error():
             encode("x" * 40)
 
 
+def test_a_pattern_that_matches_nothing_is_a_value_error():
+    """tiktoken panics, with an exception that is no Exception."""
+    tokenizer = get_tokenizer({"tokenizer": SMALL_BPE.spec | {"pattern": "[a-z]*"}})
+    for encode in (tokenizer.encode, lambda text: tokenizer.encode_many([text, "a"])):
+        with pytest.raises(ValueError, match="pattern of the tokenizer cannot divide this text"):
+            encode("Once")
+
+
+def test_very_long_tokens_are_refused():
+    """Dividing them into their merges takes the square of the time."""
+    spec = SMALL_BPE.spec | {"vocab": [*SMALL_BPE.spec["vocab"], "a" * 1001]}
+    spec["specials"] = {EOT: SMALL_BPE.eot}
+    with pytest.raises(ValueError, match="a token of more than 1000 bytes"):
+        byte_level(get_tokenizer({"tokenizer": spec}))
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.text())
 def test_any_unicode_is_words_or_unknown(text):

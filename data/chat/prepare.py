@@ -1,5 +1,5 @@
 """
-Prepare conversations for chat tuning. Only the assistant's answers are trained.
+Prepare conversations for chat tuning. The loss covers only the assistant's answers.
 
     python data/chat/prepare.py --source=FILE.jsonl --tokenizer=MODEL
 
@@ -21,9 +21,9 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
-from lib.chat import ChatTokenizer, chat_meta, ensure_template, render
+from lib.chat import ChatTokenizer, chat_meta, check_messages, ensure_template, render
 from lib.checkpoint import load_tokenizer
-from lib.configurator import configure, user_errors
+from lib.configurator import configure, one_line, user_errors
 from lib.corpus import hub_documents, hub_source, is_local, local_documents, write_dataset
 from lib.tokenizer import KINDS
 
@@ -37,7 +37,7 @@ configure(globals())
 
 
 def prepare(folder: Path, source: str, column: str, model: str) -> None:
-    """Write the dataset. model: whose tokenizer and chat template it gets."""
+    """Write the dataset with the tokenizer and chat template of a model."""
     chat_tokenizer, template = ensure_template(*load_tokenizer(model))
 
     def conversations(rows: Iterator[object], where: object, column: str) -> Iterator[str]:
@@ -57,13 +57,14 @@ def prepare(folder: Path, source: str, column: str, model: str) -> None:
                   source="" if is_local(source) else hub_source(source))
 
 
-def stripped_messages(messages: object) -> object:
-    """Strip white space around messages, which could merge with the tokens that mark an answer."""
-    if not isinstance(messages, list):
-        return messages  # render() says what is wrong
-    return [message | {"content": message["content"].strip()}
-            if isinstance(message, dict) and isinstance(message.get("content"), str) else message
-            for message in messages]
+def stripped_messages(messages: object) -> list[dict[str, str]]:
+    """
+    Strip the white space around messages. Raise ValueError unless they are a conversation.
+
+    White space could merge with the template's text before an answer, which then was not found.
+    """
+    check_messages(messages)
+    return [message | {"content": message["content"].strip()} for message in messages]
 
 
 with user_errors():
@@ -74,8 +75,8 @@ with user_errors():
                          "GGUF file or USER/NAME")
     folder = Path(out_dir) if out_dir else HERE
     prepare(folder, source, column, tokenizer)
-    inside = folder.resolve().parent == HERE.resolve().parent
-    print("next:", shlex.join([
+    is_in_data = folder.resolve().parent == HERE.resolve().parent
+    print(one_line("next: " + shlex.join([
         "python", "train.py", "config/finetune.py", f"--init_from={tokenizer}",
-        f"--dataset={folder.resolve().name if inside else folder.resolve()}",
-        "--batching=by_length", "--block_size=512", "--out_dir=out-chat"]))
+        f"--dataset={folder.resolve().name if is_in_data else folder.resolve()}",
+        "--batching=by_length", "--block_size=512", "--out_dir=out-chat"])))

@@ -15,7 +15,7 @@ a split is its entropy: no model can have a lower loss on average. A text that p
 cannot come from the grammar, for example because of a wrong name, a found thing that was never
 lost, or the moral of another fable.
 
-With --instruct, each document is a conversation: a request that names at least three facts, such as
+With --instruct, each document is a conversation: a request that names four to six facts, such as
 the hero, the helper and the moral, and a fable that has them. The entropy is that of the fables,
 given the requests. Tokens that only conversations need follow the vocabulary of the plain fables,
 so that a model of these can be tuned.
@@ -27,6 +27,7 @@ import re
 import sys
 import zlib
 from collections.abc import Callable, Sequence
+from itertools import permutations
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -497,8 +498,8 @@ def facts_of(text: str) -> dict[str, str]:
 
 
 # -----------------------------------------------------------------------------
-# Requests: one sentence of FIRST and one of SECOND that names other slots. Every fable has all of
-# these slots.
+# Requests: a sentence of FIRST and two of MORE that name other slots, four to six together. Every
+# fable has all of these slots. With fewer facts per request, some were not learned in five minutes.
 
 FIRST = ["Tell me about [hero] the [animal] and the [thing].",
          "Tell me a fable about a [animal] named [hero] and the [thing].",
@@ -508,7 +509,7 @@ FIRST = ["Tell me about [hero] the [animal] and the [thing].",
          "Tell me a story of [hero], who lived [place].",
          "I want to hear about [hero] and [friend] the [helper].",
          "How did the [animal] who loved [hobby] meet [friend]?"]
-SECOND = ['The moral is "[moral]"',
+MORE = ['The moral is "[moral]"',
           'It must end with "[moral]"',
           "Let [friend] the [helper] come by.",
           "A [helper] should help.",
@@ -517,8 +518,9 @@ SECOND = ['The moral is "[moral]"',
           "It is about the [thing]."]
 SLOT = re.compile(r"\[(\w+)\]")
 THING = re.compile(r"\[(treasure|treat|plant|wonder)\]")
-REQUESTS = [f"{first} {second}" for first in FIRST for second in SECOND
-            if not {*SLOT.findall(first)} & {*SLOT.findall(second)}]
+REQUESTS = [f"{first} {second} {third}" for first in FIRST
+            for second, third in permutations(MORE, 2)
+            if len(slots := SLOT.findall(first + second + third)) == len(set(slots))]
 
 
 def named_facts(text: str) -> dict[str, str]:

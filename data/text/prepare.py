@@ -22,7 +22,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))
 from lib.checkpoint import make_tokenizer
-from lib.configurator import at_least, configure, user_errors
+from lib.configurator import at_least, configure, one_line, user_errors
 from lib.corpus import hub_documents, hub_source, is_local, local_documents, write_dataset
 from lib.tokenizer import KINDS
 
@@ -68,4 +68,4 @@ with user_errors():
     folder = Path(out_dir) if out_dir else HERE
     write_dataset(folder, documents, trained,
                   source="" if is_local(source) else hub_source(source, subset))
-    print(f"next: {next_command(folder.resolve())}")
+    print(one_line(f"next: {next_command(folder.resolve())}"))
