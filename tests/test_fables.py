@@ -167,7 +167,7 @@ def test_every_fable_has_what_its_request_names():
     slots = set()
     for request, fable, _ in sum(CONVERSATIONS.values(), []):
         named, facts = fables.named_facts(request), fables.facts_of(fable)
-        assert len(named) >= 3 and named.items() <= facts.items()
+        assert 4 <= len(named) <= 6 and named.items() <= facts.items()
         assert all(value in request and value in fable for value in named.values())
         # what remains without the values is one of the templates, with an article that agrees
         for slot, value in sorted(named.items(), key=lambda item: -len(item[1])):
@@ -205,8 +205,8 @@ def test_the_probability_of_facts_is_the_total_probability_of_the_fables_that_fi
     some |= {"helper": all_fables[0][0]["helper"], "moral": "Jam is for bread.",
              "friend": "Abner", "place": "beside the old windmill", "hobby": "counting clouds"}
     tried = 0
-    for request in fables.REQUESTS:
-        slots = fables.SLOT.findall(request)
+    sets = sorted({tuple(sorted(fables.SLOT.findall(request))) for request in fables.REQUESTS})
+    for slots in sets[::4]:
         for moral in ("Jam is for bread.", "A friend is taller than any tree."):
             named = {slot: (some | {"moral": moral})[slot] for slot in slots}
             slow = math.fsum(math.exp(-nats) for facts, nats in all_fables
@@ -243,7 +243,7 @@ def test_conversations_extend_the_tokenizer_and_know_their_floor(tmp_path):
         fable = tokenizer.decode(stream.read(answer, end).tolist()).removesuffix("<|end|>")
         assert re.fullmatch(r"<\|user\|>.*<\|end\|><\|assistant\|>", request)
         named = fables.named_facts(request)
-        assert len(named) >= 3 and named.items() <= fables.facts_of(fable).items()
+        assert 4 <= len(named) <= 6 and named.items() <= fables.facts_of(fable).items()
         nats += fables.parse(fable)[1] + math.log(fables.probability_of(named))
     n_targets = sum(end - answer for answer, end in stream.answers)
     assert meta["floor"] == pytest.approx(nats / n_targets)
