@@ -43,7 +43,7 @@ from lib.files import check_regular, is_number, open_synced, replace_file
 from lib.lora import merge_adapters, rank_of
 from lib.quantize import prepare_for_inference, quantize_int8, use_int8_layers
 from lib.read_gguf import read_gguf, read_gguf_tokenizer
-from lib.tokenizer import KINDS, get_tokenizer, is_extension, meta_of, train_tokenizer
+from lib.tokenizer import KINDS, check_spec, get_tokenizer, is_extension, meta_of, train_tokenizer
 from model import GPT, GPTConfig
 
 VERSION = 1
@@ -572,14 +572,16 @@ def model_to_finetune(checkpoint: dict, name: str, tokenizer: dict, block_size: 
     context to this many tokens (0: keep the model's). changes: other config fields to replace, such
     as dropout.
     """
+    check_spec(checkpoint["meta"]["tokenizer"])
+    for weight in ("transformer.wte.weight", "lm_head.weight"):
+        if weight not in checkpoint["model"] or checkpoint["model"][weight].dim() != 2:
+            raise ValueError(f"{name} does not fit the model: it has no matrix {weight}")
     if not is_extension(tokenizer, checkpoint["meta"]["tokenizer"]):
         raise ValueError(f"{name} has another tokenizer than the dataset: prepare the dataset with "
                          f"its tokenizer, --tokenizer={name}")
     if any(w.dtype == torch.int8 for w in checkpoint["model"].values()):
         raise ValueError(f"{name} is in int8, which cannot be trained: start from the run that it "
                          "was made of")
-    if missing := {"transformer.wte.weight", "lm_head.weight"} - checkpoint["model"].keys():
-        raise ValueError(f"{name} does not fit the model: it has no {min(missing)}")
     old = meta_of(checkpoint["meta"]["tokenizer"])["vocab_size"]
     weights = add_embeddings(checkpoint["model"], old, tokenizer)
     changes["vocab_size"] = len(weights["transformer.wte.weight"])

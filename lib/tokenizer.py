@@ -428,6 +428,23 @@ def train_tokenizer(kind: str, texts: Iterable[str], vocab_size: int = 0,
 def get_tokenizer(meta: dict):
     """Return the tokenizer that a dataset's meta.json, or the meta of a checkpoint, describes."""
     spec = meta.get("tokenizer")
+    check_spec(spec)
+    kind, vocab = spec["kind"], spec.get("vocab")
+    if kind == "word" and UNK not in vocab:
+        kind = "pieces"  # their name in old files
+    try:
+        if kind == "gpt2":
+            return gpt2_tokenizer(spec)
+        if kind == "bpe":
+            return bpe_tokenizer(spec)
+        return ListTokenizer(kind, vocab, spec.get("specials"))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"the {kind} tokenizer is damaged ({error}): prepare the dataset "
+                         "again") from None
+
+
+def check_spec(spec: object) -> None:
+    """Raise ValueError unless a spec has a known kind, a list of tokens and valid control tokens."""
     kind = spec.get("kind") if isinstance(spec, dict) else None
     if kind not in KINDS:
         raise ValueError(f"unknown tokenizer {kind!r}; known are {', '.join(KINDS)}")
@@ -435,16 +452,9 @@ def get_tokenizer(meta: dict):
     if kind != "gpt2" and (not isinstance(vocab, list) or not vocab
                            or not all(isinstance(token, str) for token in vocab)):
         raise ValueError(f"the {kind} tokenizer has no vocabulary: prepare the dataset again")
-    if kind == "word" and UNK not in vocab:
-        kind = "pieces"  # their name in old files
     try:
         check_specials(spec)
-        if kind == "gpt2":
-            return gpt2_tokenizer(spec)
-        if kind == "bpe":
-            return bpe_tokenizer(spec)
-        return ListTokenizer(kind, vocab, spec.get("specials"))
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
         raise ValueError(f"the {kind} tokenizer is damaged ({error}): prepare the dataset "
                          "again") from None
 

@@ -323,8 +323,16 @@ def test_odd_values_are_one_line(tmp_path, trained, changes, says):
 
 def test_a_model_without_weights_cannot_be_tuned(trained):
     checkpoint = read_checkpoint(trained / "best.pt") | {"model": {}}
-    with pytest.raises(ValueError, match="out does not fit the model: it has no lm_head.weight"):
+    with pytest.raises(ValueError, match="it has no matrix transformer.wte.weight"):
         model_to_finetune(checkpoint, "out", checkpoint["meta"]["tokenizer"])
+
+
+def test_a_model_with_a_damaged_tokenizer_cannot_be_tuned(trained):
+    checkpoint = read_checkpoint(trained / "best.pt")
+    for spec in ({}, {"kind": "char", "vocab": 5}, {"kind": "gpt2", "specials": 5}):
+        damaged = checkpoint | {"meta": checkpoint["meta"] | {"tokenizer": spec}}
+        with pytest.raises(ValueError, match="unknown tokenizer|no vocabulary|is damaged"):
+            model_to_finetune(damaged, "out", checkpoint["meta"]["tokenizer"])
 
 
 def test_adapters_that_do_not_fit_are_refused(tmp_path, trained):
