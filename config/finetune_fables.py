@@ -5,8 +5,8 @@
 #     python data/fables/prepare.py --instruct=True
 #     python train.py config/finetune_fables.py
 #     python eval.py --out_dir=out-fables-instruct --valid_samples=1000
-# After 10,000 steps, 5.4 minutes on two cores of an AMD EPYC, 94.5% of 1,000 validation requests are
-# obeyed: the fable is valid and has everything that was named.
+# After 10,000 steps, 5.4 minutes on two cores of an AMD EPYC, it obeys 94.5% of 1,000 validation
+# requests: the fable is valid and has everything that was named.
 out_dir = "out-fables-instruct"
 init_from = "out-fables"  # the folder of the run to tune
 dataset = "fables_instruct"

@@ -444,7 +444,7 @@ def get_tokenizer(meta: dict):
 
 
 def check_spec(spec: object) -> None:
-    """Raise ValueError unless a spec has a known kind, a list of tokens and valid control tokens."""
+    """Raise ValueError unless a spec has a known kind, a vocabulary and valid control tokens."""
     kind = spec.get("kind") if isinstance(spec, dict) else None
     if kind not in KINDS:
         raise ValueError(f"unknown tokenizer {kind!r}; known are {', '.join(KINDS)}")
