@@ -1,7 +1,7 @@
 """
 Accidents: whatever happens to a run, it resumes to the same weights, log and best checkpoint.
 
-    python tests/test_crash.py --kills=100 --rank_kills=10 --inputs=10000
+    python tests/test_crash.py --kills=100 --rank_kills=10 --inputs=800
 
 kills and stops runs and ranks at random instants, gives ranks different settings, feeds damaged
 files and settings, planted links, bombs and crafted sizes to the scripts, and prints a table. The
