@@ -160,7 +160,7 @@ def main() -> None:
                     to_int8(model)
                 pad = torch.zeros(4, dtype=torch.long, device=GPU)
                 for name, settings in SAMPLERS.items():
-                    for stop_token, padding in product((-1, 3), (None, pad)):
+                    for stop_token, padding in ((-1, None), (3, pad)):
                         key = (f"decode, {arch}, {weights}, {name}" + ", stop" * (stop_token >= 0)
                                + ", pad" * (padding is not None))
                         sampler = Sampling(**settings, stop_token=stop_token)

@@ -29,7 +29,7 @@ def test_a_training_step_never_waits(waits):
 def test_decoding_waits_only_for_the_end(waits):
     """Once per token to know whether all rows have ended, or can continue; once per cache."""
     of_decoding = {name: n for name, n in waits.items() if name.startswith("decode")}
-    assert len(of_decoding) == 96
+    assert len(of_decoding) == 48
     for name, n in of_decoding.items():
         per_token = 6 if "stop" in name else 5 if "penalties" in name else 0
         assert n == per_token + ("pad" in name), name
