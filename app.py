@@ -24,6 +24,7 @@ import contextlib
 import functools
 import html
 import json
+import math
 import os
 import random
 import socket
@@ -108,7 +109,11 @@ CSS = """
 .chart td:last-child {width: 4em; text-align: right; font-variant-numeric: tabular-nums}
 .bar {height: 14px; min-width: 1px; border-radius: 2px; background: var(--color-accent)}
 .waiting {color: var(--body-text-color-subdued)}
-@media (max-width: 640px) {#chart {order: -1} #model {flex-basis: 100%}}
+@media (max-width: 640px) {
+  #chart {order: -1}
+  #model {flex-basis: 100%}
+  #model input {font-size: 13px}
+}
 #model input {padding-right: 40px; text-overflow: ellipsis}
 #status {min-height: 1.5em; font-variant-numeric: tabular-nums}
 [role=alert] {color: var(--error-text-color)}
@@ -329,10 +334,16 @@ def list_runs():
     return gr.Dropdown(choices=choices, value=first_run(found))
 
 
+def is_measured(run: str) -> bool:
+    with contextlib.suppress(Exception):  # a damaged summary can have anything
+        return math.isfinite(read_summary(run)["loss"])
+    return False
+
+
 def first_run(found: dict[str, int]) -> str | None:
     """Return the newest measured run of the user, else the shipped one, else the newest."""
     own = [run for run in found if run not in (sample.SHIPPED, "models/fables")]
-    measured = [run for run in own if Path(folder, run, "metrics_summary.json").exists()]
+    measured = [run for run in own if is_measured(run)]
     shipped = [run for run in found if run == sample.SHIPPED]
     return max(measured or shipped or found, key=found.get, default=None)
 
@@ -532,6 +543,9 @@ def gate(app, page, hosts: list[bytes]):
         path, method = scope.get("path", ""), scope.get("method")
         if scope["type"] == "lifespan":
             return await app(scope, receive, send)
+        if hosts:  # Gradio would let a client name the server that the page loads from
+            scope["headers"] = [pair for pair in scope["headers"]
+                                if not pair[0].startswith(b"x-forwarded-")]
         given = dict(scope["headers"])
         origin = given.get(b"origin", b"").removeprefix(b"http://")
         if hosts and (given.get(b"host") not in hosts or origin not in (*hosts, b"")):

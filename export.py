@@ -626,6 +626,8 @@ def resolve_path(dtype: str) -> Path:
         name = out_dir.partition("@")[0].rpartition("/")[2]  # NAME of USER/NAME@REVISION
     names = {"gguf": f"{name}-{dtype}.gguf", "html": f"{name}.html"}
     path = Path(to or names.get(format, f"{name}-{format}"))
+    if not to and path.is_symlink() and path.is_dir():
+        raise ValueError(f"{path} is a link to another folder: set --to to the folder to write")
     if path.exists() and path.is_file() != (format in names):
         kind, other = ("file", "folder") if format in names else ("folder", "file")
         raise ValueError(f"--format={format} writes a {kind}, and {path} is a {other}")
@@ -643,6 +645,7 @@ def check_target(path: Path, source: Path) -> None:
 
     source: what was loaded, a .pt or .gguf file or a Hugging Face folder.
     """
+    source = source.resolve()  # the run may have a link to the file
     places = [source, source.parent] if format == "int8" else [source]
     if path.exists() and any(path.samefile(place) for place in places):
         raise ValueError(f"{path} has the model that is exported, which would be lost: --to=OTHER "

@@ -80,6 +80,13 @@ def measure_dtype(model: torch.nn.Module, saved: str = "") -> str:
     """Return float32 or bfloat16, whichever trains this GPT faster on the CPU."""
     if model.lm_head.weight.dtype == torch.int8:
         return "float32"  # its products are of integers, and it has no backward pass
+    def product_seconds(dtype: torch.dtype) -> float:
+        a = torch.ones(256, 256, dtype=dtype)
+        return min(seconds_of(lambda: a @ a, "cpu") for _ in range(3))
+
+    # without bfloat16 units, where training a large model in it would take a minute per step
+    if product_seconds(torch.bfloat16) > 4 * product_seconds(torch.float32):
+        return "float32"
     T = min(128, model.config.block_size)
     idx = torch.zeros(256 // T, T, dtype=torch.long)  # (B, T), enough for products to dominate
 

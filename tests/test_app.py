@@ -721,6 +721,10 @@ def test_only_names_of_this_machine_are_served(server):
     for path in ("/", "/gradio_api/queue/data?session_hash=x", "/gradio_api/heartbeat/x",
                  "/assets/x.js", "/theme.css"):
         assert answer_to(server, evil, path) == 403
+    request = urllib.request.Request(server.url + "/config",
+                                     headers={"X-Forwarded-Host": "evil.example"})
+    with urllib.request.urlopen(request, timeout=30) as response:
+        assert b"evil.example" not in response.read()
     request = urllib.request.Request(server.url + "/gradio_api/queue/join", b"{}", {"Host": evil})
     with pytest.raises(urllib.error.HTTPError, match="403"):
         urllib.request.urlopen(request, timeout=30)
@@ -801,7 +805,10 @@ def test_the_page_opens_with_a_measured_run_or_the_shipped_model(tmp_path, monke
     (tmp_path / "a").mkdir()
     found = {"a": 1, "b": 2, "models/fables": 8, "models/tinystories": 9}
     assert app.first_run(found) == "models/tinystories"
-    (tmp_path / "a/metrics_summary.json").write_text("{}")
+    for damaged in ("{}", "[]", '{"loss": "x"}', "x"):
+        (tmp_path / "a/metrics_summary.json").write_text(damaged)
+        assert app.first_run(found) == "models/tinystories"
+    (tmp_path / "a/metrics_summary.json").write_text('{"loss": 1.5}')
     assert app.first_run(found) == "a"
     assert app.first_run({"b": 2, "c": 3}) == "c" and app.first_run({}) is None
 

@@ -219,7 +219,10 @@ def test_an_export_does_not_replace_its_own_model(runs, tmp_path):
     export(run_dir, hf)
     export(run_dir, gguf, "--format=gguf", "--dtype=float32")
     (tmp_path / "link").symlink_to(run_dir)
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked/best.pt").symlink_to(run_dir / "best.pt")
     for source, to, *args in ((run_dir, run_dir, "--format=int8"),
+                              (tmp_path / "linked", run_dir, "--format=int8"),
                               (run_dir, tmp_path / "link", "--format=int8"),
                               (run_dir / "best.pt", run_dir, "--format=int8"),
                               (hf, hf, "--format=hf", "--dtype=float16"),
@@ -227,6 +230,12 @@ def test_an_export_does_not_replace_its_own_model(runs, tmp_path):
         done = run("export.py", f"--out_dir={source}", f"--to={to}", "--overwrite=True", *args)
         assert done.returncode == 2 and "has the model that is exported" in done.stderr, args
     assert (run_dir / "best.pt").read_bytes() == (runs["qwen3-bpe"][0] / "best.pt").read_bytes()
+    # a folder that export.py chose must not lead elsewhere
+    (tmp_path / "run-hf").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (tmp_path / "elsewhere").mkdir()
+    done = run("export.py", f"--out_dir={run_dir}", "--format=hf", "--overwrite=True")
+    assert done.returncode == 2 and "is a link to another folder" in done.stderr
+    assert not any((tmp_path / "elsewhere").iterdir())
 
 
 @pytest.mark.parametrize("size", [1_000, 60_000])

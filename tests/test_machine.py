@@ -56,9 +56,16 @@ def test_the_measured_peak_is_the_best_of_many(monkeypatch):
 def test_a_resumed_run_keeps_its_dtype_unless_the_other_is_clearly_faster(
         monkeypatch, saved, seconds, expected):
     """A CPU without bfloat16 units does not continue in bfloat16. Noise never changes the type."""
+    monkeypatch.setattr(machine, "seconds_of", lambda f, device: 1.0)
     times = iter(seconds)  # of float32, of bfloat16
     monkeypatch.setattr(machine, "best_seconds", lambda f, at_least: next(times))
     assert machine.resolve_dtype_for(tiny(), "auto", "cpu", saved) == expected
+
+
+def test_a_model_is_not_measured_without_bfloat16_units(monkeypatch):
+    times = iter([9.0, 5.0, 9.0, 1.0, 2.0, 1.0])  # of three products in each type
+    monkeypatch.setattr(machine, "seconds_of", lambda f, device: next(times))
+    assert machine.resolve_dtype_for(tiny(), "auto", "cpu") == "float32"
 
 
 @pytest.fixture
