@@ -257,12 +257,14 @@ def test_a_conversation_goes_on_until_a_new_one(tmp_path, open_page):
 
 def test_a_long_conversation_forgets_its_oldest_messages(tmp_path, monkeypatch):
     """The page and sample.py give the model the same ids."""
+    torch.manual_seed(1)
     tokenizer = add_specials(tokenizer_of("char"), PLAIN_TOKENS)
     save_run(tmp_path, tokenizer.spec, tokenizer.vocab_size, tokenizer.eot,
              **SMALL | dict(block_size=64))
     checkpoint = load_checkpoint(tmp_path)
     checkpoint["meta"]["chat_template"] = PLAIN_TEMPLATE
-    checkpoint["model"]["transformer.wte.weight"][-4:] = 0  # control tokens are never sampled
+    never = [*tokenizer.specials.values(), tokenizer.eot, tokenizer.unk]
+    checkpoint["model"]["transformer.wte.weight"][never] = 0  # other tokens are more probable
     path, = export_html(checkpoint, tmp_path / "page.html", "int8")
     messages = ["the dogs", "12 cats", "a" * 30, "", "the owner", "the cat's owner said"]
     drive = """async (call, {messages, most}) => {
