@@ -49,7 +49,7 @@ from lib.configurator import (
     user_errors,
 )
 from lib.decoding import Sampling
-from lib.files import load_json, results_file
+from lib.files import check_regular, load_json, results_file
 from lib.machine import keep_freed_memory, resolve_device, share_heap
 from lib.tokenizer import get_tokenizer, has_all_of
 from model import GPT
@@ -205,6 +205,7 @@ def read_summary(run: str) -> dict:
 def read_progress(run: str, written: int) -> dict:
     """Return the step and validation loss of the best checkpoint, without reading its weights."""
     path = Path(folder, run, "best.pt")
+    check_regular(path)
     check_archive(path, checksums=False)
     checkpoint = torch.load(path, weights_only=True, mmap=True)
     return {"step": checkpoint["step"], "loss": checkpoint["best_val_loss"]}

@@ -61,7 +61,7 @@ def merge_adapters(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         layer, _, part = name.rpartition(".")
         a, b = weights.get(f"{layer}.lora_a"), weights.get(f"{layer}.lora_b")
         if part == "weight" and a is not None:
-            if (b is None or not a.dim() == b.dim() == w.dim() == 2 or len(a) != b.size(1)
+            if (b is None or not a.dim() == b.dim() == 2 or len(a) != b.size(1)
                     or w.shape != (len(b), a.size(1))):
                 raise ValueError(f"the adapter of {name} does not fit it")
             plain[name] = torch.addmm(w.cpu(), b.cpu(), a.cpu(), alpha=ALPHA / len(a))

@@ -80,6 +80,7 @@ def measure_dtype(model: torch.nn.Module, saved: str = "") -> str:
     """Return float32 or bfloat16, whichever trains this GPT faster on the CPU."""
     if model.lm_head.weight.dtype == torch.int8:
         return "float32"  # its products are of integers, and it has no backward pass
+
     def product_seconds(dtype: torch.dtype) -> float:
         a = torch.ones(256, 256, dtype=dtype)
         return min(seconds_of(lambda: a @ a, "cpu") for _ in range(3))

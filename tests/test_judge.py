@@ -123,9 +123,11 @@ def odd_lines() -> list[str]:
     lines += (HERE / "model.py").read_text(encoding="utf-8").splitlines()[90:150]
     lines += ["".join(random.Random(i).choices("0123456789 .,-:x", k=30)) for i in range(20)]
     alphabet = (" \t\n\r\u00a0\u200b\u3000'sSlLdtrevm.,!?-_<|>(){}[]/\\#@~`\"aZ09é\u0130ß"
-                "дא\u0639\u0928\u0e01中文あア한½²\u0665€😀\U0001f468\u200d\U0001f469\U0001f1ea\ufe0f\u0301")
+                "дא\u0639\u0928\u0e01中文あア한½²\u0665€😀"
+                "\U0001f468\u200d\U0001f469\U0001f1ea\ufe0f\u0301")
     lines += ["".join(random.Random(i).choices(alphabet, k=30)) for i in range(80)]
-    lines += ["今天天气很好，我们去公园吧。", "日本語の文章です。", "한국어 문장", "Привет, мир!",
+    lines += ["今天天气很好，我们去公园吧。", "日本語の文章です。",
+              "한국어 문장", "Привет, мир!",
               "\u0645\u0631\u062d\u0628\u0627", "x" * 200, " " * 40, "\n" * 10, "1234567890" * 5,
               "<|im_start|>user\n<|im_end|>", "<|endoftext|>", "👨\u200d👩\u200d👧",
               "I'LL we'Ve it's'", "\t\t x", "  \n  \n", "a\r\nb\rc", "\u00a0\u00a0a"]
